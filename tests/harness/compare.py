@@ -23,6 +23,19 @@ TOLERANCE: dict[torch.dtype, tuple[float, float]] = {
 
 def clone(value: Any) -> Any:
     """A deep copy: each tensor is cloned once, and keeps its strides, requires_grad and views of a shared storage."""
+    try:
+        return copy.deepcopy(value)
+    except NotImplementedError:  # sparse layouts have no storage to copy
+        return _clone_parts(value)
+
+
+def _clone_parts(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _clone_parts(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_clone_parts(v) for v in value)
     return copy.deepcopy(value)
 
 
@@ -119,6 +132,8 @@ def values_differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
     a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
     if a.numel() == 0:
         return None
+    if a.dtype == torch.complex32:  # has no comparison of its own; widening is exact
+        a, b = a.to(torch.complex64), b.to(torch.complex64)
     if a.dtype not in TOLERANCE:
         if a.dtype.itemsize == 1 and a.dtype.is_floating_point:
             a, b = a.view(torch.uint8), b.view(torch.uint8)

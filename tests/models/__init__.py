@@ -24,6 +24,13 @@ PAD, BOS, EOS, FIRST_WORD = 0, 1, 2, 3
 Inputs = Callable[[int], dict[str, Any]]
 _SECTIONS = ("text_decoder", "text_encoder", "vision", "audio_and_pairs", "lit", "timm_models")
 
+# One of each kind of construction; the pytest tier runs these.
+QUICK = (
+    "llama", "llama_cache", "gpt2", "mistral", "mixtral", "mamba", "bert", "deberta_v2", "modernbert", "t5",
+    "vit", "swin", "convnext", "clip", "wav2vec2", "whisper", "litgpt_pythia", "litgpt_llama3", "timm_vit",
+    "timm_resnet18",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -1,0 +1,98 @@
+"""The judges behind the coverage figures tell right from wrong: a compiler that lies is found out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._pytree import tree_map
+
+import thunder
+from tests.harness import judge_model, judge_op
+from tests.models import zoo
+
+ADD = next(op for op in op_db if op.name == "add")
+
+
+def honest(function):
+    return function
+
+
+def off_by_a_little(function):
+    def nudge(value):
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value + 1e-3 if floating else value
+
+    return lambda *args, **kwargs: tree_map(nudge, function(*args, **kwargs))
+
+
+def burnt_in(function):
+    """Returns the first call's result for ever."""
+    first = []
+
+    def call(*args, **kwargs):
+        first.append(function(*args, **kwargs))
+        return first[0]
+
+    return call
+
+
+def writes_to_inputs(function):
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value.add_(1)
+        return result
+
+    return call
+
+
+def refuses(function):
+    def call(*args, **kwargs):
+        raise thunder.CaptureError("cannot")
+
+    return call
+
+
+def breaks(function):
+    def call(*args, **kwargs):
+        raise KeyError("oops")
+
+    return call
+
+
+@pytest.fixture
+def compiler(monkeypatch, request):
+    """Puts the parameter in the place of thunder.jit, with counters that look like one capture and one hit."""
+    monkeypatch.setattr(thunder, "jit", lambda function, **options: request.param(function))
+    for name, answer in (("cache_hits", 1), ("cache_misses", 1), ("compile_stats", None)):
+        monkeypatch.setattr(thunder, name, lambda function, answer=answer: answer)
+    return request.param
+
+
+CASES = [
+    (honest, "right"),
+    (off_by_a_little, "wrong"),
+    (burnt_in, "wrong"),
+    (writes_to_inputs, "wrong"),
+    (refuses, "clear error"),
+    (breaks, "other error"),
+]
+
+
+@pytest.mark.parametrize(("compiler", "outcome"), CASES, indirect=["compiler"])
+def test_operator_verdict(compiler, outcome):
+    assert judge_op.judge(ADD).outcome == outcome
+
+
+@pytest.mark.parametrize(("compiler", "outcome"), CASES, indirect=["compiler"])
+def test_model_verdict(compiler, outcome):
+    assert judge_model.judge(zoo()["vit"]).outcome == outcome
+
+
+def test_a_missed_cache_is_not_right(monkeypatch):
+    monkeypatch.setattr(thunder, "jit", honest)
+    monkeypatch.setattr(thunder, "cache_hits", lambda f: 0)
+    monkeypatch.setattr(thunder, "cache_misses", lambda f: 2)
+    assert judge_model.judge(zoo()["vit"]).outcome == "wrong"

@@ -10,12 +10,13 @@ from tests.harness.judge_op import CLEAR, RIGHT, SKIPPED, full_name, judge
 # What the models of the zoo use most must be right, not merely refused.
 FREQUENT = (
     "__getitem__", "abs", "add", "arange", "bmm", "cat", "chunk", "clone", "contiguous", "cos", "cumsum",
-    "div.no_rounding_mode", "exp", "expand", "flatten", "float", "linalg.vector_norm", "masked_fill", "matmul", "mean", "mul", "neg", "new_ones",
-    "nn.functional.batch_norm", "nn.functional.conv2d", "nn.functional.dropout", "nn.functional.embedding",
-    "nn.functional.gelu", "nn.functional.layer_norm", "nn.functional.linear", "nn.functional.relu",
-    "nn.functional.scaled_dot_product_attention", "nn.functional.silu", "permute", "pow", "repeat_interleave",
-    "reshape", "rsqrt", "sigmoid", "sin", "softmax", "split", "squeeze", "sub", "sum", "tanh", "to", "transpose",
-    "unbind", "unsqueeze", "view", "where",
+    "div.no_rounding_mode", "exp", "expand", "flatten", "float", "linalg.vector_norm", "masked_fill", "matmul",
+    "mean", "mul", "neg", "new_ones", "nn.functional.batch_norm", "nn.functional.conv2d",
+    "nn.functional.dropout", "nn.functional.embedding", "nn.functional.gelu", "nn.functional.layer_norm",
+    "nn.functional.linear", "nn.functional.relu", "nn.functional.scaled_dot_product_attention",
+    "nn.functional.silu", "permute", "pow", "repeat_interleave", "reshape", "rsqrt", "sigmoid", "sin",
+    "softmax", "split", "squeeze", "sub", "sum", "tanh", "to", "transpose", "unbind", "unsqueeze", "view",
+    "where",
 )  # fmt: skip
 
 BY_NAME = {full_name(op): op for op in op_db}

@@ -43,7 +43,8 @@ def summary(verdicts: list[Verdict]) -> tuple[float, collections.Counter[str], s
     share = count[RIGHT] / accepted if accepted else 0.0
     sentence = (
         f"{count[RIGHT]} of {accepted} entries ({share:.1%}) are right; {count[WRONG]} wrong, {count[CLEAR]} refused "
-        f"with a clear error, {count[OTHER]} other errors, {count[SKIPPED]} not counted: eager has no sample for them here"
+        f"with a clear error, {count[OTHER]} other errors; "
+        f"{count[SKIPPED]} not counted: eager runs none of their samples"
     )
     return share, count, sentence
 

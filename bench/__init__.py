@@ -1,0 +1,1 @@
+"""Measured cost against eager and torch.compile."""

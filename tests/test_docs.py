@@ -1,0 +1,45 @@
+"""What the documents name exists, and the README's example runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"(?:^|`)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE)
+    assert [name for name in named if name not in targets] == []
+
+
+def test_readme_example_runs(capsys):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 1
+    exec(compile(examples[0], "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.startswith("1 1\n")
+
+
+def test_coverage_page_has_the_sections_that_the_tools_write(tmp_path):
+    from tests.harness.report import COVERAGE, write_section
+
+    copy = tmp_path / "coverage.md"
+    copy.write_text(COVERAGE.read_text())
+    for name in ("models", "ops"):
+        write_section(name, ["twelve of twelve"], copy)
+    assert copy.read_text().count("twelve of twelve") == 2
+    write_section("ops", ["eleven"], copy)
+    assert copy.read_text().count("twelve of twelve") == 1
+    with pytest.raises(ValueError, match="no section"):
+        write_section("absent", [], copy)

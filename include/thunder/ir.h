@@ -46,7 +46,14 @@ th_dtype th_dtype_from_torch(const char *name, size_t length); /* "float32" */
 
 /* ---- types ---- */
 
-typedef enum th_type_kind { TH_TYPE_NONE, TH_TYPE_TENSOR, TH_TYPE_INT, TH_TYPE_FLOAT, TH_TYPE_BOOL, TH_TYPE_OBJECT } th_type_kind;
+typedef enum th_type_kind {
+    TH_TYPE_NONE,
+    TH_TYPE_TENSOR,
+    TH_TYPE_INT,
+    TH_TYPE_FLOAT,
+    TH_TYPE_BOOL,
+    TH_TYPE_OBJECT
+} th_type_kind;
 enum { TH_TYPE_REQUIRES_GRAD = 1 };
 
 typedef struct th_type {
@@ -69,19 +76,19 @@ int64_t th_type_numel(const th_type *type);
 typedef enum th_node_kind {
     TH_N_ABSENT, /* kind of node 0 */
     TH_N_NONE,
-    TH_N_BOOL,     /* i */
-    TH_N_INT,      /* i */
-    TH_N_FLOAT,    /* f; inf and nan print as float("inf") */
-    TH_N_COMPLEX,  /* f, f2; prints as complex(re, im) */
-    TH_N_STR,      /* ref: th_str */
-    TH_N_DTYPE,    /* ref: th_dtype; prints as torch.float32 */
-    TH_N_DEVICE,   /* ref: th_dev; prints as torch.device("cuda", 0) or torch.device("cpu") */
-    TH_N_SYMBOL,   /* ref: th_str, a dotted global such as torch.strided or torch.channels_last */
-    TH_N_VALUE,    /* ref: th_val */
-    TH_N_TUPLE,    /* kids */
-    TH_N_LIST,     /* kids */
-    TH_N_DICT,     /* kids: key, value, key, value */
-    TH_N_SLICE,    /* three kids */
+    TH_N_BOOL,    /* i */
+    TH_N_INT,     /* i */
+    TH_N_FLOAT,   /* f; inf and nan print as float("inf") */
+    TH_N_COMPLEX, /* f, f2; prints as complex(re, im) */
+    TH_N_STR,     /* ref: th_str */
+    TH_N_DTYPE,   /* ref: th_dtype; prints as torch.float32 */
+    TH_N_DEVICE,  /* ref: th_dev; prints as torch.device("cuda", 0) or torch.device("cpu") */
+    TH_N_SYMBOL,  /* ref: th_str, a dotted global such as torch.strided or torch.channels_last */
+    TH_N_VALUE,   /* ref: th_val */
+    TH_N_TUPLE,   /* kids */
+    TH_N_LIST,    /* kids */
+    TH_N_DICT,    /* kids: key, value, key, value */
+    TH_N_SLICE,   /* three kids */
     TH_N_ELLIPSIS,
     TH_N_OPAQUE /* ref: index into the trace's opaque table; prints as the entry's name */
 } th_node_kind;
@@ -106,38 +113,38 @@ typedef struct th_node_data {
 typedef struct th_value {
     th_str name;
     th_typeref type;
-    th_opref def;    /* producing operation; 0 for an input */
-    uint32_t alias;  /* values with the same non-zero number share storage; 0 shares with nobody */
-    int64_t offset;  /* storage offset in elements, counted from the storage's start */
+    th_opref def;   /* producing operation; 0 for an input */
+    uint32_t alias; /* values with the same non-zero number share storage; 0 shares with nobody */
+    int64_t offset; /* storage offset in elements, counted from the storage's start */
 } th_value;
 
-enum { /* effects of one operation */
-    TH_FX_RANDOM = 1, /* draws from a random number generator: never merged, never folded */
-    TH_FX_WRITES = 2, /* writes the values in its writes list */
-    TH_FX_STATE = 4,  /* touches state outside the trace: never removed, merged or moved; text: "effect" */
+enum {                   /* effects of one operation */
+       TH_FX_RANDOM = 1, /* draws from a random number generator: never merged, never folded */
+       TH_FX_WRITES = 2, /* writes the values in its writes list */
+       TH_FX_STATE = 4,  /* touches state outside the trace: never removed, merged or moved; text: "effect" */
 };
 
 typedef enum th_op_kind { TH_OP_CALL = 1, TH_OP_DEL } th_op_kind;
 
 typedef struct th_op {
     uint8_t kind, effects;
-    bool outs_list;  /* the callee returns a list or tuple even when there is one output: prints "(t0,) = ..." */
-    th_str callee;   /* dotted name: torch.nn.functional.linear; or the name of an opaque entry (see callee_opaque) */
+    bool outs_list; /* the callee returns a list or tuple even when there is one output: prints "(t0,) = ..." */
+    th_str callee;  /* dotted name: torch.nn.functional.linear; or the name of an opaque entry (see callee_opaque) */
     uint32_t callee_opaque; /* index into the opaque table when the callee is a Python object without importable name */
-    th_node args;    /* TUPLE; for TH_OP_DEL a TUPLE of values */
-    th_node kwargs;  /* DICT with TH_N_STR keys, or 0 */
-    th_node outs;    /* VALUE, or TUPLE (nested) of VALUE and NONE ("_": result that nobody can use), or 0 */
+    th_node args;           /* TUPLE; for TH_OP_DEL a TUPLE of values */
+    th_node kwargs;         /* DICT with TH_N_STR keys, or 0 */
+    th_node outs;           /* VALUE, or TUPLE (nested) of VALUE and NONE ("_": result that nobody can use), or 0 */
     uint32_t writes, nwrites; /* range in th_trace.kids that holds th_val */
-    th_str file;     /* the user's source line; 0 when unknown */
+    th_str file;              /* the user's source line; 0 when unknown */
     uint32_t line;
-    uint32_t def;    /* cached catalogue entry + 1 (see ops.h); 0 when not looked up; not part of the text */
+    uint32_t def; /* cached catalogue entry + 1 (see ops.h); 0 when not looked up; not part of the text */
 } th_op;
 
 /* A foreign object that an operation needs. The core only keeps it alive. */
 typedef struct th_opaque {
-    th_str name; /* unique in the trace; an identifier */
+    th_str name;  /* unique in the trace; an identifier */
     void *object; /* NULL in a parsed trace */
-} th_opaque; /* entry 0 is reserved, as everywhere */
+} th_opaque;      /* entry 0 is reserved, as everywhere */
 typedef struct th_opaque_vtable {
     void (*retain)(void *object);
     void (*release)(void *object);
@@ -191,7 +198,7 @@ th_node th_node_symbol(th_trace *t, th_str dotted);
 th_node th_node_value(th_trace *t, th_val v);
 th_node th_node_ellipsis(th_trace *t);
 th_node th_node_seq(th_trace *t, th_node_kind kind, uint32_t n, const th_node *kids); /* TUPLE, LIST, DICT, SLICE */
-th_node th_node_opaque(th_trace *t, const char *hint, void *object); /* same object: same entry; retains it */
+th_node th_node_opaque(th_trace *t, const char *hint, void *object);   /* same object: same entry; retains it */
 uint32_t th_trace_opaque(th_trace *t, const char *hint, void *object); /* the entry's index */
 
 typedef struct th_op_args { /* arguments of th_trace_op; zero what does not apply */
@@ -206,8 +213,8 @@ typedef struct th_op_args { /* arguments of th_trace_op; zero what does not appl
     th_str file;
     uint32_t line;
 } th_op_args;
-/* Appends; sets def of the outs' values. Outs are normalised: NONE or an empty TUPLE become 0, one VALUE with outs_list a
- * TUPLE; absent args become an empty TUPLE. TH_FX_WRITES follows from nwrites. */
+/* Appends; sets def of the outs' values. Outs are normalised: NONE or an empty TUPLE become 0, one VALUE with outs_list
+ * a TUPLE; absent args become an empty TUPLE. TH_FX_WRITES follows from nwrites. */
 th_opref th_trace_op(th_trace *t, const th_op_args *op);
 
 /* Call fn for each value used (args, kwargs, writes) or defined (outs) by an operation; a pointer so that it may be
@@ -218,7 +225,7 @@ void th_op_each_out(th_trace *t, th_opref op, th_value_fn fn, void *user);
 void th_node_each_value(th_trace *t, th_node n, th_value_fn fn, void *user);
 
 /* Compare without names, notes and source lines; hash likewise. Opaque objects compare by identity, entries without an
- * object by name. Out of memory: not equal, and hash 0. */
+ * object by name. Out of memory (recorded): not equal, and hash 0. */
 bool th_trace_equal(const th_trace *a, const th_trace *b);
 uint64_t th_trace_hash(const th_trace *t);
 

@@ -18,9 +18,9 @@ typedef enum th_fusion {
     TH_FUSE_FACTORY
 } th_fusion;
 
-enum { /* th_opdef.effects, beyond TH_FX_* */
-    TH_OPDEF_INPLACE = 32, /* writes its first parameter and returns it */
-    TH_OPDEF_VIEW = 64,    /* the result may share storage with the first parameter */
+enum {                        /* th_opdef.effects, beyond TH_FX_* */
+       TH_OPDEF_INPLACE = 32, /* writes its first parameter and returns it */
+       TH_OPDEF_VIEW = 64,    /* the result may share storage with the first parameter */
 };
 
 enum { TH_MAX_PARAMS = 16, TH_MAX_RANK = 16, TH_MAX_OUTS = 64 };
@@ -39,7 +39,8 @@ typedef struct th_opdef {
     uint8_t effects;    /* TH_FX_*, TH_OPDEF_* */
     uint8_t fusion;     /* th_fusion */
     th_meta_fn meta;
-    const char *functional; /* for TH_OPDEF_INPLACE: dotted name of the functional twin: torch.Tensor.add_ -> torch.add */
+    const char
+        *functional; /* for TH_OPDEF_INPLACE: dotted name of the functional twin: torch.Tensor.add_ -> torch.add */
 } th_opdef;
 
 typedef struct th_out {
@@ -59,7 +60,7 @@ struct th_call {
     bool grad_mode;
     th_out outs[TH_MAX_OUTS];
     uint32_t nouts;
-    bool outs_list;         /* the operation returns a tuple or list (chunk, split, max with a dim) */
+    bool outs_list; /* the operation returns a tuple or list (chunk, split, max with a dim) */
 };
 
 size_t th_catalog_size(void);

@@ -7,9 +7,9 @@
 
 /* Fuel bounds the number of single rewrites, so that a bisection can name the guilty one. */
 typedef struct th_fuel {
-    int64_t left;       /* negative: unlimited */
+    int64_t left; /* negative: unlimited */
     int64_t spent;
-    char last[120];     /* what the last rewrite was: "cse: t4 = t2" */
+    char last[120]; /* what the last rewrite was: "cse: t4 = t2" */
 } th_fuel;
 bool th_fuel_take(th_fuel *fuel, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -17,7 +17,8 @@ typedef th_status (*th_pass_fn)(th_trace *t, th_fuel *fuel);
 
 th_status th_pass_functionalize(th_trace *t, th_fuel *fuel);
 th_status th_pass_noop(th_trace *t, th_fuel *fuel); /* operations that return their input's value */
-th_status th_pass_fold(th_trace *t, th_fuel *fuel); /* pure operations over attributes only, seen twice or trivially known */
+th_status th_pass_fold(th_trace *t,
+                       th_fuel *fuel); /* pure operations over attributes only, seen twice or trivially known */
 th_status th_pass_cse(th_trace *t, th_fuel *fuel);
 th_status th_pass_dce(th_trace *t, th_fuel *fuel);
 th_status th_pass_lifetime(th_trace *t, th_fuel *fuel); /* inserts `del` after each last use */

@@ -12,6 +12,13 @@
 #define TH_DEBUG 0
 #endif
 
+/* Pass an outcome that is not TH_OK on to the caller. */
+#define TRY(expression)                               \
+    do {                                              \
+        th_status try_status_ = (expression);         \
+        if (try_status_ != TH_OK) return try_status_; \
+    } while (0)
+
 typedef struct th__arena {
     struct th__block *blocks; /* newest first */
     char *at;

@@ -25,7 +25,10 @@ static bool side_init(side *s, const th_trace *t) {
     }
     size_t count = (size_t)t->nvalues + s->cap_aliases;
     s->value = th_ctx_alloc(t->ctx, NULL, count * sizeof *s->value);
-    if (!s->value) return false;
+    if (!s->value) {
+        th_fail(t->ctx, TH_ENOMEM, "out of memory");
+        return false;
+    }
     memset(s->value, 0, count * sizeof *s->value);
     s->alias = s->value + t->nvalues;
     return true;

@@ -21,7 +21,10 @@ th_str th__name_fresh(th_trace *t); /* t0, t1, ... */
 /* ---- the trace (trace.c) ---- */
 
 th_status th__trace_fail(th_trace *t, th_status status); /* keep the first failure */
+/* Under exactly this name, which must be free. */
 th_val th__trace_add_value(th_trace *t, th_str name, th_typeref type);
+uint32_t th__trace_add_opaque(th_trace *t, th_str name, void *object);
+th_node th__node_opaque_entry(th_trace *t, uint32_t index);
 
 /* ---- types (type.c) ---- */
 

@@ -38,6 +38,7 @@ th_node th_node_dtype(th_trace *t, th_dtype d) { return add_ref(t, TH_N_DTYPE, d
 th_node th_node_device(th_trace *t, th_dev d) { return add_ref(t, TH_N_DEVICE, d); }
 th_node th_node_symbol(th_trace *t, th_str dotted) { return add_ref(t, TH_N_SYMBOL, dotted); }
 th_node th_node_value(th_trace *t, th_val v) { return add_ref(t, TH_N_VALUE, v); }
+th_node th__node_opaque_entry(th_trace *t, uint32_t index) { return add_ref(t, TH_N_OPAQUE, index); }
 th_node th_node_opaque(th_trace *t, const char *hint, void *object) {
     return add_ref(t, TH_N_OPAQUE, th_trace_opaque(t, hint, object));
 }

@@ -103,12 +103,18 @@ th_status th_trace_clone(const th_trace *t, th_trace **out) {
     return TH_OK;
 }
 
+/* Something that was to be interned is 0: whoever made it recorded why. */
+static void missing(th_trace *t) {
+    th_status status = th_ctx_error(t->ctx)->status;
+    if (t->sticky != TH_OK) return;
+    th__trace_fail(t, status != TH_OK ? status : th_fail(t->ctx, TH_EINVAL, "a name, type or callee is missing"));
+}
+
 /* ---- values ---- */
 
 th_val th__trace_add_value(th_trace *t, th_str name, th_typeref type) {
-    if (!name || !type) { /* a failed allocation before us, or a misuse */
-        th_status status = th_ctx_error(t->ctx)->status;
-        if (t->sticky == TH_OK) th__trace_fail(t, status == TH_ENOMEM ? status : TH_EINVAL);
+    if (!name || !type) {
+        missing(t);
         return 0;
     }
     if (!reserve(t, &t->values, &t->cap_values, (uint64_t)t->nvalues + 1, sizeof *t->values)) return 0;
@@ -143,20 +149,24 @@ static bool same_entry(const th_trace *t, const th_opaque *entry, const char *hi
     return strcmp(th_str_get(t->ctx, entry->name), hint) == 0; /* parsed: the name is all there is */
 }
 
-uint32_t th_trace_opaque(th_trace *t, const char *hint, void *object) {
-    for (uint32_t i = 1; i < t->nopaques; i++) {
-        if (same_entry(t, &t->opaques[i], hint, object)) return i;
+uint32_t th__trace_add_opaque(th_trace *t, th_str name, void *object) {
+    if (!name) {
+        th__trace_fail(t, th_ctx_error(t->ctx)->status);
+        return 0;
     }
     if (!reserve(t, &t->opaques, &t->cap_opaques, (uint64_t)t->nopaques + 1, sizeof *t->opaques)) return 0;
-    th_str name = th__name_unique(t, hint, strlen(hint));
-    if (name)
-        th__name_mark(t, name);
-    else
-        th__trace_fail(t, TH_ENOMEM);
+    th__name_mark(t, name);
     if (t->sticky != TH_OK) return 0;
     if (t->opaque_vtable.retain && object) t->opaque_vtable.retain(object);
     t->opaques[t->nopaques] = (th_opaque){name, object};
     return t->nopaques++;
+}
+
+uint32_t th_trace_opaque(th_trace *t, const char *hint, void *object) {
+    for (uint32_t i = 1; i < t->nopaques; i++) {
+        if (same_entry(t, &t->opaques[i], hint, object)) return i;
+    }
+    return th__trace_add_opaque(t, th__name_unique(t, hint, strlen(hint)), object);
 }
 
 /* ---- operations ---- */
@@ -182,6 +192,9 @@ th_opref th_trace_op(th_trace *t, const th_op_args *op) {
     uint32_t writes = t->nkids;
     if (!reserve(t, &t->kids, &t->cap_kids, (uint64_t)t->nkids + op->nwrites, sizeof *t->kids)) return 0;
     if (!reserve(t, &t->ops, &t->cap_ops, (uint64_t)t->nops + 1, sizeof *t->ops)) return 0;
+    if (op->kind == TH_OP_CALL && !op->callee && !op->callee_opaque) {
+        missing(t);
+    }
     if (t->sticky != TH_OK) return 0;
     if (op->nwrites) memcpy(t->kids + writes, op->writes, op->nwrites * sizeof *t->kids);
     t->nkids += op->nwrites;

@@ -101,8 +101,9 @@ th_typeref th_type_tensor(th_ctx *ctx, th_dtype dtype, th_dev device, uint32_t n
                           const int64_t *stride, uint8_t flags) {
     int64_t few[16], *plain = few;
     th_typeref made = 0;
-    if (dtype == TH_DTYPE_NONE || (unsigned)dtype >= TH_DTYPE_COUNT || !device) {
-        th_fail(ctx, TH_EINVAL, "a tensor type needs a dtype and a device");
+    if (!device) return 0; /* th_device recorded why there is none */
+    if (dtype == TH_DTYPE_NONE || (unsigned)dtype >= TH_DTYPE_COUNT) {
+        th_fail(ctx, TH_EINVAL, "a tensor type needs a dtype");
         return 0;
     }
     for (uint32_t i = 0; i < ndim; i++) {

@@ -1,0 +1,65 @@
+/* A test is a function; CHECK records a failure with its place and goes on; main returns check_report(). */
+#ifndef THUNDER_TESTS_CHECK_H
+#define THUNDER_TESTS_CHECK_H
+
+#include "thunder/thunder.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int check_failures, check_count;
+
+#define CHECK(condition)                                                                  \
+    do {                                                                                  \
+        check_count++;                                                                    \
+        if (!(condition)) {                                                               \
+            check_failures++;                                                             \
+            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, __func__, #condition); \
+        }                                                                                 \
+    } while (0)
+
+#define CHECK_TEXT(got, wanted)                                                                                        \
+    do {                                                                                                               \
+        const char *got_ = (got), *wanted_ = (wanted);                                                                 \
+        check_count++;                                                                                                 \
+        if (strcmp(got_, wanted_) != 0) {                                                                              \
+            check_failures++;                                                                                          \
+            fprintf(stderr, "%s:%d: %s:\n--- got\n%s\n--- wanted\n%s\n", __FILE__, __LINE__, __func__, got_, wanted_); \
+        }                                                                                                              \
+    } while (0)
+
+static inline int check_report(const char *name) {
+    printf("%s: %d checks, %d failed\n", name, check_count, check_failures);
+    return check_failures != 0;
+}
+
+/* An allocator that fails at its n-th request (1-based; 0 never) and counts what is live. */
+typedef struct check_alloc {
+    long fail_at, requests, live;
+} check_alloc;
+
+static inline void *check_alloc_fn(void *user, void *ptr, size_t size) {
+    check_alloc *a = user;
+    if (size == 0) {
+        if (ptr) a->live--;
+        free(ptr);
+        return NULL;
+    }
+    if (++a->requests == a->fail_at) return NULL;
+    void *fresh = realloc(ptr, size);
+    if (!ptr && fresh) a->live++;
+    return fresh;
+}
+
+static inline th_trace *check_parse(th_ctx *ctx, const char *text) {
+    th_trace *t = NULL;
+    th_status status = th_trace_parse(ctx, text, strlen(text), &t);
+    if (status == TH_OK) return t;
+    const th_error *e = th_ctx_error(ctx);
+    fprintf(stderr, "parse: %u:%u: %s\n%s\n", e->line, e->column, e->text, text);
+    check_failures++;
+    return NULL;
+}
+
+#endif

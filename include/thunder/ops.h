@@ -39,8 +39,7 @@ typedef struct th_opdef {
     uint8_t effects;    /* TH_FX_*, TH_OPDEF_* */
     uint8_t fusion;     /* th_fusion */
     th_meta_fn meta;
-    const char
-        *functional; /* for TH_OPDEF_INPLACE: dotted name of the functional twin: torch.Tensor.add_ -> torch.add */
+    const char *functional; /* TH_OPDEF_INPLACE: dotted name of the functional twin: torch.Tensor.add_ -> torch.add */
 } th_opdef;
 
 typedef struct th_out {

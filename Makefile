@@ -7,6 +7,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 ARGS ?=
+WERROR ?= OFF
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -83,7 +84,7 @@ coverage-models: $(STAMP)-install
 test: test-c test-py
 
 test-c: $(STAMP)-tools
-	$(CMAKE) -S . -B $(CORE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_DEBUG_CHECKS=ON
+	$(CMAKE) -S . -B $(CORE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_DEBUG_CHECKS=ON -DTHUNDER_WERROR=$(WERROR)
 	$(CMAKE) --build $(CORE) -j $(JOBS)
 	$(BIN)/ctest --test-dir $(CORE) --output-on-failure
 
@@ -91,13 +92,13 @@ test-py: $(STAMP)-install test-c
 	$(BIN)/python -m pytest -q tests/ -m "not slow" $(ARGS)
 
 sanitize: $(STAMP)-tools
-	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON
+	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON -DTHUNDER_WERROR=$(WERROR)
 	$(CMAKE) --build $(SANITIZE) -j $(JOBS)
 	$(BIN)/ctest --test-dir $(SANITIZE) --output-on-failure
 
 FUZZ_SECONDS ?= 20
 fuzz: $(STAMP)-tools
-	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON
+	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON -DTHUNDER_WERROR=$(WERROR)
 	$(CMAKE) --build $(SANITIZE) -j $(JOBS)
 	tools/fuzz.sh $(SANITIZE) $(FUZZ_SECONDS)
 

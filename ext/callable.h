@@ -1,0 +1,70 @@
+/* What thunder.jit returns, seen from below: one object per compiled callable, with its entries. */
+#ifndef THUNDER_CALLABLE_H
+#define THUNDER_CALLABLE_H
+
+#include "capture.h"
+#include "guards.h"
+#include "structure.h"
+
+#include "runtime/plan.h"
+
+typedef struct thx_ambient { /* state around a call that changes what operations mean */
+    bool grad, inference, autocast;
+    bool autocast_cpu, autocast_gpu;
+    PyObject *default_dtype, *cpu_dtype, *gpu_dtype; /* immortal objects of torch: borrowed */
+} thx_ambient;
+
+typedef struct thx_write { /* a write to the module tree, replayed after each run */
+    PyObject *dict, *key; /* owned */
+    PyObject *constant;   /* owned, or NULL: the value of an output */
+    uint32_t slot;
+} thx_write;
+
+typedef struct thx_entry { /* one compiled program of a callable */
+    thx_ambient ambient;
+    Py_ssize_t npositional;
+    PyObject *kwnames; /* owned or NULL */
+    uint32_t nargs;
+    thx_spec *args;    /* nargs */
+    thx_guards *guards;
+    uint64_t generation; /* of the guards, when `roots` was filled */
+    th_trace *captured, *final;
+    th_plan *plan;
+    th_slot *roots;      /* nroots filled slots: the template of a frame */
+    int32_t *root_leaf;  /* by root: argument leaf, or -1 - index of a bound tensor */
+    thx_spec result;
+    uint32_t *result_slots; /* by output leaf */
+    uint32_t nresults;
+    thx_write *writes;
+    uint32_t nwrites;
+    bool writes_inputs;  /* then inputs must not share storage with each other */
+    bool eager;          /* gradients are needed: run the original */
+    bool dead;           /* its guards failed for good */
+    uint64_t hits;
+    double capture_ms, passes_ms, lower_ms;
+    uint32_t nfast, nslow, nqueries, nevals, nshim, nbuiltin;
+    struct thx_entry *next;
+} thx_entry;
+
+typedef struct thx_callable_object {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    thx *x;
+    PyObject *fn, *module, *weakrefs, *dict;
+    PyObject *on_event; /* Python callable for rare things: warnings, fallback decisions */
+    thx_entry *entries; /* most recent first */
+    uint64_t hits, misses, fallbacks, entry_count, calls;
+    uint8_t cache;      /* 0 constant values, 1 no caching, 2 same input */
+    bool fallback_eager;
+    bool warned_grad, warned_modes;
+} thx_callable_object;
+
+/* compile.c: capture, passes, lowering. NULL with an exception (GradNeeded: run eager). */
+thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,
+                       PyObject *kwnames);
+void thx_entry_free(thx *x, thx_entry *entry);
+int thx_callable_init(thx *x, PyObject *module);
+PyObject *thx_trace_object(thx *x, th_trace *t); /* py_trace.c: takes the trace */
+int thx_trace_init(thx *x, PyObject *module);
+
+#endif

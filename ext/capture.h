@@ -1,0 +1,72 @@
+/* The recorder of one capture: from user code running on fakes to a trace and its roots.
+ *
+ * recorder.c keeps what has been seen (objects, values, roots, constants) and runs the user's code;
+ * observer.c holds the two observers that are called for each operation; funcs.c knows the function objects.
+ */
+#ifndef THUNDER_CAPTURE_H
+#define THUNDER_CAPTURE_H
+
+#include "ext.h"
+
+typedef struct thx_cell { /* of the recorder's pointer-keyed table */
+    PyObject *key;        /* owned: a fake, or a real tensor */
+    PyObject *fake;       /* for a real tensor: its fake (owned); NULL for a fake */
+    th_val value;         /* for a fake: the value it stands for now */
+} thx_cell;
+
+typedef struct thx_root { /* an input of the trace and where a call finds it */
+    th_val value;
+    PyObject *real;       /* owned: the tensor seen at capture */
+    int32_t leaf;         /* index among the tensors of the arguments; -1: not an argument */
+    PyObject *dict, *key; /* owned or NULL: dict[key] of the module tree holds it */
+} thx_root;
+
+typedef struct thx_recorder {
+    PyObject_HEAD
+    thx *x;
+    th_trace *t;
+    thx_cell *cells;
+    uint32_t ncells, cap_cells;
+    thx_root *roots;
+    uint32_t nroots, cap_roots;
+    PyObject **consts; /* by value: the real tensor of a value without input roots, once evaluated (owned) */
+    uint32_t nconsts;
+    PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
+    PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
+    PyObject **inputs; /* fakes of the operation being recorded (borrowed) */
+    uint32_t ninputs, cap_inputs;
+    bool real_inputs;  /* some of them came as real tensors */
+    bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
+    bool saw_random;
+    int depth;         /* above 0: inside an operation that is recorded whole */
+    th_dtype default_dtype;
+    th_dev default_device;
+    uint32_t nfast, nslow, nqueries, nevals;
+} thx_recorder;
+
+/* ---- recorder.c ---- */
+thx_recorder *thx_recorder_new(thx *x, PyObject *params);
+/* Register an argument's tensor before the run: its fake (borrowed). */
+PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf);
+thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor); /* of a fake or a real tensor, made when new; NULL with an exception */
+th_val thx_recorder_value(void *recorder, PyObject *tensor);    /* 0 with an exception */
+int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind or re-bind a fake */
+int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);
+/* The real tensor of a value that depends on no input: borrowed; NULL without exception when it does depend on one. */
+PyObject *thx_recorder_constant(thx_recorder *r, th_val value);
+PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
+/* Raise CaptureError for the user's current line and remember it; always -1. */
+int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
+void thx_user_line(thx *x, th_str *file, uint32_t *line);
+int thx_recorder_init(thx *x, PyObject *module);
+
+/* ---- observer.c ---- */
+PyObject *thx_torch_function(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs);
+PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t nargs);   /* of the fakes */
+PyObject *thx_watch_dispatch(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs); /* mode: notes random kernels */
+
+/* ---- funcs.c ---- */
+const thx_func *thx_func_find(thx *x, PyObject *function); /* NULL with an exception */
+void thx_funcs_free(thx *x);
+
+#endif

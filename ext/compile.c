@@ -1,0 +1,380 @@
+/* A miss: capture, effects on the module tree, passes, lowering. */
+#include "callable.h"
+#include "lower.h"
+
+#include <string.h>
+#include <time.h>
+
+static double now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+}
+
+void thx_entry_free(thx *x, thx_entry *e) {
+    if (!e)
+        return;
+    for (uint32_t i = 0; i < e->nargs; i++)
+        thx_spec_fini(&e->args[i]);
+    PyMem_Free(e->args);
+    Py_XDECREF(e->kwnames);
+    thx_guards_free(x, e->guards);
+    th_trace_free(e->captured);
+    th_trace_free(e->final);
+    th_plan_free(e->plan);
+    PyMem_Free(e->roots);
+    PyMem_Free(e->root_leaf);
+    thx_spec_fini(&e->result);
+    PyMem_Free(e->result_slots);
+    for (uint32_t i = 0; i < e->nwrites; i++) {
+        Py_XDECREF(e->writes[i].dict);
+        Py_XDECREF(e->writes[i].key);
+        Py_XDECREF(e->writes[i].constant);
+    }
+    PyMem_Free(e->writes);
+    PyMem_Free(e);
+}
+
+typedef struct compile {
+    thx_callable_object *c;
+    thx *x;
+    thx_entry *e;
+    thx_recorder *r;
+    thx_leaves leaves;   /* real tensors of the arguments */
+    PyObject *fake_args, *fake_kwargs;
+    PyObject *result;    /* what the user's code returned */
+    thx_leaves outputs;  /* tensors in it */
+    th_val *values;      /* values of outputs, then of writes */
+    uint32_t nvalues;
+} compile;
+
+/* ---- arguments ---- */
+
+static int describe_args(compile *k, PyObject *const *args, Py_ssize_t npositional, PyObject *kwnames) {
+    thx_entry *e = k->e;
+    e->npositional = npositional;
+    e->kwnames = Py_XNewRef(kwnames);
+    e->nargs = (uint32_t)(npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0));
+    e->args = PyMem_Calloc(e->nargs + 1, sizeof *e->args);
+    if (!e->args)
+        return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < e->nargs; i++)
+        if (thx_spec_init(k->x, &e->args[i], args[i], true, &k->leaves) < 0)
+            return -1;
+    return 0;
+}
+
+static bool wants_grad(compile *k) {
+    for (uint32_t i = 0; i < k->leaves.count; i++) {
+        PyObject *flag = k->x->requires_grad_get(k->leaves.items[i], k->x->requires_grad_closure);
+        PyErr_Clear();
+        Py_XDECREF(flag);
+        if (flag == Py_True)
+            return true;
+    }
+    return thx_guards_need_grad(k->x, k->e->guards);
+}
+
+static PyObject *fake_leaf(void *user, uint32_t leaf) {
+    compile *k = user;
+    return Py_XNewRef(thx_recorder_argument(k->r, k->leaves.items[leaf], leaf));
+}
+
+static int build_fake_args(compile *k) {
+    thx_entry *e = k->e;
+    k->fake_args = PyTuple_New(e->npositional);
+    k->fake_kwargs = PyDict_New();
+    if (!k->fake_args || !k->fake_kwargs)
+        return -1;
+    for (uint32_t i = 0; i < e->nargs; i++) {
+        PyObject *o = thx_spec_build(k->x, &e->args[i], fake_leaf, k);
+        if (!o)
+            return -1;
+        if (i < e->npositional) {
+            PyTuple_SET_ITEM(k->fake_args, i, o);
+        } else {
+            int rc = PyDict_SetItem(k->fake_kwargs, PyTuple_GET_ITEM(e->kwnames, i - e->npositional), o);
+            Py_DECREF(o);
+            if (rc < 0)
+                return -1;
+        }
+    }
+    return 0;
+}
+
+/* ---- random state ---- */
+
+static PyObject *rng_state(thx *x) { return PyObject_CallNoArgs(x->get_rng_state); }
+
+static int same_rng(compile *k, PyObject *before) {
+    PyObject *after = rng_state(k->x), *same = after ? PyObject_CallFunctionObjArgs(k->x->equal, before, after, NULL) : NULL;
+    Py_XDECREF(after);
+    Py_XDECREF(same);
+    if (!same)
+        return -1;
+    if (same == Py_True)
+        return 0;
+    PyObject *done = PyObject_CallOneArg(k->x->set_rng_state, before);
+    Py_XDECREF(done);
+    return thx_capture_error(k->r, "the random number generator", "it was seeded or advanced while the function was captured",
+                             "call torch.manual_seed and torch.random functions outside the compiled function");
+}
+
+/* ---- effects on the module tree ---- */
+
+static int add_write(compile *k, PyObject *dict, PyObject *key, PyObject *constant, th_val value) {
+    thx_entry *e = k->e;
+    thx_write *writes = PyMem_Realloc(e->writes, sizeof *writes * (e->nwrites + 1));
+    if (!writes)
+        return PyErr_NoMemory(), -1;
+    e->writes = writes;
+    writes[e->nwrites++] = (thx_write){Py_NewRef(dict), Py_NewRef(key), Py_XNewRef(constant), value};
+    return 0;
+}
+
+static bool is_plain(PyObject *o) {
+    return o == Py_None || PyBool_Check(o) || PyLong_CheckExact(o) || PyFloat_CheckExact(o) || PyUnicode_CheckExact(o);
+}
+
+typedef struct effects { compile *k; int rc; } effects;
+
+/* One changed key of a watched dictionary: tensors and plain constants are replayed, the rest is refused. */
+static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before, PyObject *after) {
+    compile *k = user;
+    char text[200];
+    PyObject *name = PyObject_Repr(key);
+    snprintf(text, sizeof text, "a write to the attribute or key %.120s", name ? PyUnicode_AsUTF8(name) : "?");
+    Py_XDECREF(name);
+    (void)before;
+    if (after && thx_is_tensor(k->x, after)) {
+        thx_cell *cell = thx_recorder_cell(k->r, after);
+        if (!cell)
+            return -1;
+        th_val value = cell->value;
+        return add_write(k, dict, key, NULL, value);
+    }
+    if (after && is_plain(after))
+        return add_write(k, dict, key, after, 0);
+    return thx_capture_error(k->r, text, "this change of the module's state cannot be replayed",
+                             "keep such state outside forward, or pass it in and return it");
+}
+
+/* ---- outputs ---- */
+
+static int collect_outputs(compile *k) {
+    thx_entry *e = k->e;
+    if (thx_spec_init(k->x, &e->result, k->result, false, &k->outputs) < 0)
+        return -1;
+    e->nresults = k->outputs.count;
+    k->values = PyMem_Calloc(e->nresults + e->nwrites + 1, sizeof *k->values);
+    if (!k->values)
+        return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < e->nresults; i++) {
+        thx_cell *cell = thx_recorder_cell(k->r, k->outputs.items[i]);
+        if (!cell)
+            return -1;
+        if (cell->fake && !(cell = thx_recorder_cell(k->r, cell->fake)))
+            return -1;
+        k->values[k->nvalues++] = cell->value;
+    }
+    for (uint32_t i = 0; i < e->nwrites; i++)
+        if (!e->writes[i].constant)
+            k->values[k->nvalues++] = e->writes[i].slot; /* still a value */
+    th_trace *t = k->r->t;
+    th_node *nodes = PyMem_Calloc(k->nvalues + 1, sizeof *nodes);
+    if (!nodes)
+        return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < k->nvalues; i++)
+        nodes[i] = th_node_value(t, k->values[i]);
+    t->result = k->nvalues == 1 ? nodes[0] : th_node_seq(t, TH_N_TUPLE, k->nvalues, nodes);
+    PyMem_Free(nodes);
+    return thx_check(k->x, th_trace_status(t));
+}
+
+/* ---- capture ---- */
+
+static int check_arguments_unchanged(compile *k) {
+    thx_leaves fakes;
+    thx_leaves_init(&fakes);
+    int rc = 0;
+    for (uint32_t i = 0; i < k->e->nargs && rc == 0; i++) {
+        PyObject *o = i < k->e->npositional
+                          ? PyTuple_GET_ITEM(k->fake_args, i)
+                          : PyDict_GetItem(k->fake_kwargs, PyTuple_GET_ITEM(k->e->kwnames, i - k->e->npositional));
+        if (!thx_spec_unchanged(k->x, &k->e->args[i], o, &fakes, k->r))
+            rc = thx_capture_error(k->r, "a write to a list, dictionary or object passed as an argument",
+                                   "changes of arguments other than tensors are not replayed",
+                                   "return the new value instead");
+    }
+    thx_leaves_fini(&fakes);
+    return rc;
+}
+
+static int capture(compile *k) {
+    thx *x = k->x;
+    PyObject *params = k->c->module ? thx_guards_params(x, k->c->module) : NULL;
+    if (k->c->module && !params)
+        return -1;
+    k->r = thx_recorder_new(x, params);
+    Py_XDECREF(params);
+    if (!k->r || build_fake_args(k) < 0)
+        return -1;
+    PyObject *before = rng_state(x), *cache = NULL;
+    if (!before)
+        return -1;
+    int rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
+    Py_XDECREF(cache);
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
+    if (rc < 0)
+        PyErr_Fetch(&type, &value, &trace);
+    int undone = thx_guards_restore(x, k->e->guards, rc < 0 ? NULL : on_change, k);
+    if (rc < 0) {
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+    } else if (undone < 0 || same_rng(k, before) < 0 || check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0) {
+        rc = -1;
+    }
+    Py_DECREF(before);
+    return rc;
+}
+
+/* ---- roots ---- */
+
+static int bind_roots(compile *k) {
+    thx_entry *e = k->e;
+    thx *x = k->x;
+    const th_trace *t = e->final;
+    uint32_t bound = 0;
+    e->roots = PyMem_Calloc(t->ninputs + 1, sizeof *e->roots);
+    e->root_leaf = PyMem_Calloc(t->ninputs + 1, sizeof *e->root_leaf);
+    if (!e->roots || !e->root_leaf)
+        return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < t->ninputs; i++) {
+        const thx_root *root = NULL; /* passes keep the inputs and their order */
+        for (uint32_t j = 0; j < k->r->nroots && !root; j++)
+            if (k->r->roots[j].value == t->inputs[i])
+                root = &k->r->roots[j];
+        if (!root)
+            return thx_raise(x, TH_EINTERNAL), -1;
+        if (root->leaf >= 0) {
+            e->root_leaf[i] = root->leaf;
+            continue;
+        }
+        if (thx_guards_bind(x, e->guards, root->real, root->dict, root->key) < 0)
+            return -1;
+        e->root_leaf[i] = -1 - (int32_t)bound++;
+        e->roots[i].object = root->real;
+        e->roots[i].handle = x->abi.on ? thx_borrow(&x->abi, root->real) : NULL;
+    }
+    return 0;
+}
+
+static bool writes_inputs(const th_trace *t) {
+    for (th_opref o = 1; o < t->nops; o++)
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
+            const th_value *v = &t->values[t->kids[t->ops[o].writes + i]];
+            if (!v->def)
+                return true;
+            for (uint32_t j = 0; v->alias && j < t->ninputs; j++)
+                if (t->values[t->inputs[j]].alias == v->alias)
+                    return true;
+        }
+    return false;
+}
+
+/* ---- all of it ---- */
+
+static int lower(compile *k) {
+    thx_entry *e = k->e;
+    uint32_t *slot_of = NULL;
+    e->plan = thx_lower(k->x, e->final, &slot_of, &e->nshim, &e->nbuiltin);
+    if (!e->plan)
+        return -1;
+    e->result_slots = PyMem_Calloc(e->nresults + 1, sizeof *e->result_slots);
+    if (!e->result_slots) {
+        PyMem_Free(slot_of);
+        return PyErr_NoMemory(), -1;
+    }
+    /* The result's nodes hold the values as the passes left them, outputs first, then writes. */
+    const th_trace *t = e->final;
+    const th_node_data *result = &t->nodes[t->result];
+    uint32_t at = 0;
+    for (uint32_t i = 0; i < k->nvalues; i++) {
+        th_node node = k->nvalues == 1 ? t->result : t->kids[result->u.kids + i];
+        uint32_t slot = slot_of[t->nodes[node].u.ref];
+        if (i < e->nresults) {
+            e->result_slots[i] = slot;
+        } else {
+            while (e->writes[at].constant)
+                at++;
+            e->writes[at++].slot = slot;
+        }
+    }
+    PyMem_Free(slot_of);
+    return bind_roots(k);
+}
+
+static int run_passes(compile *k) {
+    thx_entry *e = k->e;
+    if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0)
+        return -1;
+    e->final = k->r->t;
+    k->r->t = NULL;
+    th_fuel fuel = {.left = -1};
+    int rc = thx_check(k->x, th_pipeline_run(e->final, k->x->passes, &fuel, TH_VERIFY_PASSES, NULL, NULL));
+    return rc;
+}
+
+thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,
+                       PyObject *kwnames) {
+    thx *x = c->x;
+    compile k = {.c = c, .x = x, .e = PyMem_Calloc(1, sizeof(thx_entry))};
+    if (!k.e)
+        return (thx_entry *)PyErr_NoMemory();
+    k.e->ambient = *ambient;
+    thx_leaves_init(&k.leaves);
+    thx_leaves_init(&k.outputs);
+    double start = now_ms(), captured = 0, passed = 0;
+    int rc = describe_args(&k, args, npositional, kwnames);
+    if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module)))
+        rc = -1;
+    if (rc == 0 && ambient->grad && wants_grad(&k)) {
+        PyErr_SetString(x->GradNeeded, "gradients are needed");
+        rc = -1;
+    }
+    rc = rc == 0 ? capture(&k) : rc;
+    captured = now_ms();
+    if (rc == 0)
+        rc = run_passes(&k);
+    passed = now_ms();
+    if (rc == 0)
+        rc = lower(&k);
+    if (rc == 0) {
+        thx_entry *e = k.e;
+        e->writes_inputs = writes_inputs(e->final);
+        e->generation = thx_guards_generation(e->guards);
+        e->capture_ms = captured - start;
+        e->passes_ms = passed - captured;
+        e->lower_ms = now_ms() - passed;
+        e->nfast = k.r->nfast;
+        e->nslow = k.r->nslow;
+        e->nqueries = k.r->nqueries;
+        e->nevals = k.r->nevals;
+        x->captures++;
+    }
+    thx_leaves_fini(&k.leaves);
+    thx_leaves_fini(&k.outputs);
+    PyMem_Free(k.values);
+    Py_XDECREF(k.result);
+    Py_XDECREF(k.fake_args);
+    Py_XDECREF(k.fake_kwargs);
+    Py_XDECREF((PyObject *)k.r);
+    if (rc < 0) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        thx_entry_free(x, k.e);
+        PyErr_Restore(type, value, trace);
+        return NULL;
+    }
+    return k.e;
+}

@@ -1,0 +1,113 @@
+/* What the rooms of the extension share: the module state `thx`, conversions, and each room's entry points.
+ *
+ * All state hangs on one `thx`, made at import and passed as the first argument; there are no file-scope variables.
+ * Functions that return PyObject * follow CPython's conventions (new reference, NULL with an exception); functions that
+ * return int give 0 or -1 with an exception unless they say otherwise.
+ */
+#ifndef THUNDER_EXT_H
+#define THUNDER_EXT_H
+
+#include "torchabi.h"
+
+#include "runtime/plan.h"
+#include "thunder/thunder.h"
+
+#include <structmember.h>
+
+#ifdef TH_DEBUG
+#define TH_VERIFY_PASSES true
+#else
+#define TH_VERIFY_PASSES false
+#endif
+
+typedef enum thx_func_kind {
+    THX_FUNC_RECORD = 1,
+    THX_FUNC_QUERY,  /* asks about metadata: run on the fake */
+    THX_FUNC_DATA,   /* asks for values */
+    THX_FUNC_SKIP,   /* switches a mode: run, not recorded */
+    THX_FUNC_REFUSE, /* cannot be captured */
+} thx_func_kind;
+typedef struct thx_func { /* what is known about a torch function object: funcs.c */
+    PyObject *key;        /* owned */
+    th_str callee;        /* 0: no importable name */
+    const th_opdef *def;
+    uint8_t kind;
+    bool random;
+} thx_func;
+
+typedef struct thx_names { /* interned attribute names */
+    PyObject *torch_function, *torch_dispatch, *dict, *class_, *device, *enter, *exit, *self, *name, *module, *qualname,
+        *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped;
+} thx_names;
+
+typedef struct thx {
+    thx_abi abi;
+    PyObject *module; /* borrowed: the state lives in it */
+    th_ctx *ctx;
+    th_catalog *catalog;
+    thx_names n;
+    PyObject *torch, *torch_c, *functional;
+    PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat, *NnModule, *NumpyGeneric;
+    PyTypeObject *Callable, *Trace, *Observer, *Recorder;
+    PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
+    PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
+    PyObject *dtype_objects[TH_DTYPE_COUNT];
+    PyObject *fake_classes;  /* dict: device -> subclass of FakeTensor */
+    PyObject *fake_mode;     /* the FakeTensorMode, made when first needed */
+    PyObject *make_subclass, *empty_strided, *fake_kwnames, *elem_kwnames, *meta_device;
+    PyObject *callables; /* dict: dotted name -> callable, for plans and evaluation */
+    thx_func *funcs; /* by identity of the function object: funcs.c */
+    uint32_t nfuncs, cap_funcs;
+    thx_func transient; /* description of a function without importable name; valid until the next look-up */
+    PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
+    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *get_rng_state, *set_rng_state, *equal;
+    PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
+    getter version_get, requires_grad_get;
+    void *version_closure, *requires_grad_closure;
+    PyObject *active;     /* the Recorder of the capture in progress, or NULL (borrowed) */
+    PyObject *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch;
+    int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
+    PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
+    uint64_t captures;
+    const char *passes; /* the pipeline; NULL: the default one */
+} thx;
+
+/* ---- raise.c: the only room that turns a core error into an exception ---- */
+PyObject *thx_raise(thx *x, th_status status);         /* always NULL */
+int thx_check(thx *x, th_status status);               /* 0, or -1 with the exception */
+
+/* ---- convert.c ---- */
+enum { THX_MAX_RANK = 64 };
+typedef struct thx_meta {
+    th_dtype dtype;
+    th_dev device;
+    int64_t ndim, offset;
+    int64_t shape[THX_MAX_RANK], stride[THX_MAX_RANK];
+    bool requires_grad;
+} thx_meta;
+static inline bool thx_is_tensor(const thx *x, PyObject *o) { return PyObject_TypeCheck(o, x->Tensor); }
+int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *meta);
+th_typeref thx_meta_type(thx *x, const thx_meta *meta);
+th_dev thx_device_ref(thx *x, PyObject *device);
+PyObject *thx_device_object(thx *x, th_dev device);
+th_dtype thx_dtype_ref(thx *x, PyObject *dtype);
+
+/* Tensors become what `tensor` answers: a value (0: error set). Foreign objects become opaque entries. 0 on error. */
+typedef th_val (*thx_tensor_fn)(void *user, PyObject *tensor);
+th_node thx_to_node(thx *x, th_trace *t, PyObject *object, thx_tensor_fn tensor, void *user);
+/* The inverse: values come from `value` (new reference). */
+typedef PyObject *(*thx_value_fn)(void *user, th_val value);
+PyObject *thx_from_node(thx *x, const th_trace *t, th_node node, thx_value_fn value, void *user);
+PyObject *thx_callable(thx *x, const th_trace *t, const th_op *op); /* borrowed */
+extern const th_opaque_vtable thx_opaque_vtable;
+
+/* ---- fake.c ---- */
+PyObject *thx_fake(thx *x, th_typeref type);       /* a fresh fake of that type */
+PyObject *thx_fake_class(thx *x, PyObject *device); /* borrowed */
+PyObject *thx_fake_adopt(thx *x, PyObject *fake);   /* give a plain FakeTensor our class; borrowed argument, 0/-1 style */
+bool thx_is_fake(const thx *x, PyObject *o);
+PyObject *thx_fake_mode(thx *x); /* borrowed */
+int thx_fake_init(thx *x, PyObject *module);
+
+
+#endif

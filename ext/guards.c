@@ -1,0 +1,605 @@
+/* Guards over the module tree: dictionaries, containers, object types, and the tensors bound from it.
+ *
+ * Python 3.11 stamps each dictionary with a version that changes at every write, so a check compares numbers. Later
+ * versions call a watcher instead, which counts events. Either way a changed dictionary is then compared with a copy
+ * made at capture (identity, then value for numbers and strings): what did not change in effect costs one comparison.
+ * The guards own references to all they watch.
+ */
+#include "guards.h"
+
+#include <string.h>
+
+#if PY_VERSION_HEX < 0x030C0000
+#define HAVE_VERSION_TAGS 1
+#else
+#define HAVE_VERSION_TAGS 0
+/* CPython's watcher callback carries no user pointer: the event count is the one mutable file-scope variable. */
+static uint64_t dict_events;
+#endif
+
+typedef struct watch_dict {
+    PyObject *dict, *copy;
+    uint64_t tag;
+} watch_dict;
+
+typedef struct watch_sequence { /* list, deque-like or set: length, then elements by identity (sets by equality) */
+    PyObject *object, *copy;
+} watch_sequence;
+
+typedef struct watch_object {
+    PyObject *object;
+    PyTypeObject *type;
+} watch_object;
+
+typedef struct bound {
+    PyObject *dict, *key; /* owned; NULL for a constant */
+    int32_t dtype, device_type, device_index;
+    int64_t ndim, *dims;
+    bool requires_grad;
+} bound;
+
+#define VEC(type) struct { type *items; uint32_t count, cap; }
+
+struct thx_guards {
+    VEC(watch_dict) dicts;
+    VEC(watch_sequence) sequences;
+    VEC(watch_object) objects;
+    VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
+    VEC(bound) bounds;
+    PyObject **live; /* the bound tensors (owned), parallel to bounds: handed out as an array */
+    uint64_t generation, events;
+    char reason[200];
+};
+
+static int reserve(void **items, uint32_t *cap, uint32_t count, size_t size) {
+    if (count < *cap)
+        return 0;
+    uint32_t wanted = *cap ? *cap * 2 : 32;
+    void *grown = PyMem_Realloc(*items, wanted * size);
+    if (!grown)
+        return PyErr_NoMemory(), -1;
+    *items = grown;
+    *cap = wanted;
+    return 0;
+}
+#define RESERVE(vec) reserve((void **)&(vec).items, &(vec).cap, (vec).count, sizeof *(vec).items)
+
+/* ---- version stamps ---- */
+
+#if HAVE_VERSION_TAGS
+static uint64_t tag_of(PyObject *dict) { return ((PyDictObject *)dict)->ma_version_tag; }
+static int watch(thx *x, PyObject *dict) { return (void)x, (void)dict, 0; }
+static void unwatch(thx *x, PyObject *dict) { (void)x, (void)dict; }
+void thx_guards_fini(thx *x) { (void)x; }
+#else
+static uint64_t tag_of(PyObject *dict) { return (void)dict, 0; }
+
+static int on_event(PyDict_WatchEvent event, PyObject *dict, PyObject *key, PyObject *value) {
+    (void)event, (void)dict, (void)key, (void)value;
+    dict_events++;
+    return 0;
+}
+
+static int count_watch(thx *x, PyObject *dict, long by) { /* the number of watches afterwards, or -1 */
+    PyObject *id = PyLong_FromVoidPtr(dict), *old = id ? PyDict_GetItemWithError(x->watch_counts, id) : NULL;
+    long count = (old ? PyLong_AsLong(old) : 0) + by;
+    PyObject *now = id ? PyLong_FromLong(count) : NULL;
+    int rc = !now ? -1 : count > 0 ? PyDict_SetItem(x->watch_counts, id, now) : PyDict_DelItem(x->watch_counts, id);
+    Py_XDECREF(now);
+    Py_XDECREF(id);
+    return rc < 0 ? -1 : (int)count;
+}
+
+static int watch(thx *x, PyObject *dict) {
+    if (x->dict_watcher == -2) { /* 3.13.0 loses events: every check compares contents */
+        x->dict_watcher = Py_Version == 0x030D00F0 ? -1 : PyDict_AddWatcher(on_event);
+        PyErr_Clear();
+    }
+    if (x->dict_watcher < 0)
+        return 0;
+    int count = count_watch(x, dict, 1);
+    return count < 0 ? -1 : count == 1 ? PyDict_Watch(x->dict_watcher, dict) : 0;
+}
+
+static void unwatch(thx *x, PyObject *dict) {
+    if (x->dict_watcher >= 0 && count_watch(x, dict, -1) == 0)
+        (void)PyDict_Unwatch(x->dict_watcher, dict);
+    PyErr_Clear();
+}
+
+void thx_guards_fini(thx *x) {
+    if (x->dict_watcher >= 0)
+        (void)PyDict_ClearWatcher(x->dict_watcher);
+    PyErr_Clear();
+}
+#endif
+
+/* ---- collecting ---- */
+
+static bool is_leaf(thx *x, PyObject *o) {
+    PyTypeObject *t = Py_TYPE(o);
+    return o == Py_None || t == &PyBool_Type || t == &PyLong_Type || t == &PyFloat_Type || t == &PyUnicode_Type ||
+           t == &PyBytes_Type || PyType_Check(o) || PyFunction_Check(o) || PyCFunction_Check(o) || PyModule_Check(o) ||
+           PyMethod_Check(o) || t == x->Dtype || t == x->Device || t == x->Size || PyCode_Check(o);
+}
+
+/* Classes of torch other than modules, loggers and locks hold nothing that a forward's result depends on. */
+static bool is_foreign(thx *x, PyObject *o) {
+    if (PyObject_TypeCheck(o, x->NnModule))
+        return false;
+    PyObject *module = PyObject_GetAttr((PyObject *)Py_TYPE(o), x->n.module);
+    const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
+    bool foreign = strncmp(name, "torch.", 6) == 0 || strcmp(name, "torch") == 0 || strcmp(name, "logging") == 0 ||
+                   strcmp(name, "_thread") == 0 || strcmp(name, "thunder._C") == 0 || strncmp(name, "thunder.", 8) == 0;
+    PyErr_Clear();
+    Py_XDECREF(module);
+    return foreign;
+}
+
+typedef struct walker {
+    thx *x;
+    thx_guards *g;
+    PyObject *seen; /* set of ids */
+} walker;
+
+static int first_visit(walker *w, PyObject *o) {
+    PyObject *id = PyLong_FromVoidPtr(o);
+    int known = id ? PySet_Contains(w->seen, id) : -1;
+    if (known == 0 && PySet_Add(w->seen, id) < 0)
+        known = -1;
+    Py_XDECREF(id);
+    return known < 0 ? -1 : !known;
+}
+
+static int walk(walker *w, PyObject *o, int depth);
+
+static int walk_dict(walker *w, PyObject *dict, int depth) {
+    thx_guards *g = w->g;
+    if (RESERVE(g->dicts) < 0 || watch(w->x, dict) < 0)
+        return -1;
+    PyObject *copy = PyDict_Copy(dict), *key, *value;
+    if (!copy)
+        return -1;
+    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), copy, tag_of(dict)};
+    for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);)
+        if (walk(w, value, depth + 1) < 0)
+            return -1;
+    return 0;
+}
+
+static int walk_sequence(walker *w, PyObject *o, int depth) {
+    thx_guards *g = w->g;
+    PyObject *copy = PyAnySet_Check(o) ? PyFrozenSet_New(o) : PySequence_Tuple(o);
+    if (!copy || RESERVE(g->sequences) < 0)
+        return -1;
+    if (PyTuple_Check(o))
+        Py_DECREF(copy);
+    else
+        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy};
+    if (PyAnySet_Check(o))
+        return 0;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); i++)
+        if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0)
+            return -1;
+    return 0;
+}
+
+static int walk(walker *w, PyObject *o, int depth) {
+    thx_guards *g = w->g;
+    if (is_leaf(w->x, o) || depth > 64)
+        return 0;
+    int fresh = first_visit(w, o);
+    if (fresh <= 0)
+        return fresh;
+    if (thx_is_tensor(w->x, o)) {
+        if (RESERVE(g->tensors) < 0)
+            return -1;
+        g->tensors.items[g->tensors.count++] = Py_NewRef(o);
+        return 0;
+    }
+    if (PyDict_Check(o) && walk_dict(w, o, depth) < 0)
+        return -1;
+    if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o))
+        return walk_sequence(w, o, depth);
+    if (is_foreign(w->x, o))
+        return 0;
+    PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
+    if (!dict || !PyDict_Check(dict)) {
+        PyErr_Clear();
+        Py_XDECREF(dict);
+        return 0;
+    }
+    int rc = RESERVE(g->objects);
+    if (rc == 0) {
+        g->objects.items[g->objects.count++] = (watch_object){Py_NewRef(o), Py_TYPE(o)};
+        fresh = first_visit(w, dict);
+        rc = fresh == 1 ? walk_dict(w, dict, depth) : fresh;
+    }
+    Py_DECREF(dict);
+    return rc;
+}
+
+static int walk_global_hooks(walker *w) {
+    static const char *const names[] = {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
+                                        "_global_backward_pre_hooks", "_global_forward_hooks_always_called", NULL};
+    PyObject *module = PyImport_ImportModule("torch.nn.modules.module");
+    if (!module)
+        return -1;
+    int rc = 0;
+    for (int i = 0; names[i] && rc == 0; i++) {
+        PyObject *hooks = PyObject_GetAttrString(module, names[i]);
+        PyErr_Clear();
+        if (hooks && PyDict_Check(hooks) && first_visit(w, hooks) == 1)
+            rc = walk_dict(w, hooks, 0);
+        Py_XDECREF(hooks);
+    }
+    Py_DECREF(module);
+    return rc;
+}
+
+thx_guards *thx_guards_new(thx *x, PyObject *root) {
+    thx_guards *g = PyMem_Calloc(1, sizeof *g);
+    walker w = {x, g, PySet_New(NULL)};
+    if (!g || !w.seen || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0)) {
+        if (!PyErr_Occurred())
+            PyErr_NoMemory();
+        thx_guards_free(x, g);
+        g = NULL;
+    }
+    Py_XDECREF(w.seen);
+#if !HAVE_VERSION_TAGS
+    if (g)
+        g->events = dict_events;
+#endif
+    return g;
+}
+
+void thx_guards_free(thx *x, thx_guards *g) {
+    if (!g)
+        return;
+    for (uint32_t i = 0; i < g->dicts.count; i++) {
+        unwatch(x, g->dicts.items[i].dict);
+        Py_DECREF(g->dicts.items[i].dict);
+        Py_DECREF(g->dicts.items[i].copy);
+    }
+    for (uint32_t i = 0; i < g->sequences.count; i++) {
+        Py_DECREF(g->sequences.items[i].object);
+        Py_DECREF(g->sequences.items[i].copy);
+    }
+    for (uint32_t i = 0; i < g->objects.count; i++)
+        Py_DECREF(g->objects.items[i].object);
+    for (uint32_t i = 0; i < g->tensors.count; i++)
+        Py_DECREF(g->tensors.items[i]);
+    for (uint32_t i = 0; i < g->bounds.count; i++) {
+        Py_XDECREF(g->bounds.items[i].dict);
+        Py_XDECREF(g->bounds.items[i].key);
+        PyMem_Free(g->bounds.items[i].dims);
+        Py_XDECREF(g->live[i]);
+    }
+    PyMem_Free(g->dicts.items);
+    PyMem_Free(g->sequences.items);
+    PyMem_Free(g->objects.items);
+    PyMem_Free(g->tensors.items);
+    PyMem_Free(g->bounds.items);
+    PyMem_Free(g->live);
+    PyMem_Free(g);
+}
+
+/* ---- parameter places ---- */
+
+PyObject *thx_guards_params(thx *x, PyObject *root) {
+    PyObject *places = PyDict_New(), *named = PyObject_CallMethod(root, "named_modules", NULL), *pair;
+    if (!places || !named)
+        goto fail;
+    PyObject *iterator = PyObject_GetIter(named);
+    while (iterator && (pair = PyIter_Next(iterator))) {
+        static const char *const kinds[] = {"_parameters", "_buffers"};
+        PyObject *prefix = PyTuple_GetItem(pair, 0), *module = PyTuple_GetItem(pair, 1);
+        for (int k = 0; k < 2; k++) {
+            PyObject *dict = PyObject_GetAttrString(module, kinds[k]), *key, *value;
+            for (Py_ssize_t at = 0; dict && PyDict_Check(dict) && PyDict_Next(dict, &at, &key, &value);) {
+                if (!thx_is_tensor(x, value))
+                    continue;
+                PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key)
+                                                              : PyObject_Str(key);
+                PyObject *place = name ? PyTuple_Pack(3, dict, key, name) : NULL;
+                PyObject *id = PyLong_FromVoidPtr(value);
+                if (place && id)
+                    PyDict_SetDefault(places, id, place);
+                Py_XDECREF(id);
+                Py_XDECREF(place);
+                Py_XDECREF(name);
+            }
+            PyErr_Clear();
+            Py_XDECREF(dict);
+        }
+        Py_DECREF(pair);
+    }
+    Py_XDECREF(iterator);
+    Py_DECREF(named);
+    if (PyErr_Occurred())
+        Py_CLEAR(places);
+    return places;
+fail:
+    Py_XDECREF(places);
+    Py_XDECREF(named);
+    return NULL;
+}
+
+/* ---- bound tensors ---- */
+
+static int read_bound(thx *x, PyObject *tensor, bound *b) {
+    thx_meta m;
+    if (thx_read_meta(x, tensor, false, &m) < 0)
+        return -1;
+    b->ndim = m.ndim;
+    b->requires_grad = m.requires_grad;
+    b->dims = PyMem_Malloc(sizeof(int64_t) * (size_t)(2 * m.ndim + 1));
+    if (!b->dims)
+        return PyErr_NoMemory(), -1;
+    memcpy(b->dims, m.shape, sizeof(int64_t) * (size_t)m.ndim);
+    memcpy(b->dims + m.ndim, m.stride, sizeof(int64_t) * (size_t)m.ndim);
+    b->dtype = (int32_t)m.dtype;
+    b->device_type = (int32_t)m.device;
+    if (x->abi.on) {
+        th_h h = thx_borrow(&x->abi, tensor);
+        x->abi.aoti_torch_get_dtype(h, &b->dtype);
+        x->abi.aoti_torch_get_device_type(h, &b->device_type);
+        x->abi.aoti_torch_get_device_index(h, &b->device_index);
+    }
+    return 0;
+}
+
+static bool bound_holds(thx *x, PyObject *tensor, const bound *b) {
+    const thx_abi *abi = &x->abi;
+    if (!abi->on) {
+        bound now = {0};
+        bool same = read_bound(x, tensor, &now) == 0 && now.ndim == b->ndim && now.dtype == b->dtype &&
+                    now.device_type == b->device_type && now.requires_grad == b->requires_grad &&
+                    memcmp(now.dims, b->dims, sizeof(int64_t) * (size_t)(2 * b->ndim)) == 0;
+        PyErr_Clear();
+        PyMem_Free(now.dims);
+        return same;
+    }
+    th_h h = thx_borrow(abi, tensor);
+    int64_t ndim, *sizes, *strides;
+    int32_t dtype, device_type, device_index;
+    if (abi->aoti_torch_get_dim(h, &ndim) || ndim != b->ndim || abi->aoti_torch_get_dtype(h, &dtype) ||
+        dtype != b->dtype || abi->aoti_torch_get_device_type(h, &device_type) || device_type != b->device_type ||
+        abi->aoti_torch_get_device_index(h, &device_index) || device_index != b->device_index ||
+        abi->aoti_torch_get_sizes(h, &sizes) || abi->aoti_torch_get_strides(h, &strides))
+        return false;
+    int64_t *want = b->dims;
+    for (int64_t i = 0; i < ndim; i++)
+        if (sizes[i] != want[i] || strides[i] != want[ndim + i])
+            return false;
+    int grad = thx_requires_grad(abi, tensor);
+    return (grad > 0) == b->requires_grad || grad < 0;
+}
+
+int thx_guards_bind(thx *x, thx_guards *g, PyObject *tensor, PyObject *dict, PyObject *key) {
+    if (RESERVE(g->bounds) < 0)
+        return -1;
+    PyObject **live = PyMem_Realloc(g->live, sizeof *live * (g->bounds.count + 1));
+    if (!live)
+        return PyErr_NoMemory(), -1;
+    g->live = live;
+    bound b = {.dict = NULL};
+    if (read_bound(x, tensor, &b) < 0)
+        return -1;
+    b.dict = Py_XNewRef(dict);
+    b.key = Py_XNewRef(key);
+    live[g->bounds.count] = Py_NewRef(tensor);
+    g->bounds.items[g->bounds.count++] = b;
+    return 0;
+}
+
+uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
+    *tensors = g->live;
+    return g->bounds.count;
+}
+uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
+const char *thx_guards_reason(const thx_guards *g) { return g->reason; }
+
+bool thx_guards_need_grad(const thx *x, const thx_guards *g) {
+    for (uint32_t i = 0; i < g->tensors.count; i++) {
+        int grad = thx_requires_grad(&x->abi, g->tensors.items[i]);
+        if (grad < 0) {
+            PyObject *flag = x->requires_grad_get(g->tensors.items[i], x->requires_grad_closure);
+            grad = flag == Py_True;
+            Py_XDECREF(flag);
+        }
+        if (grad)
+            return true;
+    }
+    return false;
+}
+
+/* ---- checking ---- */
+
+static bool same_value(PyObject *a, PyObject *b) {
+    if (a == b)
+        return true;
+    PyTypeObject *t = Py_TYPE(a);
+    if (t != Py_TYPE(b))
+        return false;
+    if (t == &PyFloat_Type) {
+        double p = PyFloat_AS_DOUBLE(a), q = PyFloat_AS_DOUBLE(b);
+        return memcmp(&p, &q, sizeof p) == 0;
+    }
+    return (t == &PyLong_Type || t == &PyUnicode_Type || t == &PyBytes_Type) && PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+}
+
+/* A tensor bound from dict[key] was replaced: take the new one when it is of the same kind. */
+static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObject *old, PyObject *now) {
+    if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old))
+        return false;
+    bool found = false;
+    for (uint32_t i = 0; i < g->bounds.count; i++) {
+        bound *b = &g->bounds.items[i];
+        if (g->live[i] != old)
+            continue;
+        if (b->dict != dict || !same_value(b->key, key) || !bound_holds(x, now, b))
+            return false;
+        Py_SETREF(g->live[i], Py_NewRef(now));
+        found = true;
+    }
+    for (uint32_t i = 0; found && i < g->tensors.count; i++)
+        if (g->tensors.items[i] == old)
+            Py_SETREF(g->tensors.items[i], Py_NewRef(now));
+    g->generation += found;
+    return found;
+}
+
+static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
+    PyObject *key, *old;
+    if (PyDict_GET_SIZE(w->dict) == PyDict_GET_SIZE(w->copy)) {
+        Py_ssize_t at = 0;
+        while (PyDict_Next(w->copy, &at, &key, &old)) {
+            PyObject *now = PyDict_GetItemWithError(w->dict, key);
+            if (!now || (!same_value(old, now) && !rebind(x, g, w->dict, key, old, now)))
+                break;
+            if (now != old) {
+                Py_INCREF(now);
+                PyDict_SetItem(w->copy, key, now); /* same keys: the iteration stays valid */
+                Py_DECREF(now);
+            }
+            key = NULL;
+        }
+        if (!key || !PyDict_GET_SIZE(w->copy)) {
+            w->tag = tag_of(w->dict);
+            return true;
+        }
+        PyObject *text = PyObject_Repr(key);
+        const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
+        snprintf(g->reason, sizeof g->reason, "the value of %.100s changed", utf8 ? utf8 : "a key");
+        PyErr_Clear();
+        Py_XDECREF(text);
+        return false;
+    }
+    snprintf(g->reason, sizeof g->reason, "a dictionary went from %zd to %zd entries", PyDict_GET_SIZE(w->copy),
+             PyDict_GET_SIZE(w->dict));
+    PyErr_Clear();
+    return false;
+}
+
+static bool sequence_holds(const watch_sequence *w) {
+    if (PyAnySet_Check(w->object)) {
+        Py_ssize_t n = PySet_GET_SIZE(w->object);
+        return n == PySet_GET_SIZE(w->copy) && (!n || PyObject_RichCompareBool(w->object, w->copy, Py_EQ) == 1);
+    }
+    Py_ssize_t n = PySequence_Fast_GET_SIZE(w->object);
+    if (n != PyTuple_GET_SIZE(w->copy))
+        return false;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (!same_value(PySequence_Fast_ITEMS(w->object)[i], PyTuple_GET_ITEM(w->copy, i)))
+            return false;
+    return true;
+}
+
+int thx_guards_check(thx *x, thx_guards *g) {
+#if HAVE_VERSION_TAGS
+    for (uint32_t i = 0; i < g->dicts.count; i++)
+        if (tag_of(g->dicts.items[i].dict) != g->dicts.items[i].tag && !dict_holds(x, g, &g->dicts.items[i]))
+            return 0;
+#else
+    if (x->dict_watcher < 0 || g->events != dict_events) {
+        uint64_t events = dict_events;
+        for (uint32_t i = 0; i < g->dicts.count; i++)
+            if (!dict_holds(x, g, &g->dicts.items[i]))
+                return 0;
+        g->events = events;
+    }
+#endif
+    for (uint32_t i = 0; i < g->objects.count; i++)
+        if (Py_TYPE(g->objects.items[i].object) != g->objects.items[i].type) {
+            snprintf(g->reason, sizeof g->reason, "an object of type %.100s changed its class",
+                     g->objects.items[i].type->tp_name);
+            return 0;
+        }
+    for (uint32_t i = 0; i < g->sequences.count; i++)
+        if (!sequence_holds(&g->sequences.items[i])) {
+            snprintf(g->reason, sizeof g->reason, "a list or set of the module changed");
+            return 0;
+        }
+    for (uint32_t i = 0; i < g->bounds.count; i++)
+        if (!bound_holds(x, g->live[i], &g->bounds.items[i])) {
+            snprintf(g->reason, sizeof g->reason, "a parameter or buffer changed its shape, strides, dtype, device or "
+                                                  "requires_grad");
+            return 0;
+        }
+    return 1;
+}
+
+/* ---- effects of a capture ---- */
+
+static int tell_changes(const watch_dict *w, thx_change_fn changed, void *user) {
+    PyObject *key, *now, *old;
+    PyObject *after = PyDict_Copy(w->dict);
+    if (!after)
+        return -1;
+    int rc = 0;
+    for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(after, &at, &key, &now);) {
+        old = PyDict_GetItemWithError(w->copy, key);
+        if (old != now && !(old && same_value(old, now)))
+            rc = changed(user, w->dict, key, old, now);
+    }
+    for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(w->copy, &at, &key, &old);)
+        if (!PyDict_GetItemWithError(after, key))
+            rc = changed(user, w->dict, key, old, NULL);
+    Py_DECREF(after);
+    return rc;
+}
+
+static int put_back_sequence(const watch_sequence *w) {
+    if (PyList_Check(w->object))
+        return PyList_SetSlice(w->object, 0, PyList_GET_SIZE(w->object), w->copy);
+    PyObject *done = PyObject_CallMethod(w->object, "clear", NULL);
+    Py_XDECREF(done);
+    done = done ? PyObject_CallMethod(w->object, "update", "O", w->copy) : NULL;
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user) {
+    int rc = 0;
+    for (uint32_t i = 0; i < g->dicts.count; i++) {
+        watch_dict *w = &g->dicts.items[i];
+        if (HAVE_VERSION_TAGS && tag_of(w->dict) == w->tag)
+            continue;
+        bool differs = PyDict_GET_SIZE(w->dict) != PyDict_GET_SIZE(w->copy);
+        PyObject *key, *old;
+        for (Py_ssize_t at = 0; !differs && PyDict_Next(w->copy, &at, &key, &old);) {
+            PyObject *now = PyDict_GetItemWithError(w->dict, key);
+            differs = !now || !same_value(old, now);
+        }
+        if (differs && changed && rc == 0)
+            rc = tell_changes(w, changed, user);
+        if (differs) {
+            PyObject *type, *value, *trace;
+            PyErr_Fetch(&type, &value, &trace);
+            PyDict_Clear(w->dict);
+            if (PyDict_Update(w->dict, w->copy) < 0)
+                PyErr_Clear();
+            PyErr_Restore(type, value, trace);
+        }
+        w->tag = tag_of(w->dict);
+    }
+    for (uint32_t i = 0; i < g->sequences.count; i++) {
+        const watch_sequence *w = &g->sequences.items[i];
+        if (sequence_holds(w))
+            continue;
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *after = PyList_Check(w->object) ? PySequence_Tuple(w->object) : PyFrozenSet_New(w->object);
+        PyErr_Clear();
+        put_back_sequence(w);
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+        if (changed && rc == 0)
+            rc = changed(user, w->object, Py_None, w->copy, after);
+        Py_XDECREF(after);
+    }
+    (void)x;
+    return rc;
+}

@@ -1,0 +1,37 @@
+/* From a trace to a plan: each operation becomes an instruction by the cheapest road that is known to be right. */
+#ifndef THUNDER_LOWER_H
+#define THUNDER_LOWER_H
+
+#include "ext.h"
+
+#include "runtime/plan.h"
+
+typedef struct thx_instr_data { /* head of every instruction's data */
+    void (*free)(void *data);
+} thx_instr_data;
+
+typedef struct thx_lowering {
+    thx *x;
+    const th_trace *t;
+    th_plan *plan;
+    uint32_t *slots; /* by value; UINT32_MAX: none yet */
+    uint32_t *free_slots, nfree, next_slot;
+    uint32_t nbuiltin, nshim; /* how many instructions took which road */
+} thx_lowering;
+
+/* Slots of trace inputs are 0 .. ninputs-1 in order. slot_of: by value, for the results (caller frees with PyMem_Free). */
+th_plan *thx_lower(thx *x, const th_trace *t, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin);
+uint32_t thx_slot_for(thx_lowering *l, th_val value); /* the slot of a value, assigned when it has none */
+
+/* What a slot holds, as a tensor object (borrowed) or handle (borrowed). */
+PyObject *thx_slot_object(thx *x, th_slot *slot);
+static inline th_h thx_slot_handle(thx *x, th_slot *slot) {
+    if (!slot->handle)
+        slot->handle = thx_borrow(&x->abi, slot->object);
+    return slot->handle;
+}
+
+/* ---- shims.c: 1 lowered, 0 not for this operation, -1 error ---- */
+int thx_lower_shim(thx_lowering *l, th_opref op);
+
+#endif

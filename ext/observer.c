@@ -1,0 +1,568 @@
+/* The two observers of a capture.
+ *
+ * Layer 1 sits on torch's function-mode stack and sees each API-level call (torch.relu, F.linear, Tensor.view, operators,
+ * properties) whole. Its results come from our own meta rule, or from torch's fake kernels when there is none.
+ * Layer 2 is the fakes' __torch_dispatch__: it sees ATen operations that layer 1 was not asked about: TorchScript code,
+ * legacy constructors, code under functorch, and everything under autocast (where the ATen level holds the casts).
+ */
+#include "capture.h"
+
+#include <string.h>
+
+typedef struct call { /* one operation being recorded */
+    thx_recorder *r;
+    const thx_func *f;
+    PyObject *func, *args, *kwargs; /* borrowed; kwargs NULL when empty */
+    th_str callee;
+    const th_opdef *def;
+    th_node anode, knode;
+    bool random;
+} call;
+
+static long version_of(thx *x, PyObject *tensor) {
+    PyObject *v = x->version_get(tensor, x->version_closure);
+    if (!v) { /* inference tensors have none */
+        PyErr_Clear();
+        return -1;
+    }
+    long version = PyLong_AsLong(v);
+    Py_DECREF(v);
+    return version;
+}
+
+/* ---- real tensors in arguments become their fakes ---- */
+
+static PyObject *fakeify(thx_recorder *r, PyObject *o);
+
+static PyObject *fakeify_sequence(thx_recorder *r, PyObject *o) {
+    Py_ssize_t n = PySequence_Fast_GET_SIZE(o);
+    PyObject **items = PySequence_Fast_ITEMS(o);
+    PyObject *result = PyTuple_CheckExact(o) ? PyTuple_New(n) : PyList_New(n);
+    for (Py_ssize_t i = 0; result && i < n; i++) {
+        PyObject *item = fakeify(r, items[i]);
+        if (!item)
+            Py_CLEAR(result);
+        else if (PyTuple_CheckExact(o))
+            PyTuple_SET_ITEM(result, i, item);
+        else
+            PyList_SET_ITEM(result, i, item);
+    }
+    return result;
+}
+
+static PyObject *fakeify_dict(thx_recorder *r, PyObject *o) {
+    PyObject *result = PyDict_New(), *key, *value;
+    Py_ssize_t at = 0;
+    while (result && PyDict_Next(o, &at, &key, &value)) {
+        PyObject *item = fakeify(r, value);
+        if (!item || PyDict_SetItem(result, key, item) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(item);
+    }
+    return result;
+}
+
+static PyObject *fakeify(thx_recorder *r, PyObject *o) {
+    if (thx_is_tensor(r->x, o)) {
+        thx_cell *cell = thx_recorder_cell(r, o);
+        return cell ? Py_NewRef(cell->fake ? cell->fake : o) : NULL;
+    }
+    if (PyTuple_CheckExact(o) || PyList_CheckExact(o))
+        return fakeify_sequence(r, o);
+    if (PyDict_CheckExact(o))
+        return fakeify_dict(r, o);
+    if (PySlice_Check(o)) {
+        PySliceObject *s = (PySliceObject *)o;
+        PyObject *a = fakeify(r, s->start), *b = a ? fakeify(r, s->stop) : NULL, *c = b ? fakeify(r, s->step) : NULL;
+        PyObject *slice = c ? PySlice_New(a, b, c) : NULL;
+        Py_XDECREF(a);
+        Py_XDECREF(b);
+        Py_XDECREF(c);
+        return slice;
+    }
+    return Py_NewRef(o);
+}
+
+/* ---- results become values ---- */
+
+static uint32_t alias_group(th_trace *t, th_val v) {
+    if (!t->values[v].alias)
+        t->values[v].alias = th_trace_alias(t);
+    return t->values[v].alias;
+}
+
+/* Which input shares storage with a fresh output? Sets the value's alias group and offset. */
+static int find_alias(thx_recorder *r, PyObject *out, th_val value, const thx_meta *meta) {
+    thx *x = r->x;
+    for (uint32_t i = 0; i < r->ninputs; i++) {
+        PyObject *pair[] = {NULL, out, r->inputs[i]};
+        PyObject *yes = PyObject_Vectorcall(x->is_alias_of, pair + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        if (!yes)
+            return -1;
+        Py_DECREF(yes);
+        if (yes != Py_True)
+            continue;
+        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
+        thx_meta base;
+        if (!cell || thx_read_meta(x, r->inputs[i], true, &base) < 0)
+            return -1;
+        th_value *source = &r->t->values[cell->value];
+        r->t->values[value].offset = meta->offset - base.offset + source->offset;
+        r->t->values[value].alias = alias_group(r->t, cell->value);
+        return 0;
+    }
+    return 0;
+}
+
+static bool is_input(const thx_recorder *r, PyObject *o) {
+    for (uint32_t i = 0; i < r->ninputs; i++)
+        if (r->inputs[i] == o)
+            return true;
+    return false;
+}
+
+static th_node none_node(thx_recorder *r) { return th_node_none(r->t); }
+
+static th_node out_tensor(thx_recorder *r, PyObject *out) {
+    thx *x = r->x;
+    if (!thx_is_fake(x, out)) { /* a real tensor: nothing about it depends on fakes */
+        thx_cell *cell = thx_recorder_cell(r, out);
+        return cell ? none_node(r) : 0;
+    }
+    if (!thx_fake_adopt(x, out))
+        return 0;
+    thx_meta meta;
+    if (thx_read_meta(x, out, true, &meta) < 0)
+        return 0;
+    th_typeref type = thx_meta_type(x, &meta);
+    if (!type)
+        return 0;
+    th_val value = th_trace_value(r->t, 0, type);
+    if (is_input(r, out)) { /* the operation returns an input object: a new value for the same tensor */
+        thx_cell *cell = thx_recorder_cell(r, out);
+        if (!cell)
+            return 0;
+        r->t->values[value].alias = alias_group(r->t, cell->value);
+        r->t->values[value].offset = r->t->values[cell->value].offset;
+    } else if (find_alias(r, out, value, &meta) < 0) {
+        return 0;
+    }
+    if (thx_recorder_define(r, out, value) < 0)
+        return 0;
+    return th_node_value(r->t, value);
+}
+
+static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors) {
+    if (thx_is_tensor(r->x, out)) {
+        ++*tensors;
+        return out_tensor(r, out);
+    }
+    if (PyTuple_Check(out) || PyList_Check(out)) {
+        Py_ssize_t n = PySequence_Fast_GET_SIZE(out);
+        th_node *kids = PyMem_Malloc(sizeof(th_node) * (size_t)(n + 1)), result = 0;
+        Py_ssize_t i = 0;
+        for (; kids && i < n; i++)
+            if (!(kids[i] = out_node(r, PySequence_Fast_ITEMS(out)[i], tensors)))
+                break;
+        if (kids && i == n)
+            result = th_node_seq(r->t, TH_N_TUPLE, (uint32_t)n, kids);
+        PyMem_Free(kids);
+        return result;
+    }
+    return none_node(r);
+}
+
+static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes, uint32_t nwrites) {
+    thx_recorder *r = c->r;
+    th_op_args op = {.kind = TH_OP_CALL, .callee = c->callee, .args = c->anode, .kwargs = c->knode, .outs = outs,
+                     .outs_list = outs_list, .effects = effects, .writes = writes, .nwrites = nwrites};
+    if (!c->callee)
+        op.callee_opaque = th_trace_opaque(r->t, "fn", c->func);
+    thx_user_line(r->x, &op.file, &op.line);
+    if (!th_trace_op(r->t, &op))
+        return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
+    return 0;
+}
+
+/* ---- our own meta rules ---- */
+
+static PyObject *fast_out(thx_recorder *r, const th_out *out, th_node *node) {
+    th_val value = th_trace_value(r->t, 0, out->type);
+    PyObject *fake = thx_fake(r->x, out->type);
+    if (!fake)
+        return NULL;
+    if (out->alias_of) {
+        r->t->values[value].alias = alias_group(r->t, out->alias_of);
+        r->t->values[value].offset = out->offset;
+    }
+    *node = th_node_value(r->t, value);
+    if (thx_recorder_define(r, fake, value) < 0)
+        Py_CLEAR(fake);
+    return fake;
+}
+
+/* In place: the first argument's tensor takes a new value of the same type and storage. */
+static PyObject *fast_inplace(call *c, const th_call *rule) {
+    thx_recorder *r = c->r;
+    PyObject *self = r->inputs[0];
+    thx_cell *cell = thx_recorder_cell(r, self);
+    if (!cell || rule->outs[0].type != r->t->values[cell->value].type)
+        return NULL;
+    th_val before = cell->value, value = th_trace_value(r->t, 0, rule->outs[0].type);
+    r->t->values[value].alias = alias_group(r->t, before);
+    r->t->values[value].offset = r->t->values[before].offset;
+    uint8_t effects = TH_FX_WRITES | (c->random ? TH_FX_RANDOM : 0);
+    if (thx_recorder_define(r, self, value) < 0 ||
+        emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
+        return NULL;
+    return Py_NewRef(self);
+}
+
+/* NULL without an exception: the rule declined. */
+static PyObject *fast(call *c) {
+    thx_recorder *r = c->r;
+    th_call rule = {.default_dtype = r->default_dtype, .default_device = r->default_device};
+    if (th_call_bind(&rule, c->def, r->t, c->anode, c->knode) != TH_OK)
+        return NULL;
+    rule.default_dtype = r->default_dtype;
+    rule.default_device = r->default_device;
+    if (c->def->meta(&rule) != TH_OK)
+        return NULL;
+    if (!rule.outs_list && rule.nouts == 1 && rule.outs[0].same && r->ninputs)
+        return Py_NewRef(r->inputs[0]);
+    if (c->def->effects & TH_OPDEF_INPLACE)
+        return r->ninputs ? fast_inplace(c, &rule) : NULL;
+    for (uint32_t i = 0; i < rule.nouts; i++)
+        if (rule.outs[i].same)
+            return NULL;
+    uint8_t effects = c->random || (c->def->effects & TH_FX_RANDOM) ? TH_FX_RANDOM : 0;
+    if (!rule.outs_list && rule.nouts == 1) {
+        th_node node = 0;
+        PyObject *fake = fast_out(r, &rule.outs[0], &node);
+        if (fake && emit(c, node, false, effects, NULL, 0) < 0)
+            Py_CLEAR(fake);
+        return fake;
+    }
+    th_node nodes[TH_MAX_OUTS];
+    PyObject *tuple = PyTuple_New(rule.nouts);
+    for (uint32_t i = 0; tuple && i < rule.nouts; i++) {
+        PyObject *fake = fast_out(r, &rule.outs[i], &nodes[i]);
+        if (!fake)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, fake);
+    }
+    if (tuple && emit(c, th_node_seq(r->t, TH_N_TUPLE, rule.nouts, nodes), true, effects, NULL, 0) < 0)
+        Py_CLEAR(tuple);
+    return tuple;
+}
+
+/* ---- torch's fake kernels ---- */
+
+static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
+    thx *x = r->x;
+    PyObject *mode = thx_fake_mode(x), *entered = mode ? PyObject_CallMethodNoArgs(mode, x->n.enter) : NULL;
+    if (!entered)
+        return NULL;
+    Py_DECREF(entered);
+    PyObject *result = NULL, *pushed = PyObject_CallOneArg(x->push_dispatch, (PyObject *)r);
+    if (pushed) {
+        r->depth++;
+        result = PyObject_Call(func, args, kwargs);
+        r->depth--;
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *popped = PyObject_CallOneArg(x->pop_dispatch, Py_None);
+        if (!popped)
+            PyErr_Clear();
+        Py_XDECREF(popped);
+        PyErr_Restore(type, value, trace);
+        Py_DECREF(pushed);
+    }
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *left = PyObject_CallMethodObjArgs(mode, x->n.exit, Py_None, Py_None, Py_None, NULL);
+    if (!left)
+        PyErr_Clear();
+    Py_XDECREF(left);
+    PyErr_Restore(type, value, trace);
+    return result;
+}
+
+static bool raised(const char *const *names) {
+    PyObject *type = PyErr_Occurred();
+    for (; type && *names; names++)
+        if (strcmp(((PyTypeObject *)type)->tp_name, *names) == 0)
+            return true;
+    return false;
+}
+
+static const char *const data_dependent[] = {"DataDependentOutputException", "DynamicOutputShapeException",
+                                             "GuardOnDataDependentSymNode", NULL};
+static const char *const fake_limits[] = {"UnsupportedFakeTensorException", "UnsupportedOperatorException",
+                                          "MetadataMismatchError", "UnsupportedMutationAliasingException", NULL};
+
+static PyObject *const_object(void *user, th_val value) {
+    PyObject *real = thx_recorder_constant(user, value);
+    if (!real && !PyErr_Occurred())
+        PyErr_SetString(PyExc_RuntimeError, "not a constant");
+    return Py_XNewRef(real);
+}
+
+/* Evaluate the call for real when its tensors depend on no input. NULL without an exception when they do. */
+static PyObject *evaluate(call *c) {
+    thx_recorder *r = c->r;
+    for (uint32_t i = 0; i < r->ninputs; i++) {
+        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
+        if (!cell || !thx_recorder_constant(r, cell->value))
+            return NULL;
+    }
+    PyObject *args = thx_from_node(r->x, r->t, c->anode, const_object, r);
+    PyObject *kwargs = args && c->knode ? thx_from_node(r->x, r->t, c->knode, const_object, r) : NULL;
+    PyObject *result = args && (kwargs || !c->knode) ? PyObject_Call(c->func, args, kwargs) : NULL;
+    Py_XDECREF(args);
+    Py_XDECREF(kwargs);
+    r->nevals++;
+    return result;
+}
+
+static PyObject *data_error(call *c) {
+    char text[200];
+    snprintf(text, sizeof text, "%s", c->callee ? th_str_get(c->r->x->ctx, c->callee) : Py_TYPE(c->func)->tp_name);
+    thx_capture_error(c->r, text, "the result, or its shape, depends on the values of a tensor",
+                      "compute it outside, or express it with torch.where and fixed shapes");
+    return NULL;
+}
+
+static PyObject *adopt_real_results(thx_recorder *r, PyObject *result); /* real tensors -> constant roots */
+
+static PyObject *adopt_real_results(thx_recorder *r, PyObject *result) {
+    PyObject *fakes = result ? fakeify(r, result) : NULL;
+    Py_XDECREF(result);
+    return fakes;
+}
+
+static PyObject *explain_failure(call *c) {
+    if (raised(data_dependent)) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *result = evaluate(c);
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        if (result)
+            return adopt_real_results(c->r, result);
+        return PyErr_Occurred() ? NULL : data_error(c);
+    }
+    if (raised(fake_limits) || PyErr_ExceptionMatches(PyExc_NotImplementedError)) {
+        char text[200], why[300];
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *string = value ? PyObject_Str(value) : NULL;
+        const char *utf8 = string ? PyUnicode_AsUTF8(string) : NULL;
+        snprintf(why, sizeof why, "torch cannot tell its result's shape without running it (%.200s)", utf8 ? utf8 : "");
+        Py_XDECREF(string);
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        snprintf(text, sizeof text, "%s", c->callee ? th_str_get(c->r->x->ctx, c->callee) : Py_TYPE(c->func)->tp_name);
+        thx_capture_error(c->r, text, why, "call this part outside the compiled function");
+    }
+    return NULL;
+}
+
+/* Emit what a slow call did: outputs, writes seen by version counters, randomness seen by the watcher. */
+static int emit_slow(call *c, PyObject **result, const long *versions) {
+    thx_recorder *r = c->r;
+    th_val writes[64];
+    uint32_t nwrites = 0, tensors = 0;
+    for (uint32_t i = 0; i < r->ninputs; i++) {
+        if (version_of(r->x, r->inputs[i]) == versions[i])
+            continue;
+        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
+        if (cell && nwrites < 64)
+            writes[nwrites++] = cell->value;
+    }
+    if (!nwrites && thx_is_tensor(r->x, *result) && is_input(r, *result))
+        return 0; /* returned its input untouched: nothing happened */
+    th_node outs = out_node(r, *result, &tensors);
+    if (!outs) {
+        if (!PyErr_Occurred())
+            PyErr_NoMemory();
+        return -1;
+    }
+    if (!tensors && !nwrites && !r->saw_random) {
+        r->nqueries++;
+        return 0;
+    }
+    if (!tensors)
+        outs = 0;
+    uint8_t effects = (nwrites ? TH_FX_WRITES : 0) | (r->saw_random || c->random ? TH_FX_RANDOM : 0);
+    if (emit(c, outs, !thx_is_tensor(r->x, *result), effects, writes, nwrites) < 0)
+        return -1;
+    for (uint32_t i = 0; i < nwrites; i++)
+        alias_group(r->t, writes[i]);
+    if (thx_is_tensor(r->x, *result) && !thx_is_fake(r->x, *result)) {
+        PyObject *fake = fakeify(r, *result);
+        Py_SETREF(*result, fake);
+    }
+    return *result ? 0 : -1;
+}
+
+static PyObject *slow(call *c) {
+    thx_recorder *r = c->r;
+    PyObject *args = r->real_inputs ? fakeify(r, c->args) : Py_NewRef(c->args);
+    PyObject *kwargs = args && c->kwargs ? (r->real_inputs ? fakeify(r, c->kwargs) : Py_NewRef(c->kwargs)) : NULL;
+    if (!args || (c->kwargs && !kwargs)) {
+        Py_XDECREF(args);
+        return NULL;
+    }
+    long fixed[64], *versions = r->ninputs <= 64 ? fixed : PyMem_Malloc(sizeof(long) * r->ninputs);
+    uint32_t count = r->ninputs;
+    for (uint32_t i = 0; i < count; i++)
+        versions[i] = version_of(r->x, r->inputs[i]);
+    r->saw_random = false;
+    PyObject *result = call_under_fake_mode(r, c->func, args, kwargs);
+    r->nslow++;
+    if (!result)
+        result = explain_failure(c);
+    else if (emit_slow(c, &result, versions) < 0)
+        Py_CLEAR(result);
+    if (versions != fixed)
+        PyMem_Free(versions);
+    Py_DECREF(args);
+    Py_XDECREF(kwargs);
+    return result;
+}
+
+/* ---- layer 1 ---- */
+
+static bool autocast_on(thx *x) {
+    PyObject *on = PyObject_CallNoArgs(x->any_autocast);
+    PyErr_Clear();
+    Py_XDECREF(on);
+    return on == Py_True;
+}
+
+static int needs_grad(thx_recorder *r) {
+    if (!r->x->abi.on || !r->x->abi.aoti_torch_grad_mode_is_enabled())
+        return 0;
+    for (uint32_t i = 0; i < r->ninputs; i++) {
+        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
+        if (cell && th_type_get(r->x->ctx, r->t->values[cell->value].type)->flags & TH_TYPE_REQUIRES_GRAD) {
+            PyErr_SetString(r->x->GradNeeded, "an operation needs gradients");
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
+    thx *x = r->x;
+    call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random};
+    r->ninputs = 0;
+    r->real_inputs = r->wrapped_input = false;
+    c.anode = thx_to_node(x, r->t, args, thx_recorder_value, r);
+    c.knode = c.anode && kwargs ? thx_to_node(x, r->t, kwargs, thx_recorder_value, r) : 0;
+    if (!c.anode || (kwargs && !c.knode)) {
+        if (!r->wrapped_input)
+            return NULL;
+        PyErr_Clear(); /* under vmap or grad: what functorch makes of the call reaches layer 2 */
+        return PyObject_Call(func, args, kwargs);
+    }
+    if (f->kind == THX_FUNC_DATA) {
+        PyObject *result = evaluate(&c);
+        return result || PyErr_Occurred() ? result : data_error(&c);
+    }
+    if (f->kind == THX_FUNC_REFUSE) {
+        char text[200];
+        snprintf(text, sizeof text, "%s", f->callee ? th_str_get(x->ctx, f->callee) : "this call");
+        thx_capture_error(r, text, "it acts on memory, storage or hooks, which a trace does not hold",
+                          "call it outside the compiled function");
+        return NULL;
+    }
+    if (needs_grad(r) < 0)
+        return NULL;
+    if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
+        PyObject *fa = fakeify(r, args), *fk = fa && kwargs ? fakeify(r, kwargs) : NULL;
+        PyObject *result = fa && (fk || !kwargs) ? PyObject_Call(func, fa, fk) : NULL;
+        Py_XDECREF(fa);
+        Py_XDECREF(fk);
+        return result;
+    }
+    if (c.def && c.def->meta) {
+        PyObject *result = fast(&c);
+        if (result || PyErr_Occurred()) {
+            r->nfast++;
+            return result;
+        }
+    }
+    return slow(&c);
+}
+
+PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
+    thx_recorder *r = (thx_recorder *)self;
+    if (n < 3 || n > 4)
+        return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
+    PyObject *func = a[0], *args = a[2], *kwargs = n > 3 && a[3] != Py_None && PyDict_GET_SIZE(a[3]) ? a[3] : NULL;
+    const thx_func *found = thx_func_find(r->x, func);
+    if (!found)
+        return NULL;
+    thx_func f = *found; /* the table may grow below */
+    if (f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_SKIP) {
+        r->nqueries++;
+        return PyObject_Call(func, args, kwargs);
+    }
+    PyObject *tuple = PyTuple_Check(args) ? Py_NewRef(args) : PySequence_Tuple(args);
+    PyObject *result = tuple ? record(r, &f, func, tuple, kwargs) : NULL;
+    Py_XDECREF(tuple);
+    return result;
+}
+
+/* ---- layer 2 ---- */
+
+static bool has_tag(thx *x, PyObject *overload, PyObject *tag) {
+    PyObject *tags = PyObject_GetAttr(overload, x->n.tags);
+    int found = tags ? PySequence_Contains(tags, tag) : 0;
+    PyErr_Clear();
+    Py_XDECREF(tags);
+    return found == 1;
+}
+
+PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
+    thx_recorder *r = (thx_recorder *)self;
+    if (n < 3)
+        return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
+    if (!r->saw_random && has_tag(r->x, a[0], r->x->random_tag))
+        r->saw_random = true;
+    PyObject *kwargs = n > 3 && a[3] != Py_None ? a[3] : NULL;
+    return PyObject_Call(a[0], a[2], kwargs);
+}
+
+PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+    thx *x = PyModule_GetState(module);
+    thx_recorder *r = (thx_recorder *)x->active;
+    if (n < 3)
+        return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
+    PyObject *func = a[0], *args = a[2], *kwargs = n > 3 && a[3] != Py_None && PyDict_GET_SIZE(a[3]) ? a[3] : NULL;
+    if (!r) {
+        PyErr_SetString(x->CaptureError, "a tensor that was made while thunder.jit captured a function is used after the "
+                                         "capture: it holds no data. Do not keep intermediate tensors in globals or closures");
+        return NULL;
+    }
+    if (r->depth) { /* inside a recorded operation: torch's fake kernels answer */
+        return PyObject_Vectorcall(x->fake_dispatch, a, (size_t)n, NULL);
+    }
+    call c = {.r = r, .func = func, .args = args, .kwargs = kwargs};
+    const thx_func *f = thx_func_find(x, func);
+    if (!f)
+        return NULL;
+    c.callee = f->callee;
+    r->ninputs = 0;
+    r->real_inputs = r->wrapped_input = false;
+    c.anode = thx_to_node(x, r->t, args, thx_recorder_value, r);
+    c.knode = c.anode && kwargs ? thx_to_node(x, r->t, kwargs, thx_recorder_value, r) : 0;
+    if (!c.anode || (kwargs && !c.knode))
+        return NULL;
+    return slow(&c);
+}

@@ -1,0 +1,436 @@
+/* What a capture has seen: which object stands for which value, where inputs come from, what is constant.
+ *
+ * The recorder owns every fake of its capture, so that an address in the table cannot be reused while it runs.
+ */
+#include "capture.h"
+
+#include <string.h>
+
+/* ---- pointer table ---- */
+
+static thx_cell *probe(thx_cell *cells, uint32_t cap, PyObject *key) {
+    uint32_t at = (uint32_t)(((uintptr_t)key >> 4) * 2654435761u) & (cap - 1);
+    while (cells[at].key && cells[at].key != key)
+        at = (at + 1) & (cap - 1);
+    return &cells[at];
+}
+
+static int grow_cells(thx_recorder *r) {
+    uint32_t cap = r->cap_cells ? r->cap_cells * 2 : 256;
+    thx_cell *cells = PyMem_Calloc(cap, sizeof *cells);
+    if (!cells)
+        return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < r->cap_cells; i++)
+        if (r->cells[i].key)
+            *probe(cells, cap, r->cells[i].key) = r->cells[i];
+    PyMem_Free(r->cells);
+    r->cells = cells;
+    r->cap_cells = cap;
+    return 0;
+}
+
+static thx_cell *insert(thx_recorder *r, PyObject *key, PyObject *fake, th_val value) {
+    if (r->ncells * 2 >= r->cap_cells && grow_cells(r) < 0)
+        return NULL;
+    thx_cell *cell = probe(r->cells, r->cap_cells, key);
+    if (!cell->key) {
+        cell->key = Py_NewRef(key);
+        cell->fake = Py_XNewRef(fake);
+        r->ncells++;
+    }
+    cell->value = value;
+    return cell;
+}
+
+int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value) { return insert(r, fake, NULL, value) ? 0 : -1; }
+
+/* ---- roots ---- */
+
+static th_str root_name(thx_recorder *r, PyObject *place, const char *fallback) {
+    char text[200], *out = text;
+    const char *name = place ? PyUnicode_AsUTF8(PyTuple_GET_ITEM(place, 2)) : fallback;
+    for (; name && *name && out < text + sizeof text - 1; name++)
+        *out++ = (*name >= 'a' && *name <= 'z') || (*name >= 'A' && *name <= 'Z') || (*name >= '0' && *name <= '9') ? *name : '_';
+    *out = 0;
+    char prefixed[208];
+    snprintf(prefixed, sizeof prefixed, "%s%s", place || text[0] < 'a' ? "p_" : "", text);
+    return th_intern_z(r->x->ctx, prefixed);
+}
+
+static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
+    thx *x = r->x;
+    PyTypeObject *type = Py_TYPE(tensor);
+    if (type != x->Tensor && type != x->Parameter && !PyType_IsSubtype(type, x->Parameter)) {
+        PyObject *dispatch = PyObject_GetAttr((PyObject *)type, x->n.torch_dispatch);
+        bool plain = dispatch == x->no_dispatch;
+        PyErr_Clear();
+        Py_XDECREF(dispatch);
+        char text[200];
+        snprintf(text, sizeof text, "a tensor of the subclass %.100s", type->tp_name);
+        if (!plain || PyObject_HasAttrString((PyObject *)type, "__thunder_refuse__"))
+            return thx_capture_error(r, text, "operations on it are defined by its own class",
+                                     "pass the plain tensor inside it");
+    }
+    PyObject *layout = PyObject_GetAttrString(tensor, "layout");
+    bool strided = layout == x->strided;
+    Py_XDECREF(layout);
+    if (!layout)
+        return -1;
+    if (!strided)
+        return thx_capture_error(r, "a sparse, nested or mkldnn tensor", "its layout has no strides",
+                                 "convert it with to_dense() first, or call this part without thunder.jit");
+    PyObject *quantized = PyObject_GetAttrString(tensor, "is_quantized");
+    bool bad = quantized == Py_True;
+    Py_XDECREF(quantized);
+    return bad ? thx_capture_error(r, "a quantized tensor", "its values have no plain dtype",
+                                   "dequantize() it first, or call this part without thunder.jit")
+               : 0;
+}
+
+static PyObject *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
+    thx *x = r->x;
+    if (refuse_tensor(r, real) < 0)
+        return NULL;
+    thx_meta meta;
+    if (thx_read_meta(x, real, false, &meta) < 0)
+        return NULL;
+    th_typeref type = thx_meta_type(x, &meta);
+    PyObject *fake = type ? thx_fake(x, type) : NULL;
+    if (!fake)
+        return NULL;
+    PyObject *place = NULL, *id = NULL;
+    if (leaf < 0 && r->params && (id = PyLong_FromVoidPtr(real)))
+        place = PyDict_GetItemWithError(r->params, id);
+    Py_XDECREF(id);
+    if (r->nroots == r->cap_roots) {
+        uint32_t cap = r->cap_roots ? r->cap_roots * 2 : 64;
+        thx_root *roots = PyMem_Realloc(r->roots, cap * sizeof *roots);
+        if (!roots) {
+            Py_DECREF(fake);
+            PyErr_NoMemory();
+            return NULL;
+        }
+        r->roots = roots;
+        r->cap_roots = cap;
+    }
+    char hint[24];
+    snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
+    th_val value = th_trace_input(r->t, root_name(r, place, hint), type);
+    if (value)
+        r->t->values[value].offset = meta.offset;
+    thx_root *root = &r->roots[r->nroots++];
+    *root = (thx_root){value, Py_NewRef(real), leaf, NULL, NULL};
+    if (place) {
+        root->dict = Py_NewRef(PyTuple_GET_ITEM(place, 0));
+        root->key = Py_NewRef(PyTuple_GET_ITEM(place, 1));
+    }
+    if (PyType_IsSubtype(Py_TYPE(real), x->Parameter) && PyObject_SetAttrString(fake, "_is_param", Py_True) < 0)
+        PyErr_Clear();
+    int rc = value && insert(r, fake, NULL, value) && insert(r, real, fake, value) ? 0 : -1;
+    Py_DECREF(fake); /* the table owns it */
+    if (rc < 0 && !PyErr_Occurred())
+        PyErr_NoMemory();
+    return rc < 0 ? NULL : fake;
+}
+
+PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf) {
+    thx_cell *cell = r->cap_cells ? probe(r->cells, r->cap_cells, real) : NULL;
+    return cell && cell->key ? cell->fake : add_root(r, real, (int32_t)leaf);
+}
+
+static bool is_functorch(thx *x, PyObject *tensor) {
+    PyObject *yes = PyObject_CallOneArg(x->is_functorch, tensor);
+    PyErr_Clear();
+    Py_XDECREF(yes);
+    return yes == Py_True;
+}
+
+thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor) {
+    thx_cell *cell = r->cap_cells ? probe(r->cells, r->cap_cells, tensor) : NULL;
+    if (cell && cell->key)
+        return cell;
+    if (thx_is_fake(r->x, tensor)) {
+        thx_capture_error(r, "a tensor of another capture", "it was made while something else was captured and kept since",
+                          "do not keep tensors made inside a compiled call in globals or closures");
+        return NULL;
+    }
+    if (is_functorch(r->x, tensor)) {
+        r->wrapped_input = true;
+        PyErr_SetString(PyExc_RuntimeError, "functorch wrapper");
+        return NULL;
+    }
+    if (!add_root(r, tensor, -1))
+        return NULL;
+    return probe(r->cells, r->cap_cells, tensor);
+}
+
+th_val thx_recorder_value(void *user, PyObject *tensor) {
+    thx_recorder *r = user;
+    thx_cell *cell = thx_recorder_cell(r, tensor);
+    if (!cell)
+        return 0;
+    if (r->ninputs == r->cap_inputs) {
+        uint32_t cap = r->cap_inputs ? r->cap_inputs * 2 : 64;
+        PyObject **inputs = PyMem_Realloc(r->inputs, cap * sizeof *inputs);
+        if (!inputs)
+            return PyErr_NoMemory(), 0;
+        r->inputs = inputs;
+        r->cap_inputs = cap;
+    }
+    if (cell->fake) {
+        r->real_inputs = true;
+        PyObject *fake = cell->fake;
+        cell = probe(r->cells, r->cap_cells, fake); /* the fake's value is the current one */
+    }
+    r->inputs[r->ninputs++] = cell->key;
+    return cell->value;
+}
+
+/* ---- constants ---- */
+
+static PyObject *const_value(void *user, th_val value) {
+    PyObject *real = thx_recorder_constant(user, value);
+    if (!real && !PyErr_Occurred())
+        PyErr_SetString(PyExc_RuntimeError, "not a constant");
+    return Py_XNewRef(real);
+}
+
+PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user) {
+    PyObject *callee = thx_callable(x, t, op);
+    PyObject *args = callee ? thx_from_node(x, t, op->args, value, user) : NULL;
+    PyObject *kwargs = args && op->kwargs ? thx_from_node(x, t, op->kwargs, value, user) : NULL;
+    PyObject *result = args && (kwargs || !op->kwargs) ? PyObject_Call(callee, args, kwargs) : NULL;
+    Py_XDECREF(kwargs);
+    Py_XDECREF(args);
+    return result;
+}
+
+typedef struct scan { thx_recorder *r; bool ok; } scan;
+
+static void scan_use(void *user, th_val *value) {
+    scan *s = user;
+    if (s->ok && !thx_recorder_constant(s->r, *value))
+        s->ok = false;
+}
+
+static bool group_written(const th_trace *t, uint32_t alias) {
+    for (th_opref o = 1; alias && o < t->nops; o++)
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
+            if (t->values[t->kids[t->ops[o].writes + i]].alias == alias)
+                return true;
+    return false;
+}
+
+/* Distribute an evaluated result over the outs pattern. */
+static void keep_consts(thx_recorder *r, th_node outs, PyObject *result) {
+    const th_node_data *d = &r->t->nodes[outs];
+    if (d->kind == TH_N_VALUE && thx_is_tensor(r->x, result) && d->u.ref < r->nconsts) {
+        Py_XSETREF(r->consts[d->u.ref], Py_NewRef(result));
+    } else if ((d->kind == TH_N_TUPLE || d->kind == TH_N_LIST) && (PyTuple_Check(result) || PyList_Check(result))) {
+        for (uint32_t i = 0; i < d->count && i < (uint32_t)PySequence_Fast_GET_SIZE(result); i++)
+            keep_consts(r, r->t->kids[r->t->nodes[outs].u.kids + i], PySequence_Fast_GET_ITEM(result, i));
+    }
+}
+
+PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
+    th_trace *t = r->t;
+    if (r->nconsts < t->nvalues) {
+        PyObject **consts = PyMem_Realloc(r->consts, sizeof(PyObject *) * t->nvalues);
+        if (!consts)
+            return PyErr_NoMemory();
+        memset(consts + r->nconsts, 0, sizeof(PyObject *) * (t->nvalues - r->nconsts));
+        r->consts = consts;
+        r->nconsts = t->nvalues;
+    }
+    th_opref o = t->values[value].def;
+    if (!o || group_written(t, t->values[value].alias))
+        return NULL;
+    if (r->consts[value])
+        return r->consts[value];
+    if (t->ops[o].effects)
+        return NULL;
+    scan s = {r, true};
+    th_op_each_use(t, o, scan_use, &s);
+    if (!s.ok || PyErr_Occurred())
+        return NULL;
+    PyObject *result = thx_eval_op(r->x, t, &t->ops[o], const_value, r);
+    if (!result)
+        return NULL;
+    r->nevals++;
+    keep_consts(r, t->ops[o].outs, result);
+    Py_DECREF(result);
+    return r->consts[value];
+}
+
+/* ---- the user's line ---- */
+
+static bool is_torch_file(PyObject *path) {
+    const char *text = PyUnicode_AsUTF8(path);
+    PyErr_Clear();
+    return text && (strstr(text, "/torch/") || strstr(text, "<string>") || strstr(text, "<frozen"));
+}
+
+/* The innermost frame outside torch: new reference, or NULL. */
+static PyFrameObject *user_frame(void) {
+    PyFrameObject *frame = PyThreadState_GetFrame(PyThreadState_Get());
+    while (frame) {
+        PyCodeObject *code = PyFrame_GetCode(frame);
+        bool torch = is_torch_file(code->co_filename);
+        Py_DECREF(code);
+        if (!torch)
+            return frame;
+        PyFrameObject *back = PyFrame_GetBack(frame);
+        Py_DECREF(frame);
+        frame = back;
+    }
+    return NULL;
+}
+
+void thx_user_line(thx *x, th_str *file, uint32_t *line) {
+    PyFrameObject *frame = user_frame();
+    if (!frame)
+        return;
+    PyCodeObject *code = PyFrame_GetCode(frame);
+    const char *path = PyUnicode_AsUTF8(code->co_filename), *base = path ? strrchr(path, '/') : NULL;
+    if (path)
+        *file = th_intern_z(x->ctx, base ? base + 1 : path);
+    *line = (uint32_t)PyFrame_GetLineNumber(frame);
+    PyErr_Clear();
+    Py_DECREF(code);
+    Py_DECREF(frame);
+}
+
+int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix) {
+    if (PyErr_Occurred())
+        PyErr_Clear();
+    PyFrameObject *frame = user_frame();
+    PyObject *file = NULL, *function = NULL;
+    int line = 0;
+    if (frame) {
+        PyCodeObject *code = PyFrame_GetCode(frame);
+        file = Py_NewRef(code->co_filename);
+        function = Py_NewRef(code->co_name);
+        line = PyFrame_GetLineNumber(frame);
+        Py_DECREF(code);
+        Py_DECREF(frame);
+    }
+    PyObject *error = PyObject_CallFunction(r->x->CaptureError, "OiOsss", file ? file : Py_None, line,
+                                            function ? function : Py_None, construct, reason, fix);
+    Py_XDECREF(file);
+    Py_XDECREF(function);
+    if (error) {
+        if (!r->error)
+            r->error = Py_NewRef(error);
+        PyErr_SetObject(r->x->CaptureError, error);
+        Py_DECREF(error);
+    }
+    return -1;
+}
+
+/* ---- running ---- */
+
+int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result) {
+    thx *x = r->x;
+    PyObject *previous = x->active, *compiler = PyObject_GetAttrString(x->torch, "compiler"), *flag = NULL;
+    if (!compiler)
+        return -1;
+    flag = PyObject_GetAttrString(compiler, "_is_compiling_flag");
+    PyErr_Clear();
+    PyObject *pushed = PyObject_CallOneArg(x->push_function, (PyObject *)r);
+    *result = NULL;
+    if (pushed) {
+        x->active = (PyObject *)r;
+        if (flag)
+            PyObject_SetAttrString(compiler, "_is_compiling_flag", Py_True);
+        *result = PyObject_Call(fn, args, kwargs);
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        if (flag)
+            PyObject_SetAttrString(compiler, "_is_compiling_flag", flag);
+        PyObject *popped = PyObject_CallNoArgs(x->pop_function);
+        Py_XDECREF(popped);
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+        x->active = previous;
+        Py_DECREF(pushed);
+    }
+    Py_XDECREF(flag);
+    Py_DECREF(compiler);
+    if (r->error && (*result || !PyErr_ExceptionMatches(x->CaptureError))) { /* user code swallowed it */
+        Py_CLEAR(*result);
+        PyErr_Clear();
+        PyErr_SetObject(x->CaptureError, r->error);
+    }
+    if (*result && thx_check(x, th_trace_status(r->t)) < 0)
+        Py_CLEAR(*result);
+    return *result ? 0 : -1;
+}
+
+/* ---- the type ---- */
+
+thx_recorder *thx_recorder_new(thx *x, PyObject *params) {
+    thx_recorder *r = (thx_recorder *)x->Recorder->tp_alloc(x->Recorder, 0);
+    if (!r)
+        return NULL;
+    r->x = x;
+    r->params = Py_XNewRef(params);
+    r->t = th_trace_new(x->ctx, "computation");
+    PyObject *dtype = PyObject_CallNoArgs(x->default_dtype), *device = PyObject_CallNoArgs(x->default_device);
+    if (dtype && device && r->t) {
+        r->default_dtype = thx_dtype_ref(x, dtype);
+        r->default_device = thx_device_ref(x, device);
+    }
+    Py_XDECREF(dtype);
+    Py_XDECREF(device);
+    if (!r->t)
+        PyErr_NoMemory();
+    if (!r->t || !r->default_device) {
+        Py_DECREF(r);
+        return NULL;
+    }
+    th_trace_set_opaque_vtable(r->t, thx_opaque_vtable);
+    return r;
+}
+
+static void recorder_dealloc(thx_recorder *r) {
+    PyTypeObject *type = Py_TYPE(r);
+    for (uint32_t i = 0; i < r->cap_cells; i++) {
+        Py_XDECREF(r->cells[i].key);
+        Py_XDECREF(r->cells[i].fake);
+    }
+    for (uint32_t i = 0; i < r->nroots; i++) {
+        Py_XDECREF(r->roots[i].real);
+        Py_XDECREF(r->roots[i].dict);
+        Py_XDECREF(r->roots[i].key);
+    }
+    for (uint32_t i = 0; i < r->nconsts; i++)
+        Py_XDECREF(r->consts[i]);
+    PyMem_Free(r->cells);
+    PyMem_Free(r->roots);
+    PyMem_Free(r->consts);
+    PyMem_Free(r->inputs);
+    Py_XDECREF(r->params);
+    Py_XDECREF(r->error);
+    th_trace_free(r->t);
+    type->tp_free((PyObject *)r);
+    Py_DECREF(type);
+}
+
+static PyMethodDef recorder_methods[] = {
+    {"__torch_function__", (PyCFunction)(void (*)(void))thx_torch_function, METH_FASTCALL, NULL},
+    {"__torch_dispatch__", (PyCFunction)(void (*)(void))thx_watch_dispatch, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot recorder_slots[] = {
+    {Py_tp_dealloc, recorder_dealloc},
+    {Py_tp_methods, recorder_methods},
+    {Py_tp_doc, "The observer of a capture in progress."},
+    {0, NULL},
+};
+static PyType_Spec recorder_spec = {"thunder._C.Recorder", sizeof(thx_recorder), 0,
+                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, recorder_slots};
+
+int thx_recorder_init(thx *x, PyObject *module) {
+    x->Recorder = (PyTypeObject *)PyType_FromModuleAndSpec(module, &recorder_spec, NULL);
+    return x->Recorder ? 0 : -1;
+}

@@ -1,0 +1,103 @@
+/* The only room that knows torch's symbols.
+ *
+ * Everything is found at run time by dlsym in the libtorch_cpu that torch loaded. A missing symbol clears the feature
+ * bit of what needs it; whoever asks for a feature that is off takes the road through Python builtins. A self-test at
+ * import compares each trick with torch's own answer and switches off what disagrees. THUNDER_TORCH_ABI=0 switches all
+ * of it off.
+ */
+#ifndef THUNDER_TORCHABI_H
+#define THUNDER_TORCHABI_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/dylib.h"
+#include "thunder/base.h"
+
+typedef void *th_h;        /* AtenTensorHandle: a pointer to a TensorImpl pointer */
+typedef int32_t th_rc;     /* 0 is success */
+typedef uint64_t th_cell;  /* StableIValue */
+
+#define THX_ABI_SYMBOLS(X)                                                                                             \
+    X(aoti_torch_abi_version, uint64_t, (void))                                                                        \
+    X(aoti_torch_new_tensor_handle, th_rc, (th_h, th_h *))                                                             \
+    X(aoti_torch_delete_tensor_object, th_rc, (th_h))                                                                  \
+    X(aoti_torch_get_sizes, th_rc, (th_h, int64_t **))                                                                 \
+    X(aoti_torch_get_strides, th_rc, (th_h, int64_t **))                                                               \
+    X(aoti_torch_get_dim, th_rc, (th_h, int64_t *))                                                                    \
+    X(aoti_torch_get_dtype, th_rc, (th_h, int32_t *))                                                                  \
+    X(aoti_torch_get_device_type, th_rc, (th_h, int32_t *))                                                            \
+    X(aoti_torch_get_device_index, th_rc, (th_h, int32_t *))                                                           \
+    X(aoti_torch_get_data_ptr, th_rc, (th_h, void **))                                                                 \
+    X(aoti_torch_get_storage_offset, th_rc, (th_h, int64_t *))                                                         \
+    X(aoti_torch_grad_mode_is_enabled, bool, (void))                                                                   \
+    X(aoti_torch_grad_mode_set_enabled, void, (bool))                                                                  \
+    X(aoti_torch_empty_strided, th_rc,                                                                                 \
+      (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, th_h *))                                  \
+    X(aoti_torch__reinterpret_tensor, th_rc, (th_h, int64_t, const int64_t *, const int64_t *, int64_t, th_h *))       \
+    X(aoti_torch_call_dispatcher, th_rc, (const char *, const char *, th_cell *))                                      \
+    X(torch_call_dispatcher, th_rc, (const char *, const char *, th_cell *, uint64_t))                                 \
+    X(torch_new_list_reserve_size, th_rc, (size_t, th_h *))                                                            \
+    X(torch_list_push_back, th_rc, (th_h, th_cell))                                                                    \
+    X(torch_list_get_item, th_rc, (th_h, size_t, th_cell *))                                                           \
+    X(torch_list_size, th_rc, (th_h, size_t *))                                                                        \
+    X(torch_delete_list, th_rc, (th_h))                                                                                \
+    X(torch_new_string_handle, th_rc, (const char *, size_t, th_h *))                                                  \
+    X(torch_new_stable_ivalue, th_rc, (th_cell **))                                                                    \
+    X(torch_exception_get_what_without_backtrace, const char *, (void))                                                \
+    X(aoti_torch_cpu_add_Tensor, th_rc, (th_h, th_h, double, th_h *))                                                  \
+    X(aoti_torch_cpu_add_Scalar, th_rc, (th_h, double, double, th_h *))                                                \
+    X(aoti_torch_cpu_mul_Tensor, th_rc, (th_h, th_h, th_h *))                                                          \
+    X(aoti_torch_cpu_mul_Scalar, th_rc, (th_h, double, th_h *))                                                        \
+    X(aoti_torch_cpu_mm_out, th_rc, (th_h, th_h, th_h))                                                                \
+    X(aoti_torch_cpu_bmm_out, th_rc, (th_h, th_h, th_h))                                                               \
+    X(aoti_torch_cpu_addmm_out, th_rc, (th_h, th_h, th_h, th_h, double, double))                                       \
+    X(aoti_torch_cpu_cat, th_rc, (const th_h *, int64_t, int64_t, th_h *))                                             \
+    X(aoti_torch_cpu_pow_Tensor_Scalar, th_rc, (th_h, double, th_h *))                                                 \
+    X(aoti_torch_dtype_bool, int32_t, (void))                                                                          \
+    X(torch_parallel_for, th_rc,                                                                                       \
+      (int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *))                                         \
+    X(torch_get_num_threads, uint32_t, (void))
+
+typedef struct thx_abi {
+    th_dylib *library;
+    bool on;             /* handles may be borrowed, read, made and wrapped */
+    bool dispatcher;     /* torch_call_dispatcher and its encodings passed the self-test */
+    bool shims;          /* the direct CPU kernels passed the self-test */
+    uint64_t version;    /* passed to torch_call_dispatcher */
+    size_t borrow;       /* offset of the TensorImpl pointer in a torch.Tensor object */
+    int autograd_meta;   /* byte offset of the autograd metadata pointer in TensorImpl; -1: unknown */
+    int requires_grad;   /* byte offset of the flag behind that pointer */
+    PyObject *(*wrap)(th_h);  /* new reference to a torch.Tensor of a handle, which stays owned by the caller */
+    PyObject *steal;          /* torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, the road without `wrap` */
+    int32_t scalar_types[64]; /* th_dtype -> torch's number; -1 unknown */
+    uint8_t dtypes[64];       /* torch's number -> th_dtype */
+    PyObject *report;         /* dict: feature -> why it is off, for thunder.torch_abi() */
+#define THX_FIELD(name, ret, args) ret(*name) args;
+    THX_ABI_SYMBOLS(THX_FIELD)
+#undef THX_FIELD
+} thx_abi;
+
+/* Fill the table and run the self-test. Never fails because a symbol is missing; -1 with a Python error otherwise. */
+int thx_abi_init(thx_abi *abi, th_ctx *ctx, PyObject *torch);
+void thx_abi_fini(thx_abi *abi);
+
+static inline th_h thx_borrow(const thx_abi *abi, PyObject *tensor) { return (char *)tensor + abi->borrow; }
+
+/* Turn an owned handle into a tensor object; the handle is consumed either way. */
+PyObject *thx_wrap(const thx_abi *abi, th_h handle);
+
+/* requires_grad by the calibrated byte; -1 when it has to be asked of Python. */
+static inline int thx_requires_grad(const thx_abi *abi, PyObject *tensor) {
+    if (abi->autograd_meta < 0)
+        return -1;
+    const char *impl = *(char **)thx_borrow(abi, tensor);
+    const char *meta = *(char **)(impl + abi->autograd_meta);
+    if (!meta)
+        return 0;
+    return meta[abi->requires_grad] ? 1 : -1; /* 0 there may still be an intermediate with a grad_fn */
+}
+
+#endif

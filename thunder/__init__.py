@@ -1,0 +1,52 @@
+"""Thunder: a deep-learning compiler for PyTorch with a C core.
+
+``thunder.jit(fn_or_module)`` gives back a callable with the same results.
+"""
+
+import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
+
+from thunder import extend
+from thunder._api import (
+    CompileStats,
+    cache_hits,
+    cache_misses,
+    cache_option,
+    compile_stats,
+    jit,
+    last_compile_options,
+    last_traces,
+)
+from thunder._C import Trace
+from thunder._errors import CaptureError, ThunderError, ThunderWarning
+from thunder._module import ThunderModule
+from thunder.extend import (
+    get_all_executors,
+    get_always_executors,
+    get_default_executors,
+    get_executor,
+    pytorch_executor,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CompileStats",
+    "ThunderError",
+    "ThunderModule",
+    "ThunderWarning",
+    "Trace",
+    "cache_hits",
+    "cache_misses",
+    "cache_option",
+    "compile_stats",
+    "extend",
+    "get_all_executors",
+    "get_always_executors",
+    "get_default_executors",
+    "get_executor",
+    "jit",
+    "last_compile_options",
+    "last_traces",
+    "pytorch_executor",
+]

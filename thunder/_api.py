@@ -1,0 +1,235 @@
+"""``thunder.jit`` and what can be asked about a compiled callable."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from thunder import _C
+from thunder._errors import ThunderWarning
+from thunder._module import ThunderModule
+from thunder.extend import Executor, resolve_executors
+
+_CACHE_OPTIONS = {"constant values": 0, "no caching": 1, "same input": 2}
+_FALLBACKS = ("error", "eager")
+_OPTIONS: dict[str, object] = {}
+
+
+def jit(
+    fn: Callable | torch.nn.Module | None = None,
+    /,
+    *,
+    executors: Sequence[Executor | str] | None = None,
+    transforms: Sequence[Any] | None = None,
+    cache: str = "constant values",
+    fallback: str = "error",
+    **options: Any,
+) -> Any:
+    """Compile a PyTorch callable or module.
+
+    Args:
+        fn: a function, method or other callable of PyTorch code, or an ``nn.Module``. Without it, ``jit`` is a decorator.
+        executors: executors or their names, in order of priority; ``None`` takes the default ones.
+        transforms: transforms to apply, in order.
+        cache: ``"constant values"`` compiles once for each set of argument structures, values of numbers and tensor
+            metadata; ``"no caching"`` compiles at every call; ``"same input"`` compiles once and checks the arguments
+            only, on the caller's word that nothing else changes.
+        fallback: what to do with a callable that cannot be captured: ``"error"`` raises ``thunder.CaptureError``,
+            ``"eager"`` warns once and runs the original.
+
+    Returns:
+        For a module a ``thunder.ThunderModule`` that shares its parameters and buffers; for another callable an object
+        that is called like it.
+
+    Raises:
+        TypeError: ``fn`` cannot be compiled (a class, a generator function, a coroutine function, something that went
+            through ``torch.compile``), or an option is unknown.
+        ValueError: an option has an unknown value.
+        thunder.CaptureError: at a call, when the program cannot be captured.
+    """
+    settings = dict(executors=executors, transforms=transforms, cache=cache, fallback=fallback, **options)
+    if fn is None:
+        return lambda target: jit(target, **settings)
+    _check_options(cache, fallback, options)
+    _check_target(fn)
+    chosen = resolve_executors(executors)
+    if transforms:
+        raise NotImplementedError("transforms are not supported yet: pass transforms=None")
+    settings["executors"] = chosen
+    is_module = isinstance(fn, torch.nn.Module)
+    # A module is called through a plain function so that all of its hooks run during the capture.
+    compiled = _C.Callable(
+        fn,
+        module=fn if is_module else _bound_module(fn),
+        cache=_CACHE_OPTIONS[cache],
+        fallback_eager=fallback == "eager",
+        on_event=_reporter(fn),
+    )
+    compiled._thunder_settings = settings
+    if is_module:
+        return ThunderModule(fn, compiled)
+    _copy_identity(compiled, fn)
+    return compiled
+
+
+def _check_options(cache: str, fallback: str, options: dict[str, Any]) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            known = ["executors", "transforms", "cache", "fallback", *_OPTIONS]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known options are {', '.join(known)}"
+            raise TypeError(f"thunder.jit got an unknown option {name!r}{hint}")
+    if cache not in _CACHE_OPTIONS:
+        raise ValueError(f"cache must be one of {', '.join(map(repr, _CACHE_OPTIONS))}, not {cache!r}")
+    if fallback not in _FALLBACKS:
+        raise ValueError(f"fallback must be one of {', '.join(map(repr, _FALLBACKS))}, not {fallback!r}")
+
+
+def _uses_torch_compile(fn: Any) -> str | None:
+    """Say how ``fn`` went through torch.compile, or None."""
+    if type(fn).__name__ == "OptimizedModule" and type(fn).__module__.startswith("torch._dynamo"):
+        return "module"
+    if isinstance(fn, torch.nn.Module):
+        if getattr(fn, "_compiled_call_impl", None) is not None:
+            return "module"
+        for name, child in fn.named_modules():
+            if name and (type(child).__name__ == "OptimizedModule" or getattr(child, "_compiled_call_impl", None) is not None):
+                return f"submodule {name!r}"
+    if hasattr(fn, "_torchdynamo_orig_callable"):
+        return "function"
+    return None
+
+
+def _check_target(fn: Any) -> None:
+    how = _uses_torch_compile(fn)
+    if how:
+        raise TypeError(
+            f"thunder.jit was given a {how} that went through torch.compile. Compile with one of the two: to have "
+            "torch.compile optimise regions of the program, pass the original and write "
+            "thunder.jit(model, executors=[thunder.extend.get_executor('torchcompile'), *thunder.get_always_executors()])"
+        )
+    if isinstance(fn, (_C.Callable, ThunderModule)):
+        raise TypeError("thunder.jit was given something that is compiled already: pass the original")
+    if isinstance(fn, type):
+        raise TypeError(
+            f"thunder.jit was given the class {fn.__name__}: make an instance first, thunder.jit({fn.__name__}(...))"
+        )
+    if not callable(fn):
+        raise TypeError(f"thunder.jit compiles callables and modules, not {type(fn).__name__}")
+    code = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
+        raise TypeError(f"thunder.jit cannot compile the generator function {_name(fn)}: return a list instead of yielding")
+    if inspect.iscoroutinefunction(code):
+        raise TypeError(f"thunder.jit cannot compile the coroutine function {_name(fn)}: compile the synchronous part")
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__name__
+
+
+def _bound_module(fn: Any) -> torch.nn.Module | None:
+    """The module whose state a bound method reads."""
+    owner = getattr(fn, "__self__", None)
+    return owner if isinstance(owner, torch.nn.Module) else None
+
+
+def _copy_identity(compiled: Any, fn: Any) -> None:
+    for attribute in ("__name__", "__qualname__", "__doc__", "__module__"):
+        value = getattr(fn, attribute, None)
+        if value is not None:
+            compiled.__dict__[attribute] = value
+
+
+def _reporter(fn: Any) -> Callable[[str, Any], None]:
+    name = _name(fn)
+
+    def report(event: str, detail: Any) -> None:
+        if event == "grad":
+            text = (
+                f"{name}: gradients are needed and compiled training is not there yet, so calls run eager; "
+                "call it under torch.no_grad() to run compiled code"
+            )
+        elif event == "modes":
+            text = f"{name}: a torch function or dispatch mode is active around the call, so it runs eager"
+        else:
+            text = f"{name}: runs eager: {detail}"
+        warnings.warn(text, ThunderWarning, stacklevel=2)
+
+    return report
+
+
+# ---- questions about a compiled callable ----
+
+
+def _compiled(fn: Any) -> Any:
+    if isinstance(fn, ThunderModule):
+        return fn._thunder_callable
+    if isinstance(fn, _C.Callable):
+        return fn
+    raise TypeError(f"not something that thunder.jit returned: {type(fn).__name__}")
+
+
+def cache_hits(fn: Any) -> int:
+    """How many calls were served by a program compiled before."""
+    return _compiled(fn)._stats()["cache_hits"]
+
+
+def cache_misses(fn: Any) -> int:
+    """How many calls had to capture."""
+    return _compiled(fn)._stats()["cache_misses"]
+
+
+def cache_option(fn: Any) -> str:
+    """The ``cache`` option that ``fn`` was compiled with."""
+    return last_compile_options(fn)["cache"]
+
+
+def last_compile_options(fn: Any) -> dict[str, Any]:
+    """The options that ``fn`` was compiled with, defaults included."""
+    return dict(_compiled(fn)._thunder_settings)
+
+
+class CompileStats:
+    """Counters of a compiled callable, read when this object is made.
+
+    Attributes:
+        calls, cache_hits, cache_misses: calls and how they were served.
+        fallbacks: calls that ran the original instead of compiled code.
+        entries: a dict for each compiled program, most recent first: ``hits``, times in milliseconds (``capture_ms``,
+            ``passes_ms``, ``lower_ms``), ``operations``, ``instructions``, and how operations were recorded.
+    """
+
+    def __init__(self, stats: dict[str, Any]) -> None:
+        self.calls: int = stats["calls"]
+        self.cache_hits: int = stats["cache_hits"]
+        self.cache_misses: int = stats["cache_misses"]
+        self.fallbacks: int = stats["fallbacks"]
+        self.entries: list[dict[str, Any]] = stats["entries"]
+
+    def __repr__(self) -> str:
+        return (
+            f"CompileStats(calls={self.calls}, cache_hits={self.cache_hits}, cache_misses={self.cache_misses}, "
+            f"fallbacks={self.fallbacks}, entries={len(self.entries)})"
+        )
+
+
+def compile_stats(fn: Any) -> CompileStats:
+    """Counters of a compiled callable."""
+    return CompileStats(_compiled(fn)._stats())
+
+
+def last_traces(fn: Any) -> list[_C.Trace]:
+    """The trace of the program used last at every stage: as captured, then after each pass. Printable.
+
+    Raises:
+        RuntimeError: nothing was compiled yet.
+    """
+    traces = _compiled(fn)._traces()
+    if traces is None:
+        raise RuntimeError("nothing was compiled yet: call the function first")
+    return traces[0].stages()

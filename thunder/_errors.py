@@ -1,0 +1,42 @@
+"""Exceptions and warnings of the public surface."""
+
+from __future__ import annotations
+
+
+class ThunderError(RuntimeError):
+    """Base class of errors that thunder itself raises."""
+
+
+class CaptureError(ThunderError):
+    """A callable, or one construct in it, cannot be captured soundly.
+
+    Attributes:
+        file, line, function: the user's source place, when it is known.
+        construct: what could not be captured, for example ``torch.Tensor.item``.
+        reason: why.
+        fix: what to do instead.
+    """
+
+    def __init__(
+        self,
+        file: str | None = None,
+        line: int = 0,
+        function: str | None = None,
+        construct: str = "",
+        reason: str = "",
+        fix: str = "",
+    ) -> None:
+        self.file, self.line, self.function = file, line, function
+        self.construct, self.reason, self.fix = construct, reason, fix
+        if not construct:
+            super().__init__(file or "")
+            return
+        place = f"{file}:{line}" + (f", in {function}" if function else "") if file else "unknown place"
+        super().__init__(f"{place}: thunder cannot capture {construct}: {reason}. What to do: {fix}.")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.file, self.line, self.function, self.construct, self.reason, self.fix)
+
+
+class ThunderWarning(UserWarning):
+    """A compiled callable did something other than run its compiled code, and says what and where."""

@@ -1,0 +1,124 @@
+"""``ThunderModule``: a compiled ``nn.Module`` that stands for the original."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class ThunderModule(torch.nn.Module):
+    """What ``thunder.jit`` returns for a module.
+
+    It shares parameters, buffers and submodules with the original: ``state_dict`` has the same keys, ``to``, ``train``
+    and ``load_state_dict`` act on the original, other attributes are looked up there and set there. Hooks belong to the
+    original too, so they are part of what is compiled.
+    """
+
+    _own = ("_thunder_model", "_thunder_callable")
+
+    def __init__(self, model: torch.nn.Module, compiled: Any) -> None:
+        # nn.Module.__init__ is not run: this object has no parameters, buffers or hooks of its own.
+        object.__setattr__(self, "_thunder_model", model)
+        object.__setattr__(self, "_thunder_callable", compiled)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._thunder_callable(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled module; the same as calling it."""
+        return self._thunder_callable(*args, **kwargs)
+
+    def __getattribute__(self, name: str) -> Any:
+        # What nn.Module keeps in an instance's __dict__ (_parameters, _modules, training, hooks, ...) is the original's.
+        own = object.__getattribute__(self, "__dict__")
+        if name in own:
+            return own[name]
+        model = own.get("_thunder_model")
+        if model is not None and name in model.__dict__:
+            return model.__dict__[name]
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        model = object.__getattribute__(self, "__dict__").get("_thunder_model")
+        if model is None:
+            raise AttributeError(name)
+        return getattr(model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ThunderModule._own:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._thunder_model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._thunder_model, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted(set(super().__dir__()) | set(dir(self._thunder_model)))
+
+    def __len__(self) -> int:
+        return len(self._thunder_model)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._thunder_model)  # type: ignore[call-overload]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._thunder_model[key]  # type: ignore[index]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        return "compiled by thunder"
+
+    def _get_name(self) -> str:
+        return f"ThunderModule({type(self._thunder_model).__name__})"
+
+    def train(self, mode: bool = True) -> ThunderModule:
+        """Set training mode on the original module."""
+        self._thunder_model.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ThunderModule:
+        self._thunder_model._apply(fn, recurse)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> ThunderModule:
+        """Set requires_grad on the original's parameters."""
+        self._thunder_model.requires_grad_(requires_grad)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state dict: same keys, same tensors."""
+        return self._thunder_model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the original module."""
+        return self._thunder_model.load_state_dict(*args, **kwargs)
+
+    def _recompiled(self, model: torch.nn.Module) -> ThunderModule:
+        from thunder._api import jit
+
+        return jit(model, **self._thunder_callable._thunder_settings)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThunderModule:
+        result = self._recompiled(copy.deepcopy(self._thunder_model, memo))
+        memo[id(self)] = result
+        return result
+
+    def __copy__(self) -> ThunderModule:
+        return self._recompiled(copy.copy(self._thunder_model))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        settings = dict(self._thunder_callable._thunder_settings)
+        settings["executors"] = [executor.name for executor in settings["executors"]]
+        return _unpickle, (self._thunder_model, settings)
+
+
+def _unpickle(model: torch.nn.Module, settings: dict[str, Any]) -> ThunderModule:
+    from thunder._api import jit
+
+    return jit(model, **settings)

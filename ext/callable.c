@@ -272,6 +272,14 @@ static PyObject *after_failure(thx_callable_object *c, PyObject *const *args, si
     return call_original(c, args, nargsf, kwnames);
 }
 
+enum { MAX_SETTLED = 4 };
+
+static void keep(thx_callable_object *c, thx_entry *e) {
+    e->next = c->entries;
+    c->entries = e;
+    c->entry_count++;
+}
+
 static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *const *args, size_t nargsf,
                       PyObject *kwnames) {
     thx *x = c->x;
@@ -295,9 +303,13 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
         thx_entry_free(x, e);
         return result;
     }
-    e->next = c->entries;
-    c->entries = e;
-    c->entry_count++;
+    bool settle = e->nwrites && thx_guards_check(x, e->guards) == 0;
+    keep(c, e);
+    /* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
+    if (settle && c->settled++ < MAX_SETTLED && !(e = thx_compile(c, a, args, npositional, kwnames)))
+        PyErr_Clear();
+    else if (settle && e != c->entries)
+        keep(c, e);
     return result;
 }
 

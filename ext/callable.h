@@ -57,6 +57,7 @@ typedef struct thx_callable_object {
     uint8_t cache;      /* 0 constant values, 1 no caching, 2 same input */
     bool fallback_eager;
     bool warned_grad, warned_modes;
+    uint32_t settled; /* how often a second capture followed a write to state */
 } thx_callable_object;
 
 /* compile.c: capture, passes, lowering. NULL with an exception (GradNeeded: run eager). */

@@ -38,6 +38,9 @@ typedef struct thx_recorder {
     bool real_inputs;  /* some of them came as real tensors */
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
     bool saw_random;
+    PyObject *rng_last;  /* the generator's state when it was last looked at (owned) */
+    PyObject *rng_outer; /* list of states that belong to the caller's stream; the last one is where it stands now */
+    th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
     int depth;         /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
     th_dev default_device;
@@ -64,6 +67,13 @@ int thx_recorder_init(thx *x, PyObject *module);
 PyObject *thx_torch_function(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs);
 PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t nargs);   /* of the fakes */
 PyObject *thx_watch_dispatch(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs); /* mode: notes random kernels */
+
+/* ---- random.c: seeding inside captured code ---- */
+int thx_random_begin(thx_recorder *r);
+int thx_random_before(thx_recorder *r); /* before a random operation is recorded, and at the end of a capture */
+int thx_random_after(thx_recorder *r);  /* after one */
+int thx_random_end(thx_recorder *r);    /* put the generator back as it was */
+int thx_emit(thx_recorder *r, const th_op_args *op); /* append an operation at the user's current line */
 
 /* ---- funcs.c ---- */
 const thx_func *thx_func_find(thx *x, PyObject *function); /* NULL with an exception */

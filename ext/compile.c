@@ -102,24 +102,6 @@ static int build_fake_args(compile *k) {
     return 0;
 }
 
-/* ---- random state ---- */
-
-static PyObject *rng_state(thx *x) { return PyObject_CallNoArgs(x->get_rng_state); }
-
-static int same_rng(compile *k, PyObject *before) {
-    PyObject *after = rng_state(k->x), *same = after ? PyObject_CallFunctionObjArgs(k->x->equal, before, after, NULL) : NULL;
-    Py_XDECREF(after);
-    Py_XDECREF(same);
-    if (!same)
-        return -1;
-    if (same == Py_True)
-        return 0;
-    PyObject *done = PyObject_CallOneArg(k->x->set_rng_state, before);
-    Py_XDECREF(done);
-    return thx_capture_error(k->r, "the random number generator", "it was seeded or advanced while the function was captured",
-                             "call torch.manual_seed and torch.random functions outside the compiled function");
-}
-
 /* ---- effects on the module tree ---- */
 
 static int add_write(compile *k, PyObject *dict, PyObject *key, PyObject *constant, th_val value) {
@@ -135,8 +117,6 @@ static int add_write(compile *k, PyObject *dict, PyObject *key, PyObject *consta
 static bool is_plain(PyObject *o) {
     return o == Py_None || PyBool_Check(o) || PyLong_CheckExact(o) || PyFloat_CheckExact(o) || PyUnicode_CheckExact(o);
 }
-
-typedef struct effects { compile *k; int rc; } effects;
 
 /* One changed key of a watched dictionary: tensors and plain constants are replayed, the rest is refused. */
 static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before, PyObject *after) {
@@ -219,11 +199,7 @@ static int capture(compile *k) {
     Py_XDECREF(params);
     if (!k->r || build_fake_args(k) < 0)
         return -1;
-    PyObject *before = rng_state(x), *cache = NULL;
-    if (!before)
-        return -1;
     int rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
-    Py_XDECREF(cache);
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     if (rc < 0)
         PyErr_Fetch(&type, &value, &trace);
@@ -231,10 +207,9 @@ static int capture(compile *k) {
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
-    } else if (undone < 0 || same_rng(k, before) < 0 || check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0) {
+    } else if (undone < 0 || check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0) {
         rc = -1;
     }
-    Py_DECREF(before);
     return rc;
 }
 

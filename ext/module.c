@@ -92,6 +92,7 @@ static int load_functions(thx *x) {
         {&x->get_rng_state, x->torch, "get_rng_state"},
         {&x->set_rng_state, x->torch, "set_rng_state"},
         {&x->equal, x->torch, "equal"},
+        {&x->rand, x->torch, "rand"},
         {&x->no_dispatch, (PyObject *)x->Tensor, "__torch_dispatch__"},
         {&x->fake_dispatch, (PyObject *)x->FakeTensor, "__torch_dispatch__"},
         {&x->strided, x->torch, "strided"},

@@ -129,6 +129,12 @@ static th_node out_tensor(thx_recorder *r, PyObject *out) {
         thx_cell *cell = thx_recorder_cell(r, out);
         return cell ? none_node(r) : 0;
     }
+    PyObject *layout = PyObject_GetAttrString(out, "layout");
+    Py_XDECREF(layout);
+    if (layout != x->strided) {
+        thx_capture_error(r, "an operation with a sparse result", "its layout has no strides", "call it outside the compiled function");
+        return 0;
+    }
     if (!thx_fake_adopt(x, out))
         return 0;
     thx_meta meta;
@@ -172,16 +178,23 @@ static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors) {
     return none_node(r);
 }
 
+int thx_emit(thx_recorder *r, const th_op_args *op) {
+    th_op_args here = *op;
+    thx_user_line(r->x, &here.file, &here.line);
+    if (!th_trace_op(r->t, &here))
+        return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
+    return 0;
+}
+
 static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes, uint32_t nwrites) {
     thx_recorder *r = c->r;
     th_op_args op = {.kind = TH_OP_CALL, .callee = c->callee, .args = c->anode, .kwargs = c->knode, .outs = outs,
                      .outs_list = outs_list, .effects = effects, .writes = writes, .nwrites = nwrites};
     if (!c->callee)
         op.callee_opaque = th_trace_opaque(r->t, "fn", c->func);
-    thx_user_line(r->x, &op.file, &op.line);
-    if (!th_trace_op(r->t, &op))
-        return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
-    return 0;
+    if (!(effects & TH_FX_RANDOM))
+        return thx_emit(r, &op);
+    return thx_random_before(r) < 0 || thx_emit(r, &op) < 0 || thx_random_after(r) < 0 ? -1 : 0;
 }
 
 /* ---- our own meta rules ---- */
@@ -299,6 +312,24 @@ static bool raised(const char *const *names) {
 
 static const char *const data_dependent[] = {"DataDependentOutputException", "DynamicOutputShapeException",
                                              "GuardOnDataDependentSymNode", NULL};
+/* What torch says when a kernel wants to read a fake's memory. */
+static bool read_of_fake_data(void) {
+    static const char *const texts[] = {"data is not allocated yet", "Cannot copy out of meta tensor",
+                                        "cannot be called on meta tensors", "data pointer of Tensor that doesn't have storage",
+                                        "Cannot access data pointer of", NULL};
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *string = value ? PyObject_Str(value) : NULL;
+    const char *utf8 = string ? PyUnicode_AsUTF8(string) : NULL;
+    bool found = false;
+    for (int i = 0; utf8 && texts[i] && !found; i++)
+        found = strstr(utf8, texts[i]) != NULL;
+    Py_XDECREF(string);
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return found;
+}
+
 static const char *const fake_limits[] = {"UnsupportedFakeTensorException", "UnsupportedOperatorException",
                                           "MetadataMismatchError", "UnsupportedMutationAliasingException", NULL};
 
@@ -343,7 +374,7 @@ static PyObject *adopt_real_results(thx_recorder *r, PyObject *result) {
 }
 
 static PyObject *explain_failure(call *c) {
-    if (raised(data_dependent)) {
+    if (raised(data_dependent) || read_of_fake_data()) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
         PyObject *result = evaluate(c);

@@ -336,7 +336,7 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         return -1;
     flag = PyObject_GetAttrString(compiler, "_is_compiling_flag");
     PyErr_Clear();
-    PyObject *pushed = PyObject_CallOneArg(x->push_function, (PyObject *)r);
+    PyObject *pushed = thx_random_begin(r) < 0 ? NULL : PyObject_CallOneArg(x->push_function, (PyObject *)r);
     *result = NULL;
     if (pushed) {
         x->active = (PyObject *)r;
@@ -356,6 +356,10 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
     }
     Py_XDECREF(flag);
     Py_DECREF(compiler);
+    if (*result && thx_random_before(r) < 0)
+        Py_CLEAR(*result);
+    if (thx_random_end(r) < 0)
+        Py_CLEAR(*result);
     if (r->error && (*result || !PyErr_ExceptionMatches(x->CaptureError))) { /* user code swallowed it */
         Py_CLEAR(*result);
         PyErr_Clear();
@@ -411,6 +415,8 @@ static void recorder_dealloc(thx_recorder *r) {
     PyMem_Free(r->inputs);
     Py_XDECREF(r->params);
     Py_XDECREF(r->error);
+    Py_XDECREF(r->rng_last);
+    Py_XDECREF(r->rng_outer);
     th_trace_free(r->t);
     type->tp_free((PyObject *)r);
     Py_DECREF(type);

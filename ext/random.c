@@ -1,0 +1,111 @@
+/* Seeding inside captured code.
+ *
+ * Nothing is drawn while a program is captured, so torch's generator changes only when the program seeds it or puts a
+ * saved state back (torch.manual_seed, fork_rng, set_rng_state). Its state is looked at before each random operation:
+ * a state never seen is a seed of the program's own and becomes an operation that sets it; the caller's own state means
+ * that the program went back to it. After each random operation the generator is moved on, so that seeding it the same
+ * way twice is seen twice.
+ */
+#include "capture.h"
+
+static int same_state(thx_recorder *r, PyObject *a, PyObject *b) {
+    PyObject *pair[] = {NULL, a, b};
+    PyObject *same = PyObject_Vectorcall(r->x->equal, pair + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    Py_XDECREF(same);
+    return same ? same == Py_True : -1;
+}
+
+static int remember(thx_recorder *r, PyObject *state) {
+    Py_XSETREF(r->rng_last, Py_NewRef(state));
+    return r->rng_saved ? 0 : PyList_Append(r->rng_outer, state);
+}
+
+int thx_random_begin(thx_recorder *r) {
+    PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
+    r->rng_outer = PyList_New(0);
+    int rc = state && r->rng_outer ? remember(r, state) : -1;
+    Py_XDECREF(state);
+    return rc;
+}
+
+static int emit_set(thx_recorder *r, th_val state) {
+    th_trace *t = r->t;
+    th_node arg = th_node_value(t, state);
+    th_op_args op = {.kind = TH_OP_CALL, .callee = th_intern_z(r->x->ctx, "torch.set_rng_state"),
+                     .args = th_node_seq(t, TH_N_TUPLE, 1, &arg), .effects = TH_FX_RANDOM | TH_FX_STATE};
+    return thx_emit(r, &op);
+}
+
+static int emit_save(thx_recorder *r, PyObject *example) {
+    th_trace *t = r->t;
+    thx_meta meta;
+    if (thx_read_meta(r->x, example, false, &meta) < 0)
+        return -1;
+    r->rng_saved = th_trace_value(t, 0, thx_meta_type(r->x, &meta));
+    th_op_args op = {.kind = TH_OP_CALL, .callee = th_intern_z(r->x->ctx, "torch.get_rng_state"),
+                     .args = th_node_seq(t, TH_N_TUPLE, 0, NULL), .outs = th_node_value(t, r->rng_saved),
+                     .effects = TH_FX_RANDOM | TH_FX_STATE};
+    return thx_emit(r, &op);
+}
+
+/* The place of a state in the caller's stream, counted from its end: 0 is where it stands; -1: none. */
+static Py_ssize_t place_in_stream(thx_recorder *r, PyObject *state) {
+    Py_ssize_t n = PyList_GET_SIZE(r->rng_outer);
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (same_state(r, state, PyList_GET_ITEM(r->rng_outer, n - 1 - i)) == 1)
+            return i;
+    return -1;
+}
+
+int thx_random_before(thx_recorder *r) {
+    PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
+    int same = state ? same_state(r, state, r->rng_last) : -1, rc = same < 0 ? -1 : 0;
+    if (same == 0) {
+        Py_ssize_t place = place_in_stream(r, state);
+        if (place > 0) {
+            rc = thx_capture_error(r, "the random number generator", "it was put back to an earlier state of the caller's stream",
+                                   "save and restore random states outside the compiled function");
+        } else if (place == 0 && r->rng_saved) {
+            rc = emit_set(r, r->rng_saved);
+            r->rng_saved = 0;
+        } else if (place < 0) {
+            thx_cell *cell = NULL;
+            rc = r->rng_saved ? 0 : emit_save(r, state);
+            if (rc == 0 && !(cell = thx_recorder_cell(r, state)))
+                rc = -1;
+            rc = rc == 0 ? emit_set(r, cell->value) : rc;
+        }
+        if (rc == 0)
+            Py_XSETREF(r->rng_last, Py_NewRef(state));
+    }
+    Py_XDECREF(state);
+    return rc;
+}
+
+int thx_random_after(thx_recorder *r) {
+    PyObject *size = PyLong_FromLong(1), *drawn = size ? PyObject_CallOneArg(r->x->rand, size) : NULL;
+    PyObject *state = drawn ? PyObject_CallNoArgs(r->x->get_rng_state) : NULL;
+    int rc = state ? remember(r, state) : -1;
+    Py_XDECREF(state);
+    Py_XDECREF(drawn);
+    Py_XDECREF(size);
+    return rc;
+}
+
+int thx_random_end(thx_recorder *r) {
+    if (!r->rng_outer || !PyList_GET_SIZE(r->rng_outer))
+        return 0;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *now = PyObject_CallNoArgs(r->x->get_rng_state), *first = PyList_GET_ITEM(r->rng_outer, 0), *done = NULL;
+    int same = now ? same_state(r, now, first) : -1;
+    if (same == 0 && !(done = PyObject_CallOneArg(r->x->set_rng_state, first)))
+        same = -1;
+    Py_XDECREF(done);
+    Py_XDECREF(now);
+    if (type || same >= 0) {
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+    }
+    return same < 0 && !type ? -1 : 0;
+}

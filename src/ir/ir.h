@@ -24,6 +24,7 @@ th_status th__trace_fail(th_trace *t, th_status status); /* keep the first failu
 /* Under exactly this name, which must be free. */
 th_val th__trace_add_value(th_trace *t, th_str name, th_typeref type);
 uint32_t th__trace_add_opaque(th_trace *t, th_str name, void *object);
+void th__node_define(th_trace *t, th_node outs, th_opref op); /* set def of the values in outs */
 th_node th__node_opaque_entry(th_trace *t, uint32_t index);
 
 /* ---- types (type.c) ---- */

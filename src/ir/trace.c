@@ -171,11 +171,11 @@ uint32_t th_trace_opaque(th_trace *t, const char *hint, void *object) {
 
 /* ---- operations ---- */
 
-static void define(th_trace *t, th_node n, th_opref op) {
+void th__node_define(th_trace *t, th_node n, th_opref op) {
     const th_node_data *node = &t->nodes[n];
     if (node->kind == TH_N_VALUE && node->u.ref < t->nvalues) t->values[node->u.ref].def = op;
     if (node->kind != TH_N_TUPLE) return;
-    for (uint32_t i = 0; i < node->count; i++) define(t, t->kids[node->u.kids + i], op);
+    for (uint32_t i = 0; i < node->count; i++) th__node_define(t, t->kids[node->u.kids + i], op);
 }
 
 /* The one form of an operation's outs that the text can express. */
@@ -213,7 +213,7 @@ th_opref th_trace_op(th_trace *t, const th_op_args *op) {
         .file = op->file,
         .line = op->line,
     };
-    define(t, outs, t->nops);
+    th__node_define(t, outs, t->nops);
     return t->nops++;
 }
 

@@ -167,6 +167,62 @@ static void add_line(thx *x, const thx_entry *e, const th_frame *f) {
     PyErr_Restore(type, value, trace);
 }
 
+/* Is a result what the trace says? Strides of dimensions with at most one element do not matter. */
+static bool as_predicted(thx *x, th_slot *slot, const th_type *t) {
+    if ((!slot->handle && !slot->object) || t->kind != TH_TYPE_TENSOR)
+        return true;
+    th_h h = thx_slot_handle(x, slot);
+    int64_t ndim = -1, *sizes = NULL, *strides = NULL;
+    int32_t dtype = -1;
+    if (x->abi.aoti_torch_get_dim(h, &ndim) || ndim != t->ndim || x->abi.aoti_torch_get_dtype(h, &dtype) ||
+        dtype != x->abi.scalar_types[t->dtype] || x->abi.aoti_torch_get_sizes(h, &sizes) ||
+        x->abi.aoti_torch_get_strides(h, &strides))
+        return false;
+    bool same = true, empty = th_type_numel(t) == 0;
+    for (int64_t i = 0; i < ndim; i++)
+        same &= sizes[i] == t->shape[i] && (empty || sizes[i] <= 1 || strides[i] == t->stride[i]);
+    return same;
+}
+
+typedef struct prediction { thx *x; const thx_entry *e; th_frame *frame; bool holds; } prediction;
+
+static void check_out(void *user, th_val *value) {
+    prediction *p = user;
+    uint32_t slot = p->e->slot_of[*value];
+    if (slot != UINT32_MAX)
+        p->holds &= as_predicted(p->x, &p->frame->slots[slot], th_type_get(p->x->ctx, p->e->final->values[*value].type));
+}
+
+/* As th_plan_run, comparing each result with the trace: 0, -1 error, 1 a result differs. */
+static int run_checked(thx *x, const thx_entry *e, th_frame *f) {
+    prediction p = {x, e, f, true};
+    for (uint32_t i = 0; i < e->plan->ninstrs; i++) {
+        const th_instr *instr = &e->plan->instrs[i];
+        int rc = instr->run(f, instr);
+        if (rc == 0 && instr->op)
+            th_op_each_out(e->final, instr->op, check_out, &p);
+        if (rc || !p.holds) {
+            f->failed = i;
+            th_plan_clear(e->plan, f);
+            return rc ? -1 : 1;
+        }
+        for (uint32_t j = 0; j < instr->nfrees; j++)
+            th_slot_drop(e->plan, &f->slots[e->plan->frees[instr->frees + j]]);
+    }
+    return 0;
+}
+
+static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves);
+
+/* Predicted strides were wrong: lower without what trusts them, and run again. */
+static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, const th_frame *f) {
+    const th_op *op = &e->final->ops[e->plan->instrs[f->failed].op];
+    if (e->writes_inputs)
+        return PyErr_Format(PyExc_RuntimeError, "%s (%s, line %u) gave other strides than torch's fake kernel said, after inputs "
+                            "were written; please report this", th_str_get(x->ctx, op->callee), th_str_get(x->ctx, op->file), op->line);
+    return thx_entry_lower(x, e, true) < 0 ? NULL : run_plan(x, e, leaves);
+}
+
 static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves) {
     enum { ON_STACK = 192 };
     th_slot fixed[ON_STACK], *slots = fixed;
@@ -184,9 +240,13 @@ static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves) {
         }
     th_frame frame = {slots, x, 0};
     PyObject *result = NULL;
-    if (th_plan_run(plan, &frame) != 0) {
+    int rc = e->checked ? th_plan_run(plan, &frame) : run_checked(x, e, &frame);
+    if (rc == 1 && !e->checked) {
+        result = run_plain(x, e, leaves, &frame);
+    } else if (rc) {
         add_line(x, e, &frame);
     } else {
+        e->checked = true;
         output o = {x, e, slots};
         result = thx_spec_build(x, &e->result, output_leaf, &o);
         if (result && e->nwrites && replay_writes(x, e, slots) < 0)

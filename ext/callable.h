@@ -30,6 +30,9 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t generation; /* of the guards, when `roots` was filled */
     th_trace *captured, *final;
     th_plan *plan;
+    uint32_t *slot_of;   /* by value of `final` */
+    uint32_t nvalues;    /* outputs and tensors written to state */
+    bool checked;        /* a run has confirmed the sizes and strides that the trace states */
     th_slot *roots;      /* nroots filled slots: the template of a frame */
     int32_t *root_leaf;  /* by root: argument leaf, or -1 - index of a bound tensor */
     thx_spec result;
@@ -63,6 +66,7 @@ typedef struct thx_callable_object {
 /* compile.c: capture, passes, lowering. NULL with an exception (GradNeeded: run eager). */
 thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,
                        PyObject *kwnames);
+int thx_entry_lower(thx *x, thx_entry *entry, bool plain); /* plain: trust no predicted strides */
 void thx_entry_free(thx *x, thx_entry *entry);
 int thx_callable_init(thx *x, PyObject *module);
 PyObject *thx_trace_object(thx *x, th_trace *t); /* py_trace.c: takes the trace */

@@ -22,6 +22,7 @@ void thx_entry_free(thx *x, thx_entry *e) {
     th_trace_free(e->captured);
     th_trace_free(e->final);
     th_plan_free(e->plan);
+    PyMem_Free(e->slot_of);
     PyMem_Free(e->roots);
     PyMem_Free(e->root_leaf);
     thx_spec_fini(&e->result);
@@ -259,34 +260,43 @@ static bool writes_inputs(const th_trace *t) {
 
 /* ---- all of it ---- */
 
-static int lower(compile *k) {
-    thx_entry *e = k->e;
-    uint32_t *slot_of = NULL;
-    e->plan = thx_lower(k->x, e->final, &slot_of, &e->nshim, &e->nbuiltin);
-    if (!e->plan)
-        return -1;
-    e->result_slots = PyMem_Calloc(e->nresults + 1, sizeof *e->result_slots);
-    if (!e->result_slots) {
-        PyMem_Free(slot_of);
-        return PyErr_NoMemory(), -1;
-    }
-    /* The result's nodes hold the values as the passes left them, outputs first, then writes. */
+/* The result's nodes hold the values as the passes left them, outputs first, then writes. */
+static int find_results(thx *x, thx_entry *e) {
     const th_trace *t = e->final;
     const th_node_data *result = &t->nodes[t->result];
     uint32_t at = 0;
-    for (uint32_t i = 0; i < k->nvalues; i++) {
-        th_node node = k->nvalues == 1 ? t->result : t->kids[result->u.kids + i];
-        uint32_t slot = slot_of[t->nodes[node].u.ref];
+    for (uint32_t i = 0; i < e->nvalues; i++) {
+        th_node node = e->nvalues == 1 ? t->result : t->kids[result->u.kids + i];
+        uint32_t slot = e->slot_of[t->nodes[node].u.ref];
+        if (t->nodes[node].kind != TH_N_VALUE || slot == UINT32_MAX)
+            return thx_raise(x, TH_EINTERNAL), -1;
         if (i < e->nresults) {
             e->result_slots[i] = slot;
-        } else {
-            while (e->writes[at].constant)
-                at++;
-            e->writes[at++].slot = slot;
+            continue;
         }
+        while (e->writes[at].constant)
+            at++;
+        e->writes[at++].slot = slot;
     }
-    PyMem_Free(slot_of);
-    return bind_roots(k);
+    return 0;
+}
+
+int thx_entry_lower(thx *x, thx_entry *e, bool plain) {
+    th_plan_free(e->plan);
+    PyMem_Free(e->slot_of);
+    e->slot_of = NULL;
+    e->plan = thx_lower(x, e->final, plain, &e->slot_of, &e->nshim, &e->nbuiltin);
+    if (!e->plan)
+        return -1;
+    if (!e->result_slots && !(e->result_slots = PyMem_Calloc(e->nresults + 1, sizeof *e->result_slots)))
+        return PyErr_NoMemory(), -1;
+    e->checked = !e->nshim;
+    return find_results(x, e);
+}
+
+static int lower(compile *k) {
+    k->e->nvalues = k->nvalues;
+    return thx_entry_lower(k->x, k->e, false) < 0 ? -1 : bind_roots(k);
 }
 
 static int run_passes(compile *k) {

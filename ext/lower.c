@@ -309,8 +309,8 @@ static int lower_ops(thx_lowering *l) {
     return 0;
 }
 
-th_plan *thx_lower(thx *x, const th_trace *t, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin) {
-    thx_lowering l = {.x = x, .t = t};
+th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin) {
+    thx_lowering l = {.x = x, .t = t, .plain = plain};
     l.slots = PyMem_Malloc(sizeof(uint32_t) * t->nvalues);
     l.free_slots = PyMem_Malloc(sizeof(uint32_t) * (t->nvalues + 1));
     l.plan = th_plan_new(x->ctx, 0, t->ninputs, release, x, free_data);

@@ -17,10 +17,11 @@ typedef struct thx_lowering {
     uint32_t *slots; /* by value; UINT32_MAX: none yet */
     uint32_t *free_slots, nfree, next_slot;
     uint32_t nbuiltin, nshim; /* how many instructions took which road */
+    bool plain;               /* builtins only: nothing that trusts predicted strides */
 } thx_lowering;
 
 /* Slots of trace inputs are 0 .. ninputs-1 in order. slot_of: by value, for the results (caller frees with PyMem_Free). */
-th_plan *thx_lower(thx *x, const th_trace *t, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin);
+th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin);
 uint32_t thx_slot_for(thx_lowering *l, th_val value); /* the slot of a value, assigned when it has none */
 
 /* What a slot holds, as a tensor object (borrowed) or handle (borrowed). */

@@ -1,0 +1,149 @@
+/* Pointwise kernels over strided operands with contiguous output. */
+#include "executors/tile/tile.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Merge a dimension into the next inner one where both operands step through the two as through one. */
+bool th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *a, const int64_t *b) {
+    memset(m, 0, sizeof *m);
+    m->op = (uint8_t)op;
+    int32_t n = 0;
+    for (int64_t i = 0; i < ndim; i++) {
+        if (shape[i] == 1)
+            continue;
+        int64_t sa = a[i], sb = b ? b[i] : 0;
+        if (n && m->a[n - 1] == sa * shape[i] && (!b || m->b[n - 1] == sb * shape[i])) {
+            m->shape[n - 1] *= shape[i];
+            m->a[n - 1] = sa;
+            m->b[n - 1] = sb;
+            continue;
+        }
+        if (n == TH_TILE_RANK)
+            return false;
+        m->shape[n] = shape[i];
+        m->a[n] = sa;
+        m->b[n++] = sb;
+    }
+    if (!n) {
+        m->shape[0] = 1;
+        n = 1;
+    }
+    m->ndim = n;
+    return true;
+}
+
+static inline float unary(th_tile_op op, float x) {
+    switch (op) {
+    case TH_TILE_NEG: return -x;
+    case TH_TILE_ABS: return fabsf(x);
+    case TH_TILE_RELU: return x > 0 || x != x ? x : 0.0f;
+    case TH_TILE_SQRT: return sqrtf(x);
+    case TH_TILE_RSQRT: return 1.0f / sqrtf(x);
+    case TH_TILE_RECIPROCAL: return 1.0f / x;
+    case TH_TILE_SQUARE: return x * x;
+    case TH_TILE_EXP: return expf(x);
+    case TH_TILE_LOG: return logf(x);
+    case TH_TILE_TANH: return tanhf(x);
+    case TH_TILE_SIGMOID: return 1.0f / (1.0f + expf(-x));
+    case TH_TILE_SILU: return x / (1.0f + expf(-x));
+    case TH_TILE_GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f));
+    case TH_TILE_GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * (x + 0.044715f * x * x * x)));
+    case TH_TILE_SIN: return sinf(x);
+    case TH_TILE_COS: return cosf(x);
+    case TH_TILE_ERF: return erff(x);
+    default: return x;
+    }
+}
+
+static inline float binary(th_tile_op op, float x, float y) {
+    switch (op) {
+    case TH_TILE_ADD: return x + y;
+    case TH_TILE_SUB: return x - y;
+    case TH_TILE_MUL: return x * y;
+    case TH_TILE_DIV: return x / y;
+    case TH_TILE_MAXIMUM: return x != x || x > y ? x : y; /* nan wins, as in torch */
+    case TH_TILE_MINIMUM: return x != x || x < y ? x : y;
+    default: return x;
+    }
+}
+
+/* One inner loop per operation: the switch is on a constant and folds away. */
+#define INNER_UNARY(OP)                                                                                                \
+    case OP:                                                                                                           \
+        if (sa == 1)                                                                                                   \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                o[i] = unary(OP, a[i]);                                                                                \
+        else                                                                                                           \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                o[i] = unary(OP, a[i * sa]);                                                                           \
+        return;
+#define INNER_BINARY(OP)                                                                                               \
+    case OP:                                                                                                           \
+        if (sa == 1 && sb == 1)                                                                                        \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                o[i] = binary(OP, a[i], b[i]);                                                                         \
+        else if (sa == 1 && sb == 0)                                                                                   \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                o[i] = binary(OP, a[i], *b);                                                                           \
+        else if (sa == 0 && sb == 1)                                                                                   \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                o[i] = binary(OP, *a, b[i]);                                                                           \
+        else                                                                                                           \
+            for (int64_t i = 0; i < n; i++)                                                                            \
+                o[i] = binary(OP, a[i * sa], b[i * sb]);                                                               \
+        return;
+
+static void inner(th_tile_op op, float *restrict o, const float *a, const float *b, int64_t n, int64_t sa, int64_t sb) {
+    switch (op) {
+        INNER_UNARY(TH_TILE_NEG)
+        INNER_UNARY(TH_TILE_ABS)
+        INNER_UNARY(TH_TILE_RELU)
+        INNER_UNARY(TH_TILE_SQRT)
+        INNER_UNARY(TH_TILE_RSQRT)
+        INNER_UNARY(TH_TILE_RECIPROCAL)
+        INNER_UNARY(TH_TILE_SQUARE)
+        INNER_UNARY(TH_TILE_EXP)
+        INNER_UNARY(TH_TILE_LOG)
+        INNER_UNARY(TH_TILE_TANH)
+        INNER_UNARY(TH_TILE_SIGMOID)
+        INNER_UNARY(TH_TILE_SILU)
+        INNER_UNARY(TH_TILE_GELU)
+        INNER_UNARY(TH_TILE_GELU_TANH)
+        INNER_UNARY(TH_TILE_SIN)
+        INNER_UNARY(TH_TILE_COS)
+        INNER_UNARY(TH_TILE_ERF)
+        INNER_UNARY(TH_TILE_COPY)
+        INNER_BINARY(TH_TILE_ADD)
+        INNER_BINARY(TH_TILE_SUB)
+        INNER_BINARY(TH_TILE_MUL)
+        INNER_BINARY(TH_TILE_DIV)
+        INNER_BINARY(TH_TILE_MAXIMUM)
+        INNER_BINARY(TH_TILE_MINIMUM)
+    case TH_TILE_NONE:
+        return;
+    }
+}
+
+void th_tile_map_run(const th_tile_map *m, float *out, const float *a, const float *b) {
+    int64_t index[TH_TILE_RANK] = {0}, sa = 0, sb = 0;
+    const float *p = m->scalar_at == 1 ? &m->scalar : a, *q = m->scalar_at == 2 ? &m->scalar : b;
+    int32_t last = m->ndim - 1;
+    int64_t n = m->shape[last];
+    for (;;) {
+        inner((th_tile_op)m->op, out, p + sa, q ? q + sb : NULL, n, m->a[last], m->b[last]);
+        out += n;
+        int32_t d = last - 1;
+        for (; d >= 0; d--) {
+            sa += m->a[d];
+            sb += m->b[d];
+            if (++index[d] < m->shape[d])
+                break;
+            sa -= m->a[d] * m->shape[d];
+            sb -= m->b[d] * m->shape[d];
+            index[d] = 0;
+        }
+        if (d < 0)
+            return;
+    }
+}

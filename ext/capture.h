@@ -57,6 +57,7 @@ int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind 
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);
 /* The real tensor of a value that depends on no input: borrowed; NULL without exception when it does depend on one. */
 PyObject *thx_recorder_constant(thx_recorder *r, th_val value);
+int thx_recorder_constant_root(thx_recorder *r, PyObject *real, th_val value); /* value: an input of the trace already */
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
@@ -74,6 +75,9 @@ int thx_random_before(thx_recorder *r); /* before a random operation is recorded
 int thx_random_after(thx_recorder *r);  /* after one */
 int thx_random_end(thx_recorder *r);    /* put the generator back as it was */
 int thx_emit(thx_recorder *r, const th_op_args *op); /* append an operation at the user's current line */
+
+/* ---- constants.c ---- */
+int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t); /* new constants become roots of r */
 
 /* ---- funcs.c ---- */
 const thx_func *thx_func_find(thx *x, PyObject *function); /* NULL with an exception */

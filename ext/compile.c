@@ -299,6 +299,15 @@ static int lower(compile *k) {
     return thx_entry_lower(k->x, k->e, false) < 0 ? -1 : bind_roots(k);
 }
 
+/* Between the passes: what the core leaves to whoever can run torch. */
+static th_status between_passes(void *user, th_trace *t, const char *pass, double ms) {
+    compile *k = user;
+    (void)ms;
+    if (strcmp(pass, "fold") != 0 || k->e->ambient.autocast)
+        return TH_OK;
+    return thx_fold_constants(k->x, k->r, t) < 0 ? TH_ERUN : TH_OK;
+}
+
 static int run_passes(compile *k) {
     thx_entry *e = k->e;
     if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0)
@@ -306,8 +315,7 @@ static int run_passes(compile *k) {
     e->final = k->r->t;
     k->r->t = NULL;
     th_fuel fuel = {.left = -1};
-    int rc = thx_check(k->x, th_pipeline_run(e->final, k->x->passes, &fuel, TH_VERIFY_PASSES, NULL, NULL));
-    return rc;
+    return thx_check(k->x, th_pipeline_run(e->final, k->x->passes, &fuel, TH_VERIFY_PASSES, between_passes, k));
 }
 
 thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,

@@ -87,6 +87,26 @@ static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
                : 0;
 }
 
+static thx_root *push_root(thx_recorder *r, thx_root root) {
+    if (r->nroots == r->cap_roots) {
+        uint32_t cap = r->cap_roots ? r->cap_roots * 2 : 64;
+        thx_root *roots = PyMem_Realloc(r->roots, cap * sizeof *roots);
+        if (!roots)
+            return (thx_root *)PyErr_NoMemory();
+        r->roots = roots;
+        r->cap_roots = cap;
+    }
+    r->roots[r->nroots] = root;
+    return &r->roots[r->nroots++];
+}
+
+int thx_recorder_constant_root(thx_recorder *r, PyObject *real, th_val value) {
+    thx_root *root = push_root(r, (thx_root){value, NULL, -1, NULL, NULL});
+    if (root)
+        root->real = Py_NewRef(real);
+    return root ? 0 : -1;
+}
+
 static PyObject *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     thx *x = r->x;
     if (refuse_tensor(r, real) < 0)
@@ -102,24 +122,17 @@ static PyObject *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     if (leaf < 0 && r->params && (id = PyLong_FromVoidPtr(real)))
         place = PyDict_GetItemWithError(r->params, id);
     Py_XDECREF(id);
-    if (r->nroots == r->cap_roots) {
-        uint32_t cap = r->cap_roots ? r->cap_roots * 2 : 64;
-        thx_root *roots = PyMem_Realloc(r->roots, cap * sizeof *roots);
-        if (!roots) {
-            Py_DECREF(fake);
-            PyErr_NoMemory();
-            return NULL;
-        }
-        r->roots = roots;
-        r->cap_roots = cap;
-    }
     char hint[24];
     snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
     th_val value = th_trace_input(r->t, root_name(r, place, hint), type);
     if (value)
         r->t->values[value].offset = meta.offset;
-    thx_root *root = &r->roots[r->nroots++];
-    *root = (thx_root){value, Py_NewRef(real), leaf, NULL, NULL};
+    thx_root *root = push_root(r, (thx_root){value, NULL, leaf, NULL, NULL});
+    if (!root) {
+        Py_DECREF(fake);
+        return NULL;
+    }
+    root->real = Py_NewRef(real);
     if (place) {
         root->dict = Py_NewRef(PyTuple_GET_ITEM(place, 0));
         root->key = Py_NewRef(PyTuple_GET_ITEM(place, 1));

@@ -224,7 +224,10 @@ def compile_stats(fn: Any) -> CompileStats:
 
 
 def last_traces(fn: Any) -> list[_C.Trace]:
-    """The trace of the program used last at every stage: as captured, then after each pass. Printable.
+    """The trace of the program used last at every stage: as captured, after each pass, and as it runs. Printable.
+
+    The last one differs from the pass before it where operations without inputs were evaluated once: their results are
+    inputs there, named ``k_...``.
 
     Raises:
         RuntimeError: nothing was compiled yet.
@@ -232,4 +235,5 @@ def last_traces(fn: Any) -> list[_C.Trace]:
     traces = _compiled(fn)._traces()
     if traces is None:
         raise RuntimeError("nothing was compiled yet: call the function first")
-    return traces[0].stages()
+    captured, final = traces
+    return [*captured.stages(), final]

@@ -365,12 +365,70 @@ static PyObject *data_error(call *c) {
     return NULL;
 }
 
-static PyObject *adopt_real_results(thx_recorder *r, PyObject *result); /* real tensors -> constant roots */
-
+/* Real tensors become constant roots. */
 static PyObject *adopt_real_results(thx_recorder *r, PyObject *result) {
     PyObject *fakes = result ? fakeify(r, result) : NULL;
     Py_XDECREF(result);
     return fakes;
+}
+
+/* A copy of the arguments with scalar tensors that depend on no input as numbers: x[:n], torch.narrow(x, 0, start, 2). */
+static PyObject *concretise(thx_recorder *r, PyObject *o, bool *changed) {
+    if (thx_is_tensor(r->x, o)) {
+        thx_cell *cell = thx_recorder_cell(r, o);
+        if (cell && cell->fake)
+            cell = thx_recorder_cell(r, cell->fake);
+        const th_type *type = cell ? th_type_get(r->x->ctx, r->t->values[cell->value].type) : NULL;
+        PyObject *real = type && !type->ndim ? thx_recorder_constant(r, cell->value) : NULL;
+        *changed |= real != NULL;
+        return real ? PyObject_CallMethod(real, "item", NULL) : PyErr_Occurred() ? NULL : Py_NewRef(o);
+    }
+    if (PyTuple_CheckExact(o) || PyList_CheckExact(o)) {
+        Py_ssize_t n = PySequence_Fast_GET_SIZE(o);
+        PyObject *copy = PyTuple_CheckExact(o) ? PyTuple_New(n) : PyList_New(n);
+        for (Py_ssize_t i = 0; copy && i < n; i++) {
+            PyObject *item = concretise(r, PySequence_Fast_ITEMS(o)[i], changed);
+            if (!item)
+                Py_CLEAR(copy);
+            else if (PyTuple_CheckExact(o))
+                PyTuple_SET_ITEM(copy, i, item);
+            else
+                PyList_SET_ITEM(copy, i, item);
+        }
+        return copy;
+    }
+    if (PySlice_Check(o)) {
+        PySliceObject *s = (PySliceObject *)o;
+        PyObject *a = concretise(r, s->start, changed), *b = a ? concretise(r, s->stop, changed) : NULL;
+        PyObject *c = b ? concretise(r, s->step, changed) : NULL, *slice = c ? PySlice_New(a, b, c) : NULL;
+        Py_XDECREF(a);
+        Py_XDECREF(b);
+        Py_XDECREF(c);
+        return slice;
+    }
+    return Py_NewRef(o);
+}
+
+static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
+
+/* Record the call again with constants as numbers, all but the first argument, which is what is operated on. NULL without
+ * an exception when there are none. */
+static PyObject *retry_concrete(call *c) {
+    Py_ssize_t n = PyTuple_GET_SIZE(c->args);
+    bool changed = false;
+    if (!c->f || n < 2)
+        return NULL;
+    PyObject *head = PyTuple_GetSlice(c->args, 0, 1), *tail = PyTuple_GetSlice(c->args, 1, n);
+    PyObject *concrete = tail ? concretise(c->r, tail, &changed) : NULL, *args = NULL, *result = NULL;
+    if (head && concrete && changed && (args = PySequence_Concat(head, concrete))) {
+        thx_func f = *c->f;
+        result = record(c->r, &f, c->func, args, c->kwargs);
+    }
+    Py_XDECREF(args);
+    Py_XDECREF(concrete);
+    Py_XDECREF(tail);
+    Py_XDECREF(head);
+    return result;
 }
 
 static PyObject *explain_failure(call *c) {
@@ -383,7 +441,9 @@ static PyObject *explain_failure(call *c) {
         Py_XDECREF(trace);
         if (result)
             return adopt_real_results(c->r, result);
-        return PyErr_Occurred() ? NULL : data_error(c);
+        if (!PyErr_Occurred())
+            result = retry_concrete(c);
+        return result || PyErr_Occurred() ? result : data_error(c);
     }
     if (raised(fake_limits) || PyErr_ExceptionMatches(PyExc_NotImplementedError)) {
         char text[200], why[300];

@@ -200,6 +200,8 @@ class CompileStats:
     Attributes:
         calls, cache_hits, cache_misses: calls and how they were served.
         fallbacks: calls that ran the original instead of compiled code.
+        last_trace_tracing_start, last_trace_tracing_stop: when the newest program was captured, in nanoseconds; their
+            difference is what counts.
         entries: a dict for each compiled program, most recent first: ``hits``, times in milliseconds (``capture_ms``,
             ``passes_ms``, ``lower_ms``), ``operations``, ``instructions``, and how operations were recorded.
     """
@@ -210,6 +212,8 @@ class CompileStats:
         self.cache_misses: int = stats["cache_misses"]
         self.fallbacks: int = stats["fallbacks"]
         self.entries: list[dict[str, Any]] = stats["entries"]
+        self.last_trace_tracing_start = 0
+        self.last_trace_tracing_stop = int(self.entries[0]["capture_ms"] * 1e6) if self.entries else 0
 
     def __repr__(self) -> str:
         return (

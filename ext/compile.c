@@ -328,6 +328,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     thx_leaves_init(&k.leaves);
     thx_leaves_init(&k.outputs);
     double start = now_ms(), captured = 0, passed = 0;
+    int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k, args, npositional, kwnames);
     if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module)))
         rc = -1;
@@ -362,6 +363,8 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);
     Py_XDECREF((PyObject *)k.r);
+    if (collecting)
+        PyGC_Enable();
     if (rc < 0) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);

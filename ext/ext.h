@@ -47,7 +47,7 @@ typedef struct thx {
     th_catalog *catalog;
     thx_names n;
     PyObject *torch, *torch_c, *functional;
-    PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat, *NnModule, *NumpyGeneric;
+    PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat, *NnModule, *NumpyGeneric, *MethodWrapper;
     PyTypeObject *Callable, *Trace, *Observer, *Recorder;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */

@@ -176,7 +176,7 @@ static int grow(thx *x) {
 
 const thx_func *thx_func_find(thx *x, PyObject *function) {
     PyObject *key = function, *wrapped = NULL;
-    if (Py_TYPE(function) == &_PyMethodWrapper_Type) { /* made anew at each access: its descriptor is the identity */
+    if (Py_TYPE(function) == x->MethodWrapper) { /* made anew at each access: its descriptor is the identity */
         wrapped = PyObject_GetAttr(function, x->n.self);
         if (!wrapped)
             return NULL;

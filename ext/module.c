@@ -56,6 +56,11 @@ static int load_types(thx *x) {
         get_getter(x, "_version", &x->version_get, &x->version_closure) < 0 ||
         get_getter(x, "requires_grad", &x->requires_grad_get, &x->requires_grad_closure) < 0)
         return -1;
+    PyObject *wrapper = get_path((PyObject *)x->Tensor, "shape.__get__");
+    if (!wrapper)
+        return -1;
+    x->MethodWrapper = (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(wrapper));
+    Py_DECREF(wrapper);
     PyObject *fakes = PyImport_ImportModule("torch._subclasses.fake_tensor");
     int rc = fakes ? get_type(fakes, "FakeTensor", &x->FakeTensor) : -1;
     Py_XDECREF(fakes);

@@ -73,6 +73,10 @@ static PyObject *make_class(thx *x, PyObject *device) {
     for (size_t i = 0; i < sizeof none_fields / sizeof *none_fields; i++)
         if (PyDict_SetItemString(dict, none_fields[i], Py_None) < 0)
             goto done;
+    /* torch 2.13 answers `fake_device` from `_fake_device`; before, it is an attribute itself. */
+    if (!PyObject_HasAttr((PyObject *)x->FakeTensor, x->n.fake_device) &&
+        PyDict_SetItem(dict, x->n.fake_device, device) < 0)
+        goto done;
     if (PyDict_SetItemString(dict, "_fake_device", device) < 0 ||
         PyDict_SetItemString(dict, "__torch_function__", off) < 0 ||
         PyDict_SetItemString(dict, "__torch_dispatch__", dispatch) < 0 ||

@@ -122,7 +122,7 @@ static int load_names(thx *x) {
         {&x->n.torch_dispatch, "__torch_dispatch__"}, {&x->n.dict, "__dict__"}, {&x->n.class_, "__class__"},
         {&x->n.device, "device"}, {&x->n.enter, "__enter__"}, {&x->n.exit, "__exit__"}, {&x->n.self, "__self__"},
         {&x->n.name, "__name__"}, {&x->n.module, "__module__"}, {&x->n.qualname, "__qualname__"},
-        {&x->n.fields, "_fields"}, {&x->n.fake_device, "_fake_device"}, {&x->n.type, "type"}, {&x->n.index, "index"},
+        {&x->n.fields, "_fields"}, {&x->n.fake_device, "fake_device"}, {&x->n.type, "type"}, {&x->n.index, "index"},
         {&x->n.dtype, "dtype"}, {&x->n.tags, "tags"},
     };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)

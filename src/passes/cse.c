@@ -55,7 +55,7 @@ static bool has_opaque(const th_trace *t, th_node n) {
 static bool is_candidate(merger *m, th_opref ref) {
     const th_op *op = &m->t->ops[ref];
     if (op->kind != TH_OP_CALL || op->effects || op->callee_opaque || !op->outs) return false;
-    if (has_opaque(m->t, op->args) || has_opaque(m->t, op->kwargs)) return false;
+    if (th__op_named_in_place(m->t, op) || has_opaque(m->t, op->args) || has_opaque(m->t, op->kwargs)) return false;
     m->ok = true;
     th_op_each_use(m->t, ref, check_plain, m);
     th_op_each_out(m->t, ref, check_plain, m);

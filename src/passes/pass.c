@@ -207,6 +207,15 @@ bool th__op_is(const th_trace *t, const th_op *op, const char *dotted) {
     return op->kind == TH_OP_CALL && !op->callee_opaque && strcmp(th_str_get(t->ctx, op->callee), dotted) == 0;
 }
 
+bool th__op_named_in_place(const th_trace *t, const th_op *op) {
+    if (op->kind != TH_OP_CALL || op->callee_opaque) return false;
+    for (const char *part = th_str_get(t->ctx, op->callee), *end; *part; part = *end ? end + 1 : end) {
+        end = part + strcspn(part, ".");
+        if (end - part > 1 && end[-1] == '_' && end[-2] != '_') return true;
+    }
+    return false;
+}
+
 th_node th__op_arg(const th_trace *t, const th_op *op, uint32_t n, const char *name) {
     const th_node_data *args = &t->nodes[op->args], *kwargs = &t->nodes[op->kwargs];
     if (n < args->count) return t->kids[args->u.kids + n];

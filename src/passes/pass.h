@@ -63,6 +63,9 @@ th_opref th__op_push(th_trace *t, const th_op *op);
 /* Is the callee of a call this dotted name? */
 bool th__op_is(const th_trace *t, const th_op *op, const char *dotted);
 
+/* Does its name say that it changes its argument: add_, torch.ops.aten.squeeze_.dim? Not whether it does. */
+bool th__op_named_in_place(const th_trace *t, const th_op *op);
+
 /* The n-th positional argument, or the keyword argument of that name; 0 when not given. NULL name: positional only. */
 th_node th__op_arg(const th_trace *t, const th_op *op, uint32_t n, const char *name);
 th_val th__node_as_value(const th_trace *t, th_node n); /* 0 when it is no value */

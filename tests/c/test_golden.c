@@ -2,6 +2,7 @@
  *
  *     # RUN: dce,cse              the passes ("parse": none)
  *     # FUEL: 1                   optional
+ *     # NORUN: why                optional: test_traces_run.py cannot execute it
  *     def computation(...):       the trace
  *         ...
  *     # EXPECT:                   what is left of it, to the end of the file
@@ -69,7 +70,7 @@ static char *trace_text(const golden *g) {
     size_t size = g->expect ? g->head_size : strlen(g->text);
     char *text = calloc(size + 1, 1);
     memcpy(text, g->text, size);
-    static const char *const names[] = {"# RUN:", "# FUEL:", "# EXPECT:", "# ERROR:"};
+    static const char *const names[] = {"# RUN:", "# NORUN:", "# FUEL:", "# EXPECT:", "# ERROR:"};
     for (char *line = text; line; line = (line = strchr(line, '\n')) ? line + 1 : NULL) {
         for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
             if (strncmp(line, names[i], strlen(names[i])) == 0) memset(line, ' ', strcspn(line, "\n"));

@@ -69,6 +69,7 @@ typedef struct thx {
     int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
+    uint32_t facts; /* TH_FACT_*: what meta rules may rely on */
     const char *passes; /* the pipeline; NULL: the default one */
 } thx;
 

@@ -186,6 +186,7 @@ static PyObject *meta_rule(PyObject *module, PyObject *a) {
     bool ok = th_call_bind(&call, def, r->t, an, kn) == TH_OK;
     call.default_dtype = r->default_dtype;
     call.default_device = r->default_device;
+    call.facts = x->facts;
     if (!ok || def->meta(&call) != TH_OK) {
         result = Py_NewRef(Py_None); /* declined */
         goto done;
@@ -244,6 +245,26 @@ static PyMethodDef functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* ---- facts ---- */
+
+/* How does CPU flash attention lay out its result? Tried on a query whose order of dimensions is its own. */
+static uint32_t flash_layout(thx *x) {
+    uint32_t fact = 0;
+    PyObject *attention = PyObject_GetAttrString(x->functional, "scaled_dot_product_attention");
+    PyObject *q = PyObject_CallMethod(x->torch, "zeros", "((iiii))", 1, 2, 3, 4);
+    PyObject *detached = q ? PyObject_CallFunctionObjArgs(attention, q, q, q, NULL) : NULL;
+    thx_meta meta;
+    if (detached && thx_read_meta(x, detached, false, &meta) == 0 && meta.ndim == 4)
+        fact = meta.stride[1] == 12 && meta.stride[2] == 4  ? TH_FACT_FLASH_LIKE_QUERY
+               : meta.stride[1] == 4 && meta.stride[2] == 8 ? TH_FACT_FLASH_BLHD
+                                                            : 0;
+    PyErr_Clear();
+    Py_XDECREF(detached);
+    Py_XDECREF(q);
+    Py_XDECREF(attention);
+    return fact;
+}
+
 /* ---- life ---- */
 
 static int module_exec(PyObject *module) {
@@ -265,6 +286,7 @@ static int module_exec(PyObject *module) {
         load_errors(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 || thx_fake_init(x, module) < 0 ||
         thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 || thx_callable_init(x, module) < 0)
         return -1;
+    x->facts = flash_layout(x);
     return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded);
 }
 

@@ -239,6 +239,7 @@ static PyObject *fast(call *c) {
         return NULL;
     rule.default_dtype = r->default_dtype;
     rule.default_device = r->default_device;
+    rule.facts = r->x->facts;
     if (c->def->meta(&rule) != TH_OK)
         return NULL;
     if (!rule.outs_list && rule.nouts == 1 && rule.outs[0].same && r->ninputs)

@@ -7,6 +7,7 @@
 
 #include "executors/tile/tile.h"
 
+#include <math.h>
 #include <string.h>
 
 enum { SMALL = 4096, SMALL_PRODUCT = 65536 }; /* elements, multiply-adds: above, torch's threaded kernels win */
@@ -16,6 +17,7 @@ enum { SMALL = 4096, SMALL_PRODUCT = 65536 }; /* elements, multiply-adds: above,
 typedef struct shape_op { /* the operation with its arguments by parameter */
     thx_lowering *l;
     const th_op *op;
+    const char *name; /* of the catalogue entry, without the "functional." of a twin with other parameters */
     th_call call;
 } shape_op;
 
@@ -50,6 +52,12 @@ static const th_node_data *data_of(const shape_op *s, th_node n) { return &s->l-
 static bool absent(const shape_op *s, const char *name) {
     th_node n = param(s, name);
     return !n || data_of(s, n)->kind == TH_N_NONE;
+}
+
+/* Not given, None or False. */
+static bool off(const shape_op *s, const char *name) {
+    const th_node_data *d = data_of(s, param(s, name));
+    return d->kind == TH_N_ABSENT || d->kind == TH_N_NONE || (d->kind == TH_N_BOOL && !d->u.i);
 }
 
 static th_val value_at(const shape_op *s, th_node n) {
@@ -217,7 +225,7 @@ static void broadcast_strides(const th_type *t, const th_type *to, int64_t *out)
 static int emit_map(shape_op *s, th_opref o, th_tile_op op, th_val a, th_val b, double scalar, th_val out) {
     const th_type *t = type_of(s, out);
     int64_t sa[TH_TILE_RANK] = {0}, sb[TH_TILE_RANK] = {0};
-    if (!small_f32(s, out) || !t->contiguous || (a && !small_f32(s, a)) || (b && !small_f32(s, b)) || th_type_numel(t) == 0)
+    if (!small_f32(s, out) || (a && !small_f32(s, a)) || (b && !small_f32(s, b)) || th_type_numel(t) == 0)
         return 0;
     if (a)
         broadcast_strides(type_of(s, a), t, sa);
@@ -227,10 +235,7 @@ static int emit_map(shape_op *s, th_opref o, th_tile_op op, th_val a, th_val b, 
     if (!d)
         return PyErr_NoMemory(), -1;
     bool two = op >= TH_TILE_BINARY;
-    if (!th_tile_map_init(&d->map, op, t->ndim, t->shape, sa, two ? sb : NULL)) {
-        PyMem_Free(d);
-        return 0;
-    }
+    th_tile_map_init(&d->map, op, t->ndim, t->shape, t->stride, sa, two ? sb : NULL);
     d->map.scalar = (float)scalar;
     d->map.scalar_at = !a ? 1 : two && !b ? 2 : 0;
     fresh_init(&d->o, t);
@@ -253,11 +258,11 @@ static const struct { const char *name; uint8_t op; bool swapped; } binary_ops[]
 };
 
 static int lower_pointwise(shape_op *s, th_opref o, th_val out) {
-    const char *name = s->call.def->name;
+    const char *name = s->name;
     th_val a = value_at(s, s->call.arg[0]);
     for (size_t i = 0; a && i < sizeof unary_ops / sizeof *unary_ops; i++)
         if (strcmp(name, unary_ops[i].name) == 0)
-            return absent(s, "inplace") ? emit_map(s, o, (th_tile_op)unary_ops[i].op, a, 0, 0, out) : 0;
+            return off(s, "inplace") ? emit_map(s, o, (th_tile_op)unary_ops[i].op, a, 0, 0, out) : 0;
     if (a && strcmp(name, "gelu") == 0) {
         const th_node_data *mode = data_of(s, param(s, "approximate"));
         const char *text = mode->kind == TH_N_STR ? th_str_get(s->l->x->ctx, mode->u.ref) : "none";
@@ -291,24 +296,176 @@ static int lower_copy(shape_op *s, th_opref o, th_val out) {
     th_val a = value_at(s, s->call.arg[0]);
     bool known = false;
     for (int i = 0; names[i]; i++)
-        known |= strcmp(s->call.def->name, names[i]) == 0;
+        known |= strcmp(s->name, names[i]) == 0;
     if (!known || !a || s->l->t->values[out].alias || !small_f32(s, a) || !small_f32(s, out))
         return 0;
     const th_type *from = type_of(s, a), *to = type_of(s, out);
-    if (!to->contiguous || th_type_numel(from) != th_type_numel(to) || !th_type_numel(to))
+    bool same_shape = from->ndim == to->ndim && memcmp(from->shape, to->shape, sizeof(int64_t) * to->ndim) == 0;
+    if ((!to->contiguous && !same_shape) || th_type_numel(from) != th_type_numel(to) || !th_type_numel(to))
         return 0;
     map_data *d = PyMem_Calloc(1, sizeof *d);
     if (!d)
         return PyErr_NoMemory(), -1;
-    if (!th_tile_map_init(&d->map, TH_TILE_COPY, from->ndim, from->shape, from->stride, NULL)) {
-        PyMem_Free(d);
-        return 0;
-    }
+    int64_t rows[TH_TILE_RANK], step = 1; /* where the elements of `from` lie in a contiguous result */
+    for (uint32_t i = from->ndim; i-- > 0; step *= from->shape[i])
+        rows[i] = step;
+    th_tile_map_init(&d->map, TH_TILE_COPY, from->ndim, from->shape, same_shape ? to->stride : rows, from->stride, NULL);
     fresh_init(&d->o, to);
     d->a = thx_slot_for(s->l, a);
     d->b = UINT32_MAX;
     d->out = thx_slot_for(s->l, out);
     return add(s->l, run_map, &d->head, o);
+}
+
+/* ---- cat ---- */
+
+typedef struct cat_data {
+    thx_instr_data head;
+    uint32_t out, count;
+    fresh o;
+    struct {
+        uint32_t slot;
+        int64_t offset;
+        th_tile_map map;
+    } part[];
+} cat_data;
+
+static int run_cat(th_frame *f, const th_instr *instr) {
+    const cat_data *d = instr->data;
+    thx *x = f->user;
+    const float *in[16];
+    for (uint32_t i = 0; i < d->count; i++)
+        in[i] = pointer(x, &f->slots[d->part[i].slot]);
+    float *out = allocate(x, f, &d->o, d->out);
+    if (!out)
+        return -1;
+    for (uint32_t i = 0; i < d->count; i++)
+        th_tile_map_run(&d->part[i].map, out + d->part[i].offset, in[i], NULL);
+    return 0;
+}
+
+static int lower_cat(shape_op *s, th_opref o, th_val out) {
+    const th_node_data *list = data_of(s, s->call.arg[0]), *dim = data_of(s, param(s, "dim"));
+    const th_type *t = type_of(s, out);
+    int64_t axis = dim->kind == TH_N_INT ? dim->u.i : 0;
+    axis += axis < 0 ? t->ndim : 0;
+    if ((list->kind != TH_N_TUPLE && list->kind != TH_N_LIST) || list->count > 16 || !small_f32(s, out) || !t->ndim ||
+        axis < 0 || axis >= t->ndim)
+        return 0;
+    for (uint32_t i = 0; i < list->count; i++) {
+        th_val v = value_at(s, s->l->t->kids[list->u.kids + i]);
+        if (!v || !small_f32(s, v) || type_of(s, v)->ndim != t->ndim || !th_type_numel(type_of(s, v)))
+            return 0;
+    }
+    cat_data *d = PyMem_Calloc(1, sizeof *d + sizeof d->part[0] * list->count);
+    if (!d)
+        return PyErr_NoMemory(), -1;
+    int64_t at = 0;
+    for (d->count = 0; d->count < list->count; d->count++) {
+        th_val v = value_at(s, s->l->t->kids[list->u.kids + d->count]);
+        const th_type *part = type_of(s, v);
+        d->part[d->count].slot = thx_slot_for(s->l, v);
+        d->part[d->count].offset = at * t->stride[axis];
+        th_tile_map_init(&d->part[d->count].map, TH_TILE_COPY, part->ndim, part->shape, t->stride, part->stride, NULL);
+        at += part->shape[axis];
+    }
+    fresh_init(&d->o, t);
+    d->out = thx_slot_for(s->l, out);
+    return add(s->l, run_cat, &d->head, o);
+}
+
+/* ---- attention ---- */
+
+typedef struct attention_data {
+    thx_instr_data head;
+    uint32_t q, k, v, out;
+    fresh o;
+    th_tile_attention t;
+} attention_data;
+
+static int run_attention(th_frame *f, const th_instr *instr) {
+    const attention_data *d = instr->data;
+    thx *x = f->user;
+    const float *q = pointer(x, &f->slots[d->q]), *k = pointer(x, &f->slots[d->k]), *v = pointer(x, &f->slots[d->v]);
+    float *out = allocate(x, f, &d->o, d->out);
+    if (!out)
+        return -1;
+    th_tile_attention_run(&d->t, out, q, k, v);
+    return 0;
+}
+
+static int lower_attention(shape_op *s, th_opref o, th_val out) {
+    enum { MAX_KEYS = 1024 };
+    th_val q = value_at(s, s->call.arg[0]), k = value_at(s, s->call.arg[1]), v = value_at(s, s->call.arg[2]);
+    double dropout = 0, scale = 0;
+    const th_node_data *causal = data_of(s, param(s, "is_causal"));
+    if (!q || !k || !v || !absent(s, "attn_mask") || !off(s, "enable_gqa") || !small_f32(s, out) || !small_f32(s, q) ||
+        !small_f32(s, k) || !small_f32(s, v) || (number_at(s, param(s, "dropout_p"), &dropout) && dropout != 0))
+        return 0;
+    const th_type *tq = type_of(s, q), *tk = type_of(s, k), *tv = type_of(s, v), *to = type_of(s, out);
+    if (tq->ndim != 4 || tk->ndim != 4 || tv->ndim != 4 || to->ndim != 4 || !th_type_numel(to) || !th_type_numel(tk) ||
+        tk->shape[2] > MAX_KEYS || tq->shape[3] != tk->shape[3] ||
+        tq->shape[0] != tk->shape[0] || tq->shape[1] != tk->shape[1] || tv->shape[0] != tk->shape[0] ||
+        tv->shape[1] != tk->shape[1] || tv->shape[2] != tk->shape[2] ||
+        tq->shape[0] * tq->shape[1] * tq->shape[2] * tk->shape[2] * (tq->shape[3] + tv->shape[3]) > SMALL_PRODUCT)
+        return 0;
+    if (!number_at(s, param(s, "scale"), &scale))
+        scale = 1.0 / sqrt((double)tq->shape[3]);
+    attention_data *d = PyMem_Calloc(1, sizeof *d);
+    if (!d)
+        return PyErr_NoMemory(), -1;
+    th_tile_attention *t = &d->t;
+    t->batch = tq->shape[0], t->heads = tq->shape[1], t->rows = tq->shape[2], t->keys = tk->shape[2];
+    t->depth = tq->shape[3], t->width = tv->shape[3], t->scale = (float)scale;
+    t->causal = causal->kind == TH_N_BOOL && causal->u.i;
+    memcpy(t->q, tq->stride, sizeof t->q);
+    memcpy(t->k, tk->stride, sizeof t->k);
+    memcpy(t->v, tv->stride, sizeof t->v);
+    memcpy(t->o, to->stride, sizeof t->o);
+    fresh_init(&d->o, to);
+    d->q = thx_slot_for(s->l, q), d->k = thx_slot_for(s->l, k), d->v = thx_slot_for(s->l, v);
+    d->out = thx_slot_for(s->l, out);
+    return add(s->l, run_attention, &d->head, o);
+}
+
+/* ---- embedding ---- */
+
+typedef struct embedding_data {
+    thx_instr_data head;
+    uint32_t index, table, out;
+    int64_t count, size, n;
+    fresh o;
+} embedding_data;
+
+static int run_embedding(th_frame *f, const th_instr *instr) {
+    const embedding_data *d = instr->data;
+    thx *x = f->user;
+    const void *index = pointer(x, &f->slots[d->index]);
+    const float *table = pointer(x, &f->slots[d->table]);
+    float *out = allocate(x, f, &d->o, d->out);
+    if (!out)
+        return -1;
+    if (th_tile_embedding(out, index, d->count, table, d->size, d->n) < 0)
+        return 0;
+    PyErr_SetString(PyExc_IndexError, "index out of range in self");
+    return -1;
+}
+
+static int lower_embedding(shape_op *s, th_opref o, th_val out) {
+    th_val index = value_at(s, s->call.arg[0]), table = value_at(s, s->call.arg[1]);
+    if (!index || !table || !absent(s, "max_norm") || !small_f32(s, out) || !type_of(s, out)->contiguous)
+        return 0;
+    const th_type *ti = type_of(s, index), *tt = type_of(s, table);
+    if (ti->dtype != TH_I64 || !ti->contiguous || !is_cpu(s, ti) || tt->dtype != TH_F32 || !tt->contiguous || !is_cpu(s, tt) ||
+        tt->ndim != 2 || !th_type_numel(type_of(s, out)))
+        return 0;
+    embedding_data *d = PyMem_Calloc(1, sizeof *d);
+    if (!d)
+        return PyErr_NoMemory(), -1;
+    d->count = th_type_numel(ti), d->size = tt->shape[0], d->n = tt->shape[1];
+    fresh_init(&d->o, type_of(s, out));
+    d->index = thx_slot_for(s->l, index), d->table = thx_slot_for(s->l, table), d->out = thx_slot_for(s->l, out);
+    return add(s->l, run_embedding, &d->head, o);
 }
 
 /* ---- rows ---- */
@@ -407,9 +564,9 @@ static bool last_dim(const shape_op *s, th_node n, uint32_t ndim) {
 }
 
 static int lower_reduction(shape_op *s, th_opref o, th_val out) {
-    bool mean = strcmp(s->call.def->name, "mean") == 0;
+    bool mean = strcmp(s->name, "mean") == 0;
     th_val x = value_at(s, s->call.arg[0]);
-    if ((!mean && strcmp(s->call.def->name, "softmax") != 0) || !row_input(s, x) || !small_f32(s, out) ||
+    if ((!mean && !strstr(s->name, "softmax")) || strstr(s->name, "log_softmax") || !row_input(s, x) || !small_f32(s, out) ||
         !type_of(s, out)->contiguous || !absent(s, "dtype"))
         return 0;
     const th_type *t = type_of(s, x);
@@ -444,16 +601,23 @@ int thx_lower_shim(thx_lowering *l, th_opref o) {
         th_call_bind(&s.call, def, (th_trace *)l->t, op->args, op->kwargs) != TH_OK)
         return 0;
     s.call.def = def;
+    s.name = strncmp(def->name, "functional.", 11) == 0 ? def->name + 11 : def->name;
     if (!s.call.nparams)
         return 0;
     int rc = lower_views(&s, o);
     th_val out = value_at(&s, op->outs);
     if (rc || !out)
         return rc;
-    if (strcmp(def->name, "linear") == 0)
+    if (strcmp(s.name, "linear") == 0)
         return lower_linear(&s, o, out);
-    if (strcmp(def->name, "layer_norm") == 0)
+    if (strcmp(s.name, "layer_norm") == 0)
         return lower_layer_norm(&s, o, out);
+    if (strcmp(s.name, "cat") == 0)
+        return lower_cat(&s, o, out);
+    if (strcmp(s.name, "scaled_dot_product_attention") == 0)
+        return lower_attention(&s, o, out);
+    if (strcmp(s.name, "embedding") == 0)
+        return lower_embedding(&s, o, out);
     rc = lower_pointwise(&s, o, out);
     if (!rc)
         rc = lower_copy(&s, o, out);

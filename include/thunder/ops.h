@@ -49,6 +49,11 @@ typedef struct th_out {
     bool same;       /* the operation returns its input itself (contiguous() of a contiguous tensor) */
 } th_out;
 
+enum { /* th_call.facts: what this torch does, found out by trying it */
+    TH_FACT_FLASH_LIKE_QUERY = 1, /* CPU flash attention lays its result out like the query */
+    TH_FACT_FLASH_BLHD = 2,       /* ... always as (batch, length, head, size) */
+};
+
 struct th_call {
     th_trace *trace; /* for values, nodes and the context */
     const th_opdef *def;
@@ -57,6 +62,7 @@ struct th_call {
     th_dtype default_dtype; /* torch.get_default_dtype() at capture */
     th_dev default_device;  /* torch.get_default_device() */
     bool grad_mode;
+    uint32_t facts; /* TH_FACT_* */
     th_out outs[TH_MAX_OUTS];
     uint32_t nouts;
     bool outs_list; /* the operation returns a tuple or list (chunk, split, max with a dim) */

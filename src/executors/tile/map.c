@@ -4,33 +4,38 @@
 #include <math.h>
 #include <string.h>
 
-/* Merge a dimension into the next inner one where both operands step through the two as through one. */
-bool th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *a, const int64_t *b) {
+typedef struct dim { int64_t size, o, a, b; } dim;
+
+void th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *o, const int64_t *a,
+                      const int64_t *b) {
+    dim dims[TH_TILE_RANK];
+    int32_t count = 0, n = 0;
     memset(m, 0, sizeof *m);
     m->op = (uint8_t)op;
-    int32_t n = 0;
-    for (int64_t i = 0; i < ndim; i++) {
-        if (shape[i] == 1)
+    for (int64_t i = 0; i < ndim && i < TH_TILE_RANK; i++) { /* insertion sort, largest output stride first */
+        dim d = {shape[i], o[i], a[i], b ? b[i] : 0};
+        if (d.size == 1)
             continue;
-        int64_t sa = a[i], sb = b ? b[i] : 0;
-        if (n && m->a[n - 1] == sa * shape[i] && (!b || m->b[n - 1] == sb * shape[i])) {
-            m->shape[n - 1] *= shape[i];
-            m->a[n - 1] = sa;
-            m->b[n - 1] = sb;
-            continue;
-        }
-        if (n == TH_TILE_RANK)
-            return false;
-        m->shape[n] = shape[i];
-        m->a[n] = sa;
-        m->b[n++] = sb;
+        int32_t at = count++;
+        for (; at > 0 && dims[at - 1].o < d.o; at--)
+            dims[at] = dims[at - 1];
+        dims[at] = d;
+    }
+    for (int32_t i = 0; i < count; i++) { /* two dimensions that everyone steps through as through one are one */
+        dim d = dims[i];
+        if (n && m->o[n - 1] == d.o * d.size && m->a[n - 1] == d.a * d.size && m->b[n - 1] == d.b * d.size)
+            m->shape[n - 1] *= d.size;
+        else
+            m->shape[n++] = d.size;
+        m->o[n - 1] = d.o;
+        m->a[n - 1] = d.a;
+        m->b[n - 1] = d.b;
     }
     if (!n) {
-        m->shape[0] = 1;
+        m->shape[0] = m->o[0] = 1;
         n = 1;
     }
     m->ndim = n;
-    return true;
 }
 
 static inline float unary(th_tile_op op, float x) {
@@ -71,30 +76,31 @@ static inline float binary(th_tile_op op, float x, float y) {
 /* One inner loop per operation: the switch is on a constant and folds away. */
 #define INNER_UNARY(OP)                                                                                                \
     case OP:                                                                                                           \
-        if (sa == 1)                                                                                                   \
+        if (so == 1 && sa == 1)                                                                                        \
             for (int64_t i = 0; i < n; i++)                                                                            \
                 o[i] = unary(OP, a[i]);                                                                                \
         else                                                                                                           \
             for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i] = unary(OP, a[i * sa]);                                                                           \
+                o[i * so] = unary(OP, a[i * sa]);                                                                      \
         return;
 #define INNER_BINARY(OP)                                                                                               \
     case OP:                                                                                                           \
-        if (sa == 1 && sb == 1)                                                                                        \
+        if (so == 1 && sa == 1 && sb == 1)                                                                             \
             for (int64_t i = 0; i < n; i++)                                                                            \
                 o[i] = binary(OP, a[i], b[i]);                                                                         \
-        else if (sa == 1 && sb == 0)                                                                                   \
+        else if (so == 1 && sa == 1 && sb == 0)                                                                        \
             for (int64_t i = 0; i < n; i++)                                                                            \
                 o[i] = binary(OP, a[i], *b);                                                                           \
-        else if (sa == 0 && sb == 1)                                                                                   \
+        else if (so == 1 && sa == 0 && sb == 1)                                                                        \
             for (int64_t i = 0; i < n; i++)                                                                            \
                 o[i] = binary(OP, *a, b[i]);                                                                           \
         else                                                                                                           \
             for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i] = binary(OP, a[i * sa], b[i * sb]);                                                               \
+                o[i * so] = binary(OP, a[i * sa], b[i * sb]);                                                          \
         return;
 
-static void inner(th_tile_op op, float *restrict o, const float *a, const float *b, int64_t n, int64_t sa, int64_t sb) {
+static void inner(th_tile_op op, float *restrict o, const float *a, const float *b, int64_t n, int64_t so, int64_t sa,
+                  int64_t sb) {
     switch (op) {
         INNER_UNARY(TH_TILE_NEG)
         INNER_UNARY(TH_TILE_ABS)
@@ -126,19 +132,19 @@ static void inner(th_tile_op op, float *restrict o, const float *a, const float 
 }
 
 void th_tile_map_run(const th_tile_map *m, float *out, const float *a, const float *b) {
-    int64_t index[TH_TILE_RANK] = {0}, sa = 0, sb = 0;
+    int64_t index[TH_TILE_RANK] = {0}, so = 0, sa = 0, sb = 0;
     const float *p = m->scalar_at == 1 ? &m->scalar : a, *q = m->scalar_at == 2 ? &m->scalar : b;
     int32_t last = m->ndim - 1;
-    int64_t n = m->shape[last];
     for (;;) {
-        inner((th_tile_op)m->op, out, p + sa, q ? q + sb : NULL, n, m->a[last], m->b[last]);
-        out += n;
+        inner((th_tile_op)m->op, out + so, p + sa, q ? q + sb : NULL, m->shape[last], m->o[last], m->a[last], m->b[last]);
         int32_t d = last - 1;
         for (; d >= 0; d--) {
+            so += m->o[d];
             sa += m->a[d];
             sb += m->b[d];
             if (++index[d] < m->shape[d])
                 break;
+            so -= m->o[d] * m->shape[d];
             sa -= m->a[d] * m->shape[d];
             sb -= m->b[d] * m->shape[d];
             index[d] = 0;

@@ -1,7 +1,6 @@
 /* Kernels of our own for small float32 tensors on the CPU, where a call into a library costs more than the work.
  *
- * Plain C over pointers: no tensors, no allocation, no threads. Outputs are row-major contiguous; inputs may broadcast
- * or be strided. The arithmetic operations round exactly as torch's; the transcendental ones use the C library.
+ * Plain C over pointers: no tensors, no allocation, no threads. Operands may broadcast and be strided. The arithmetic operations round exactly as torch's; the transcendental ones use the C library.
  */
 #ifndef THUNDER_EXECUTORS_TILE_H
 #define THUNDER_EXECUTORS_TILE_H
@@ -25,18 +24,29 @@ typedef struct th_tile_map {
     uint8_t op, scalar_at;
     int32_t ndim;
     float scalar;
-    int64_t shape[TH_TILE_RANK], a[TH_TILE_RANK], b[TH_TILE_RANK]; /* strides in elements; outermost first */
+    int64_t shape[TH_TILE_RANK], o[TH_TILE_RANK], a[TH_TILE_RANK], b[TH_TILE_RANK]; /* strides in elements; outermost first */
 } th_tile_map;
 
-/* Lay out an operation whose output is contiguous of the given shape; strides of the operands after broadcasting (b NULL:
- * one operand). Dimensions are merged where they can be. False: rank too high. */
-bool th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *a, const int64_t *b);
+/* Lay out an operation over a shape; strides of output and operands after broadcasting (b NULL: one operand). Dimensions
+ * are visited in the order of the output's memory and merged where they can be. */
+void th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *o, const int64_t *a,
+                      const int64_t *b);
 void th_tile_map_run(const th_tile_map *m, float *out, const float *a, const float *b);
 
 /* out[m][n] = sum_k x[m][k] * w[n][k] + bias[n] (bias may be NULL); all contiguous. */
 void th_tile_linear(float *out, const float *x, const float *w, const float *bias, int64_t m, int64_t n, int64_t k);
 /* Rows of length n: (x - mean) / sqrt(variance + eps) * weight + bias (either may be NULL). */
 void th_tile_layer_norm(float *out, const float *x, const float *weight, const float *bias, int64_t rows, int64_t n, double eps);
+/* softmax(q k^T * scale, causal) v for one batch of heads; strides by dimension (batch, head, row, column). keys <= 1024. */
+typedef struct th_tile_attention {
+    int64_t batch, heads, rows, keys, depth, width; /* depth of q and k, width of v */
+    int64_t q[4], k[4], v[4], o[4];
+    float scale;
+    bool causal;
+} th_tile_attention;
+void th_tile_attention_run(const th_tile_attention *t, float *out, const float *q, const float *k, const float *v);
+/* Rows of a table of row length n. The first index outside 0 .. size-1 is returned, -1 when all are inside. */
+int64_t th_tile_embedding(float *out, const int64_t *index, int64_t count, const float *table, int64_t size, int64_t n);
 void th_tile_softmax(float *out, const float *x, int64_t rows, int64_t n);
 void th_tile_mean_rows(float *out, const float *x, int64_t rows, int64_t n);
 

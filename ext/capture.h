@@ -10,8 +10,8 @@
 
 typedef struct thx_cell { /* of the recorder's pointer-keyed table */
     PyObject *key;        /* owned: a fake, or a real tensor */
-    PyObject *fake;       /* for a real tensor: its fake (owned); NULL for a fake */
-    th_val value;         /* for a fake: the value it stands for now */
+    PyObject *fake;       /* for a real tensor: its fake once there is one (owned); its cell then holds the value */
+    th_val value;         /* the value it stands for now */
 } thx_cell;
 
 typedef struct thx_root { /* an input of the trace and where a call finds it */
@@ -33,7 +33,7 @@ typedef struct thx_recorder {
     uint32_t nconsts;
     PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
     PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
-    PyObject **inputs; /* fakes of the operation being recorded (borrowed) */
+    PyObject **inputs; /* tensors of the operation being recorded: fakes, or real ones that have none yet (borrowed) */
     uint32_t ninputs, cap_inputs;
     bool real_inputs;  /* some of them came as real tensors */
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
@@ -51,7 +51,9 @@ typedef struct thx_recorder {
 thx_recorder *thx_recorder_new(thx *x, PyObject *params);
 /* Register an argument's tensor before the run: its fake (borrowed). */
 PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf);
-thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor); /* of a fake or a real tensor, made when new; NULL with an exception */
+/* Where the current value of a fake or a real tensor is kept, made when new; NULL with an exception. */
+thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor);
+PyObject *thx_recorder_fake(thx_recorder *r, PyObject *tensor); /* the fake of a real tensor, or itself: borrowed */
 th_val thx_recorder_value(void *recorder, PyObject *tensor);    /* 0 with an exception */
 int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind or re-bind a fake */
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);

@@ -154,8 +154,6 @@ static int collect_outputs(compile *k) {
         thx_cell *cell = thx_recorder_cell(k->r, k->outputs.items[i]);
         if (!cell)
             return -1;
-        if (cell->fake && !(cell = thx_recorder_cell(k->r, cell->fake)))
-            return -1;
         k->values[k->nvalues++] = cell->value;
     }
     for (uint32_t i = 0; i < e->nwrites; i++)

@@ -21,7 +21,36 @@ th_dev thx_device_ref(thx *x, PyObject *device) {
     return ref;
 }
 
+static PyObject *make_device(thx *x, th_dev device);
+
 PyObject *thx_device_object(thx *x, th_dev device) {
+    if (device < THX_DEVICES && x->devices[device].device)
+        return Py_NewRef(x->devices[device].device);
+    PyObject *object = make_device(x, device);
+    if (object && device < THX_DEVICES)
+        x->devices[device].device = Py_NewRef(object);
+    return object;
+}
+
+/* The device of a real tensor. */
+static th_dev read_device(thx *x, PyObject *tensor) {
+    int32_t type = -1, index = -1;
+    th_dev *cached = NULL;
+    if (x->abi.on && !x->abi.aoti_torch_get_device_type(thx_borrow(&x->abi, tensor), &type) &&
+        !x->abi.aoti_torch_get_device_index(thx_borrow(&x->abi, tensor), &index) && type >= 0 && type < THX_DEVICES &&
+        index >= -1 && index + 1 < THX_DEVICES)
+        cached = &x->device_of[type][index + 1];
+    if (cached && *cached)
+        return *cached;
+    PyObject *device = PyObject_GetAttr(tensor, x->n.device);
+    th_dev ref = device ? thx_device_ref(x, device) : 0;
+    Py_XDECREF(device);
+    if (cached)
+        *cached = ref;
+    return ref;
+}
+
+static PyObject *make_device(thx *x, th_dev device) {
     int32_t index = th_device_index(x->ctx, device);
     if (index < 0)
         return PyObject_CallFunction((PyObject *)x->Device, "s", th_device_type(x->ctx, device));
@@ -92,9 +121,13 @@ int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *m) {
         PyErr_SetString(PyExc_TypeError, "tensors of this dtype are not supported");
         return -1;
     }
-    PyObject *device = PyObject_GetAttr(tensor, fake ? x->n.fake_device : x->n.device);
-    m->device = device ? thx_device_ref(x, device) : 0;
-    Py_XDECREF(device);
+    if (fake) {
+        PyObject *device = PyObject_GetAttr(tensor, x->n.fake_device);
+        m->device = device ? thx_device_ref(x, device) : 0;
+        Py_XDECREF(device);
+    } else {
+        m->device = read_device(x, tensor);
+    }
     if (!m->device)
         return -1;
     PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);

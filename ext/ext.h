@@ -35,6 +35,8 @@ typedef struct thx_func { /* what is known about a torch function object: funcs.
     bool random;
 } thx_func;
 
+enum { THX_DEVICES = 32 }; /* of the caches below; others take the slower road */
+
 typedef struct thx_names { /* interned attribute names */
     PyObject *torch_function, *torch_dispatch, *dict, *class_, *device, *enter, *exit, *self, *name, *module, *qualname,
         *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped;
@@ -53,6 +55,10 @@ typedef struct thx {
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *dtype_objects[TH_DTYPE_COUNT];
     PyObject *fake_classes;  /* dict: device -> subclass of FakeTensor */
+    struct {
+        PyObject *device, *fake_class; /* by th_dev, made when first needed (owned) */
+    } devices[THX_DEVICES];
+    th_dev device_of[THX_DEVICES][THX_DEVICES]; /* by torch's device type and index + 1 */
     PyObject *fake_mode;     /* the FakeTensorMode, made when first needed */
     PyObject *make_subclass, *empty_strided, *fake_kwnames, *elem_kwnames, *meta_device;
     PyObject *callables; /* dict: dotted name -> callable, for plans and evaluation */

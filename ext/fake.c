@@ -125,15 +125,33 @@ static PyObject *int_tuple(const int64_t *items, uint32_t n) {
     return tuple;
 }
 
-PyObject *thx_fake(thx *x, th_typeref ref) {
-    const th_type *type = th_type_get(x->ctx, ref);
-    PyObject *shape = int_tuple(type->shape, type->ndim), *stride = int_tuple(type->stride, type->ndim);
-    PyObject *device = thx_device_object(x, type->device), *elem = NULL, *fake = NULL;
-    PyObject *cls = device ? thx_fake_class(x, device) : NULL;
-    if (shape && stride && cls) {
+/* A meta tensor of the type: by handle where that works. */
+static PyObject *make_elem(thx *x, const th_type *type) {
+    th_h h = NULL;
+    if (x->abi.on && x->abi.aoti_torch_empty_strided && x->abi.aoti_torch_device_type_meta &&
+        x->abi.scalar_types[type->dtype] >= 0 &&
+        !x->abi.aoti_torch_empty_strided(type->ndim, type->shape, type->stride, x->abi.scalar_types[type->dtype],
+                                         x->abi.aoti_torch_device_type_meta(), 0, &h))
+        return thx_wrap(&x->abi, h);
+    PyObject *shape = int_tuple(type->shape, type->ndim), *stride = int_tuple(type->stride, type->ndim), *elem = NULL;
+    if (shape && stride) {
         PyObject *args[] = {NULL, shape, stride, x->dtype_objects[type->dtype], x->meta_device};
         elem = PyObject_Vectorcall(x->empty_strided, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, x->elem_kwnames);
     }
+    Py_XDECREF(shape);
+    Py_XDECREF(stride);
+    return elem;
+}
+
+PyObject *thx_fake(thx *x, th_typeref ref) {
+    const th_type *type = th_type_get(x->ctx, ref);
+    PyObject *device = thx_device_object(x, type->device), *cls = NULL, *fake = NULL;
+    if (type->device < THX_DEVICES && x->devices[type->device].fake_class) {
+        cls = x->devices[type->device].fake_class;
+    } else if (device && (cls = thx_fake_class(x, device)) && type->device < THX_DEVICES) {
+        x->devices[type->device].fake_class = Py_NewRef(cls);
+    }
+    PyObject *elem = cls ? make_elem(x, type) : NULL;
     if (elem) {
         PyObject *grad = type->flags & TH_TYPE_REQUIRES_GRAD ? Py_True : Py_False;
         PyObject *args[] = {NULL, cls, elem, grad, Py_True, device};
@@ -141,8 +159,6 @@ PyObject *thx_fake(thx *x, th_typeref ref) {
     }
     Py_XDECREF(elem);
     Py_XDECREF(device);
-    Py_XDECREF(shape);
-    Py_XDECREF(stride);
     return fake;
 }
 

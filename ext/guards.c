@@ -139,16 +139,49 @@ static bool is_foreign(thx *x, PyObject *o) {
 typedef struct walker {
     thx *x;
     thx_guards *g;
-    PyObject *seen; /* set of ids */
+    void **seen; /* open addressing by address */
+    uint32_t nseen, cap_seen;
+    PyTypeObject *types[64]; /* the last types looked at, by address, and whether they are foreign */
+    bool foreign[64];
 } walker;
 
+static void **seen_place(void **table, uint32_t cap, void *key) {
+    uint32_t at = (uint32_t)(((uintptr_t)key >> 4) * 2654435761u) & (cap - 1);
+    while (table[at] && table[at] != key)
+        at = (at + 1) & (cap - 1);
+    return &table[at];
+}
+
+/* 1 new, 0 seen before, -1 error. Objects stay alive through what is watched. */
 static int first_visit(walker *w, PyObject *o) {
-    PyObject *id = PyLong_FromVoidPtr(o);
-    int known = id ? PySet_Contains(w->seen, id) : -1;
-    if (known == 0 && PySet_Add(w->seen, id) < 0)
-        known = -1;
-    Py_XDECREF(id);
-    return known < 0 ? -1 : !known;
+    if (w->nseen * 2 >= w->cap_seen) {
+        uint32_t cap = w->cap_seen ? w->cap_seen * 2 : 1024;
+        void **table = PyMem_Calloc(cap, sizeof *table);
+        if (!table)
+            return PyErr_NoMemory(), -1;
+        for (uint32_t i = 0; i < w->cap_seen; i++)
+            if (w->seen[i])
+                *seen_place(table, cap, w->seen[i]) = w->seen[i];
+        PyMem_Free(w->seen);
+        w->seen = table;
+        w->cap_seen = cap;
+    }
+    void **place = seen_place(w->seen, w->cap_seen, o);
+    if (*place)
+        return 0;
+    *place = o;
+    w->nseen++;
+    return 1;
+}
+
+static bool is_foreign_cached(walker *w, PyObject *o) {
+    PyTypeObject *type = Py_TYPE(o);
+    uint32_t at = (uint32_t)((uintptr_t)type >> 5) & 63;
+    if (w->types[at] != type) {
+        w->types[at] = type;
+        w->foreign[at] = is_foreign(w->x, o);
+    }
+    return w->foreign[at];
 }
 
 static int walk(walker *w, PyObject *o, int depth);
@@ -201,7 +234,7 @@ static int walk(walker *w, PyObject *o, int depth) {
         return -1;
     if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o))
         return walk_sequence(w, o, depth);
-    if (is_foreign(w->x, o))
+    if (is_foreign_cached(w, o))
         return 0;
     PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
     if (!dict || !PyDict_Check(dict)) {
@@ -239,14 +272,14 @@ static int walk_global_hooks(walker *w) {
 
 thx_guards *thx_guards_new(thx *x, PyObject *root) {
     thx_guards *g = PyMem_Calloc(1, sizeof *g);
-    walker w = {x, g, PySet_New(NULL)};
-    if (!g || !w.seen || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0)) {
+    walker w = {.x = x, .g = g};
+    if (!g || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0)) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
         thx_guards_free(x, g);
         g = NULL;
     }
-    Py_XDECREF(w.seen);
+    PyMem_Free(w.seen);
 #if !HAVE_VERSION_TAGS
     if (g)
         g->events = dict_events;
@@ -287,43 +320,56 @@ void thx_guards_free(thx *x, thx_guards *g) {
 
 /* ---- parameter places ---- */
 
-PyObject *thx_guards_params(thx *x, PyObject *root) {
-    PyObject *places = PyDict_New(), *named = PyObject_CallMethod(root, "named_modules", NULL), *pair;
-    if (!places || !named)
-        goto fail;
-    PyObject *iterator = PyObject_GetIter(named);
-    while (iterator && (pair = PyIter_Next(iterator))) {
-        static const char *const kinds[] = {"_parameters", "_buffers"};
-        PyObject *prefix = PyTuple_GetItem(pair, 0), *module = PyTuple_GetItem(pair, 1);
-        for (int k = 0; k < 2; k++) {
-            PyObject *dict = PyObject_GetAttrString(module, kinds[k]), *key, *value;
-            for (Py_ssize_t at = 0; dict && PyDict_Check(dict) && PyDict_Next(dict, &at, &key, &value);) {
-                if (!thx_is_tensor(x, value))
-                    continue;
-                PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key)
-                                                              : PyObject_Str(key);
-                PyObject *place = name ? PyTuple_Pack(3, dict, key, name) : NULL;
-                PyObject *id = PyLong_FromVoidPtr(value);
-                if (place && id)
-                    PyDict_SetDefault(places, id, place);
-                Py_XDECREF(id);
-                Py_XDECREF(place);
-                Py_XDECREF(name);
-            }
-            PyErr_Clear();
-            Py_XDECREF(dict);
-        }
-        Py_DECREF(pair);
+/* Tensors of one module's dictionary; a tensor found before keeps its first place. */
+static int add_places(thx *x, PyObject *places, PyObject *prefix, PyObject *dict) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+        if (!thx_is_tensor(x, value))
+            continue;
+        PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+        PyObject *place = name ? PyTuple_Pack(3, dict, key, name) : NULL, *id = PyLong_FromVoidPtr(value);
+        bool ok = place && id && PyDict_SetDefault(places, id, place);
+        Py_XDECREF(id);
+        Py_XDECREF(place);
+        Py_XDECREF(name);
+        if (!ok)
+            return -1;
     }
-    Py_XDECREF(iterator);
-    Py_DECREF(named);
-    if (PyErr_Occurred())
+    return 0;
+}
+
+static int walk_places(walker *w, PyObject *places, PyObject *prefix, PyObject *module, int depth) {
+    int fresh = depth > 64 ? 0 : first_visit(w, module);
+    PyObject *dict = fresh == 1 ? PyObject_GetAttr(module, w->x->n.dict) : NULL, *key, *child;
+    if (!dict)
+        return fresh == 1 ? -1 : fresh;
+    int rc = 0;
+    static const char *const kinds[] = {"_parameters", "_buffers"};
+    for (int k = 0; k < 2 && rc == 0; k++) {
+        PyObject *tensors = PyDict_GetItemString(dict, kinds[k]);
+        if (tensors && PyDict_Check(tensors))
+            rc = add_places(w->x, places, prefix, tensors);
+    }
+    PyObject *modules = PyDict_GetItemString(dict, "_modules");
+    for (Py_ssize_t at = 0; rc == 0 && modules && PyDict_Check(modules) && PyDict_Next(modules, &at, &key, &child);) {
+        if (!PyObject_TypeCheck(child, w->x->NnModule))
+            continue;
+        PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+        rc = name ? walk_places(w, places, name, child, depth + 1) : -1;
+        Py_XDECREF(name);
+    }
+    Py_DECREF(dict);
+    return rc;
+}
+
+PyObject *thx_guards_params(thx *x, PyObject *root) {
+    PyObject *places = PyDict_New(), *prefix = PyUnicode_FromString("");
+    walker w = {.x = x};
+    if (!places || !prefix || walk_places(&w, places, prefix, root, 0) < 0)
         Py_CLEAR(places);
+    PyMem_Free(w.seen);
+    Py_XDECREF(prefix);
     return places;
-fail:
-    Py_XDECREF(places);
-    Py_XDECREF(named);
-    return NULL;
 }
 
 /* ---- bound tensors ---- */

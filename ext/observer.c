@@ -64,8 +64,7 @@ static PyObject *fakeify_dict(thx_recorder *r, PyObject *o) {
 
 static PyObject *fakeify(thx_recorder *r, PyObject *o) {
     if (thx_is_tensor(r->x, o)) {
-        thx_cell *cell = thx_recorder_cell(r, o);
-        return cell ? Py_NewRef(cell->fake ? cell->fake : o) : NULL;
+        return Py_XNewRef(thx_recorder_fake(r, o));
     }
     if (PyTuple_CheckExact(o) || PyList_CheckExact(o))
         return fakeify_sequence(r, o);
@@ -377,8 +376,6 @@ static PyObject *adopt_real_results(thx_recorder *r, PyObject *result) {
 static PyObject *concretise(thx_recorder *r, PyObject *o, bool *changed) {
     if (thx_is_tensor(r->x, o)) {
         thx_cell *cell = thx_recorder_cell(r, o);
-        if (cell && cell->fake)
-            cell = thx_recorder_cell(r, cell->fake);
         const th_type *type = cell ? th_type_get(r->x->ctx, r->t->values[cell->value].type) : NULL;
         PyObject *real = type && !type->ndim ? thx_recorder_constant(r, cell->value) : NULL;
         *changed |= real != NULL;
@@ -509,6 +506,12 @@ static PyObject *slow(call *c) {
         Py_XDECREF(args);
         return NULL;
     }
+    for (uint32_t i = 0; i < r->ninputs; i++)
+        if (!(r->inputs[i] = thx_recorder_fake(r, r->inputs[i]))) {
+            Py_DECREF(args);
+            Py_XDECREF(kwargs);
+            return NULL;
+        }
     long fixed[64], *versions = r->ninputs <= 64 ? fixed : PyMem_Malloc(sizeof(long) * r->ninputs);
     uint32_t count = r->ninputs;
     for (uint32_t i = 0; i < count; i++)

@@ -107,7 +107,8 @@ int thx_recorder_constant_root(thx_recorder *r, PyObject *real, th_val value) {
     return root ? 0 : -1;
 }
 
-static PyObject *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
+/* An input of the trace for a real tensor. Its fake is made when something has to run on it. */
+static thx_cell *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     thx *x = r->x;
     if (refuse_tensor(r, real) < 0)
         return NULL;
@@ -115,40 +116,51 @@ static PyObject *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     if (thx_read_meta(x, real, false, &meta) < 0)
         return NULL;
     th_typeref type = thx_meta_type(x, &meta);
-    PyObject *fake = type ? thx_fake(x, type) : NULL;
-    if (!fake)
-        return NULL;
     PyObject *place = NULL, *id = NULL;
     if (leaf < 0 && r->params && (id = PyLong_FromVoidPtr(real)))
         place = PyDict_GetItemWithError(r->params, id);
     Py_XDECREF(id);
     char hint[24];
     snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
-    th_val value = th_trace_input(r->t, root_name(r, place, hint), type);
-    if (value)
-        r->t->values[value].offset = meta.offset;
-    thx_root *root = push_root(r, (thx_root){value, NULL, leaf, NULL, NULL});
+    th_val value = type ? th_trace_input(r->t, root_name(r, place, hint), type) : 0;
+    thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL}) : NULL;
     if (!root) {
-        Py_DECREF(fake);
+        if (!PyErr_Occurred())
+            PyErr_NoMemory();
         return NULL;
     }
+    r->t->values[value].offset = meta.offset;
     root->real = Py_NewRef(real);
     if (place) {
         root->dict = Py_NewRef(PyTuple_GET_ITEM(place, 0));
         root->key = Py_NewRef(PyTuple_GET_ITEM(place, 1));
     }
-    if (PyType_IsSubtype(Py_TYPE(real), x->Parameter) && PyObject_SetAttrString(fake, "_is_param", Py_True) < 0)
+    return insert(r, real, NULL, value);
+}
+
+PyObject *thx_recorder_fake(thx_recorder *r, PyObject *tensor) {
+    thx *x = r->x;
+    thx_cell *cell = thx_recorder_cell(r, tensor);
+    if (!cell || thx_is_fake(x, cell->key))
+        return cell ? cell->key : NULL;
+    th_val value = cell->value;
+    PyObject *fake = thx_fake(x, r->t->values[value].type);
+    if (!fake)
+        return NULL;
+    if (PyType_IsSubtype(Py_TYPE(tensor), x->Parameter) && PyObject_SetAttrString(fake, "_is_param", Py_True) < 0)
         PyErr_Clear();
-    int rc = value && insert(r, fake, NULL, value) && insert(r, real, fake, value) ? 0 : -1;
+    int rc = insert(r, fake, NULL, value) ? 0 : -1;
+    if (rc == 0)
+        probe(r->cells, r->cap_cells, tensor)->fake = Py_NewRef(fake);
     Py_DECREF(fake); /* the table owns it */
-    if (rc < 0 && !PyErr_Occurred())
-        PyErr_NoMemory();
     return rc < 0 ? NULL : fake;
 }
 
 PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf) {
     thx_cell *cell = r->cap_cells ? probe(r->cells, r->cap_cells, real) : NULL;
-    return cell && cell->key ? cell->fake : add_root(r, real, (int32_t)leaf);
+    if ((!cell || !cell->key) && !add_root(r, real, (int32_t)leaf))
+        return NULL;
+    return thx_recorder_fake(r, real);
 }
 
 static bool is_functorch(thx *x, PyObject *tensor) {
@@ -161,7 +173,7 @@ static bool is_functorch(thx *x, PyObject *tensor) {
 thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor) {
     thx_cell *cell = r->cap_cells ? probe(r->cells, r->cap_cells, tensor) : NULL;
     if (cell && cell->key)
-        return cell;
+        return cell->fake ? probe(r->cells, r->cap_cells, cell->fake) : cell;
     if (thx_is_fake(r->x, tensor)) {
         thx_capture_error(r, "a tensor of another capture", "it was made while something else was captured and kept since",
                           "do not keep tensors made inside a compiled call in globals or closures");
@@ -172,9 +184,7 @@ thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor) {
         PyErr_SetString(PyExc_RuntimeError, "functorch wrapper");
         return NULL;
     }
-    if (!add_root(r, tensor, -1))
-        return NULL;
-    return probe(r->cells, r->cap_cells, tensor);
+    return add_root(r, tensor, -1);
 }
 
 th_val thx_recorder_value(void *user, PyObject *tensor) {
@@ -190,11 +200,7 @@ th_val thx_recorder_value(void *user, PyObject *tensor) {
         r->inputs = inputs;
         r->cap_inputs = cap;
     }
-    if (cell->fake) {
-        r->real_inputs = true;
-        PyObject *fake = cell->fake;
-        cell = probe(r->cells, r->cap_cells, fake); /* the fake's value is the current one */
-    }
+    r->real_inputs |= tensor != cell->key || !thx_is_fake(r->x, tensor);
     r->inputs[r->ninputs++] = cell->key;
     return cell->value;
 }

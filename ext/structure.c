@@ -423,12 +423,10 @@ PyObject *thx_spec_build(thx *x, const thx_spec *s, thx_leaf_fn leaf, void *user
 
 /* ---- unchanged ---- */
 
-static bool same_leaf(const struct thx_recorder *r, uint32_t leaf, PyObject *fake) {
+static bool same_leaf(struct thx_recorder *r, uint32_t leaf, PyObject *fake) {
     for (uint32_t i = 0; i < r->nroots; i++)
-        if (r->roots[i].leaf == (int32_t)leaf) {
-            thx_cell *cell = thx_recorder_cell((struct thx_recorder *)r, r->roots[i].real);
-            return cell && cell->fake == fake;
-        }
+        if (r->roots[i].leaf == (int32_t)leaf)
+            return thx_recorder_fake(r, r->roots[i].real) == fake;
     return false;
 }
 

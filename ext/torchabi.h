@@ -56,7 +56,7 @@ typedef uint64_t th_cell;  /* StableIValue */
     X(aoti_torch_cpu_addmm_out, th_rc, (th_h, th_h, th_h, th_h, double, double))                                       \
     X(aoti_torch_cpu_cat, th_rc, (const th_h *, int64_t, int64_t, th_h *))                                             \
     X(aoti_torch_cpu_pow_Tensor_Scalar, th_rc, (th_h, double, th_h *))                                                 \
-    X(aoti_torch_dtype_bool, int32_t, (void))                                                                          \
+    X(aoti_torch_device_type_meta, int32_t, (void))                                                                          \
     X(torch_parallel_for, th_rc,                                                                                       \
       (int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *))                                         \
     X(torch_get_num_threads, uint32_t, (void))

@@ -95,11 +95,17 @@ def _uses_torch_compile(fn: Any) -> str | None:
     if type(fn).__name__ == "OptimizedModule" and type(fn).__module__.startswith("torch._dynamo"):
         return "module"
     if isinstance(fn, torch.nn.Module):
-        if getattr(fn, "_compiled_call_impl", None) is not None:
+        if fn.__dict__.get("_compiled_call_impl") is not None:
             return "module"
-        for name, child in fn.named_modules():
-            if name and (type(child).__name__ == "OptimizedModule" or getattr(child, "_compiled_call_impl", None) is not None):
-                return f"submodule {name!r}"
+        todo = [("", fn)]  # by hand: named_modules() costs more than the rest of jit()
+        while todo:
+            prefix, module = todo.pop()
+            for name, child in module._modules.items():
+                if child is None:
+                    continue
+                if type(child).__name__ == "OptimizedModule" or child.__dict__.get("_compiled_call_impl") is not None:
+                    return f"submodule {prefix + name!r}"
+                todo.append((f"{prefix}{name}.", child))
     if hasattr(fn, "_torchdynamo_orig_callable"):
         return "function"
     return None

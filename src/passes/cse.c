@@ -26,8 +26,9 @@ typedef struct merger {
     uint32_t *written; /* by group: place of the last write so far */
     uint32_t *home;    /* by group: place where an operation first defines a member */
     uint32_t *place;   /* by value: place of its definition in the old list */
-    bool *returned;    /* by value: the result mentions it */
-    bool *deleted;     /* by value: a del came by */
+    th_val *returned;  /* the values of the result */
+    uint32_t nreturned;
+    bool *deleted; /* by value: a del came by */
     entry *table;
     uint32_t mask;
     uint32_t order; /* place of the current operation in the old list */
@@ -121,6 +122,19 @@ static bool same_node(const th_trace *t, th_node a, th_node b) {
     return true;
 }
 
+/* How many values of the result are views just like this one? In-place operations give one object several names, so two
+ * views stay two objects when more than one name of their kind is returned. */
+static uint32_t returned_alike(const merger *m, th_val v) {
+    const th_trace *t = m->t;
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < m->nreturned; i++) {
+        const th_value *other = &t->values[m->returned[i]];
+        count += other->alias == t->values[v].alias && other->type == t->values[v].type &&
+                 other->offset == t->values[v].offset;
+    }
+    return count;
+}
+
 /* May the results `b` of the later operation be the results `a` of the earlier one? */
 static bool results_merge(const merger *m, th_node a, th_node b) {
     const th_trace *t = m->t;
@@ -130,7 +144,7 @@ static bool results_merge(const merger *m, th_node a, th_node b) {
         const th_value *va = &t->values[x->u.ref], *vb = &t->values[y->u.ref];
         uint32_t ga = th__group_of(t, x->u.ref), gb = th__group_of(t, y->u.ref);
         if (va->type != vb->type || va->offset != vb->offset || m->deleted[x->u.ref]) return false;
-        if (ga == gb) return !(m->returned[x->u.ref] && m->returned[y->u.ref]); /* views of the same storage */
+        if (ga == gb) return returned_alike(m, x->u.ref) < 2;
         uint8_t fa = m->groups[ga], fb = m->groups[gb];
         bool fresh = m->home[ga] == m->place[x->u.ref] && m->home[gb] == m->order;
         bool seen = (fa & (TH__GROUP_RETURNED | TH__GROUP_ESCAPES)) && (fb & (TH__GROUP_RETURNED | TH__GROUP_ESCAPES));
@@ -163,7 +177,6 @@ static void merge_results(merger *m, th_node a, th_node b) {
     if (t->nodes[a].kind == TH_N_VALUE) {
         th_val to = t->nodes[a].u.ref, from = t->nodes[b].u.ref;
         if (th__group_of(t, to) != th__group_of(t, from)) join_groups(m, to, from);
-        m->returned[to] |= m->returned[from];
         m->r.value[from] = to;
         m->r.keep_alive[to] = true;
         return;
@@ -216,7 +229,13 @@ static void note_places(merger *m, th_node outs) {
     for (uint32_t i = 0; i < node->count; i++) note_places(m, m->t->kids[node->u.kids + i]);
 }
 
-static void note_returned(void *user, th_val *v) { ((merger *)user)->returned[*v] = true; }
+static void note_returned(void *user, th_val *v) {
+    merger *m = user;
+    for (uint32_t i = 0; i < m->nreturned; i++) {
+        if (m->returned[i] == *v) return;
+    }
+    m->returned[m->nreturned++] = *v;
+}
 
 static th_status prepare(merger *m, th_trace *t) {
     uint32_t slots = 16;

@@ -50,10 +50,11 @@ typedef struct member { /* by value, of those that the trace had at the start */
     uint32_t group;
     int64_t offset; /* as recorded */
     th_val object;  /* the value that is the same tensor object: what an in-place operation returns is its argument */
-    uint32_t home;  /* version in whose storage its definition put it; NEVER: its definition is gone */
+    uint32_t home;  /* version in whose storage its definition put it; NEVER: its definition is gone (see object) */
     th_val reread;  /* as_strided of version `reread_version` */
     uint32_t reread_version;
     th_val returned; /* made for the result */
+    th_val same_as;  /* the operation that defines it returns this value, the same tensor */
 } member;
 
 typedef struct pass {
@@ -206,6 +207,8 @@ static th_status examine_op(pass *p, th_opref op) {
     if (strstr(th__op_callee(t, &t->ops[op]), "as_strided")) th_op_each_use(t, op, refuse_absolute, p);
     if (p->suspicious) th_op_each_out(t, op, refuse, p);
     th_op_each_out(t, op, add_out, p);
+    th_val same = th__op_returns_input(t, &t->ops[op]), out = same ? th__node_as_value(t, t->ops[op].outs) : 0;
+    if (same && p->members[same].group == p->members[out].group) p->members[out].same_as = same;
     return TH_OK;
 }
 
@@ -286,8 +289,10 @@ static th_val emit_as_strided(pass *p, th_val of, const th__view *view, int64_t 
 /* The value that has the member's contents now. */
 static th_val read_member(pass *p, th_val v) {
     group *g = group_of(p, v);
+    if (!g->taken) return v;
+    v = p->members[v].object;
     member *m = &p->members[v];
-    if (!g->taken || m->home == g->version) return v;
+    if (m->home == g->version) return v;
     th__view view = recorded(p, v), whole = recorded(p, g->base);
     if (th__view_same(&view, &whole)) return g->current;
     if (!m->reread || m->reread_version != g->version) {
@@ -322,7 +327,7 @@ static th_val convert(pass *p, th_val v, th_dtype dtype) {
     return emit(p, "torch.Tensor.to", with_dtype(p, p->t->values[v].type, dtype), 2, args, 0);
 }
 
-/* Strides as torch's expand makes them: 0 where a dimension grows. */
+/* Strides as torch's expand makes them: 0 where a dimension grows, and for everything that had none. */
 static th_val expand(pass *p, th_val v, const th__view *to) {
     th_trace *t = p->t;
     const th_type *type = th_type_get(t->ctx, t->values[v].type);
@@ -330,7 +335,7 @@ static th_val expand(pass *p, th_val v, const th__view *to) {
     for (uint32_t i = to->ndim; i-- > 0;) {
         uint32_t missing = to->ndim - type->ndim;
         int64_t size = i >= missing ? type->shape[i - missing] : 1;
-        int64_t outer = i + 1 < to->ndim ? view.shape[i + 1] * view.stride[i + 1] : 1;
+        int64_t outer = type->ndim && i + 1 < to->ndim ? view.shape[i + 1] * view.stride[i + 1] : 0;
         view.stride[i] = size != to->shape[i] ? 0 : i >= missing ? type->stride[i - missing] : outer;
     }
     th_node args[] = {th_node_value(t, v), ints(t, to->ndim, to->shape)};
@@ -417,15 +422,19 @@ static void advance(pass *p, group *g, const th__write *w, th_val contents, bool
     g->line = p->line;
 }
 
+/* `v` is another name for the tensor that `of` is; what defined it is gone. */
+static void same_object(pass *p, th_val v, th_val of) {
+    p->members[v].object = p->members[of].object;
+    p->members[v].home = NEVER;
+}
+
 static void rewrite_write(pass *p, const th_op *op, const th__write *w) {
     group *g = group_of(p, w->dest);
     bool fresh;
     th_val contents = new_contents(p, w, &fresh), out = th__node_as_value(p->t, op->outs);
     if (!contents || th_trace_status(p->t) != TH_OK) return;
     advance(p, g, w, contents, fresh);
-    if (!out) return;
-    p->members[out].object = p->members[w->dest].object;
-    p->members[out].home = NEVER;
+    if (out) same_object(p, out, w->dest);
 }
 
 /* ---- all operations ---- */
@@ -447,6 +456,11 @@ static void rewrite_op(pass *p, th_opref op) {
     p->line = data.line;
     if (w && group_of(p, w->dest)->taken) {
         rewrite_write(p, &data, w);
+        return;
+    }
+    th_val out = th__node_as_value(p->t, data.outs);
+    if (out && p->members[out].same_as && group_of(p, out)->taken) {
+        same_object(p, out, p->members[out].same_as);
         return;
     }
     th_node_each_value(p->t, data.args, replace_by_read, p);

@@ -33,6 +33,8 @@ static const struct {
     {"torch.Tensor.bool", SAME_TYPE},
     {"torch.Tensor.cpu", SAME_TYPE},
     {"torch.Tensor.cuda", SAME_TYPE},
+    {"torch.flatten", SAME_TYPE}, /* of one dimension */
+    {"torch.Tensor.flatten", SAME_TYPE},
     {"torch.nn.functional.dropout", DROPOUT},
     {"torch.nn.functional.alpha_dropout", DROPOUT},
     {"torch.dropout", DROPOUT},
@@ -66,8 +68,7 @@ static bool returns_input(const th_trace *t, const th_op *op, same_when when) {
     return (p && is_zero(t, p)) || (training && is_bool(t, training, false));
 }
 
-/* The value that the operation returns unchanged; 0 when it does more. */
-static th_val input_returned(const th_trace *t, const th_op *op, const uint8_t *groups) {
+th_val th__op_returns_input(const th_trace *t, const th_op *op) {
     same_when when = 0;
     th_val in = th__node_as_value(t, th__op_arg(t, op, 0, "input")), out = th__node_as_value(t, op->outs);
     if (!in || !out || op->kind != TH_OP_CALL || (op->effects & ~TH_FX_RANDOM)) return 0;
@@ -76,10 +77,13 @@ static th_val input_returned(const th_trace *t, const th_op *op, const uint8_t *
         if (th__op_is(t, op, known[i].name)) when = known[i].when;
     }
     if (!when || (op->effects && when != DROPOUT) || !returns_input(t, op, when)) return 0;
-    if ((groups[th__group_of(t, in)] | groups[th__group_of(t, out)]) & TH__GROUP_WRITTEN) return 0;
     /* Without an alias number the recorder did not say; with another one it says that storage is not shared. */
     bool shares = t->values[out].alias == t->values[in].alias && t->values[out].offset == t->values[in].offset;
     return shares || t->values[out].alias == 0 ? in : 0;
+}
+
+static bool is_written(const th_trace *t, const uint8_t *groups, th_val v) {
+    return groups[th__group_of(t, v)] & TH__GROUP_WRITTEN;
 }
 
 th_status th_pass_noop(th_trace *t, th_fuel *fuel) {
@@ -89,8 +93,9 @@ th_status th_pass_noop(th_trace *t, th_fuel *fuel) {
     th_status status = groups ? th__rewrite_begin(&r, t) : th_ctx_error(t->ctx)->status;
     if (status == TH_OK) {
         for (th_opref op = 1; op < r.nops; op++) {
-            th_val in = input_returned(t, &r.ops[op], groups), out = in ? t->nodes[r.ops[op].outs].u.ref : 0;
-            if (in && th_fuel_take(fuel, "noop: %s", th_str_get(t->ctx, t->values[out].name))) {
+            th_val in = th__op_returns_input(t, &r.ops[op]), out = in ? t->nodes[r.ops[op].outs].u.ref : 0;
+            if (!in || is_written(t, groups, in) || is_written(t, groups, out)) continue;
+            if (th_fuel_take(fuel, "noop: %s", th_str_get(t->ctx, t->values[out].name))) {
                 r.value[out] = r.value[in] ? r.value[in] : in;
                 r.keep_alive[r.value[out]] = true;
             }

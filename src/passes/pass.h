@@ -70,6 +70,10 @@ bool th__op_named_in_place(const th_trace *t, const th_op *op);
 th_node th__op_arg(const th_trace *t, const th_op *op, uint32_t n, const char *name);
 th_val th__node_as_value(const th_trace *t, th_node n); /* 0 when it is no value */
 
+/* The value that the operation returns, the very same tensor: `to` the same dtype, dropout outside training. 0: none.
+ */
+th_val th__op_returns_input(const th_trace *t, const th_op *op); /* noop.c */
+
 /* The name that a report gives an operation: its first value, or its callee. */
 const char *th__op_label(const th_trace *t, const th_op *op);
 

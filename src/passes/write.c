@@ -76,7 +76,10 @@ static int64_t indexed_rank(const th_trace *t, const th_node *indices, uint32_t 
         th_val v = th__node_as_value(t, indices[i]);
         const th_type *index = v ? type_of(t, v) : NULL;
         if (!index || index->kind != TH_TYPE_TENSOR || index->device != x->device) return -1;
-        if (index->dtype == TH_BOOL) return n == 1 && index->ndim <= x->ndim ? 1 + (int64_t)x->ndim - index->ndim : -1;
+        if (index->dtype == TH_BOOL) {
+            bool mask = n == 1 && index->ndim > 0 && index->ndim <= x->ndim;
+            return mask ? 1 + (int64_t)x->ndim - index->ndim : -1;
+        }
         if (index->dtype != TH_I64) return -1;
         if (index->ndim > rank) rank = index->ndim;
     }

@@ -35,7 +35,13 @@ typedef struct thx_func { /* what is known about a torch function object: funcs.
     bool random;
 } thx_func;
 
-enum { THX_DEVICES = 32 }; /* of the caches below; others take the slower road */
+typedef struct thx_code { /* of the cache of code objects: recorder.c */
+    PyObject *code; /* owned */
+    th_str file;    /* base name */
+    bool torch;     /* torch's own code: not what a user calls a line */
+} thx_code;
+
+enum { THX_CODES = 256, THX_DEVICES = 32 }; /* of the caches below; others take the slower road */
 
 typedef struct thx_names { /* interned attribute names */
     PyObject *torch_function, *torch_dispatch, *dict, *class_, *device, *enter, *exit, *self, *name, *module, *qualname,
@@ -75,6 +81,7 @@ typedef struct thx {
     int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
+    thx_code codes[THX_CODES];
     uint32_t facts; /* TH_FACT_*: what meta rules may rely on */
     const char *passes; /* the pipeline; NULL: the default one */
 } thx;

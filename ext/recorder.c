@@ -283,21 +283,34 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
 
 /* ---- the user's line ---- */
 
-static bool is_torch_file(PyObject *path) {
-    const char *text = PyUnicode_AsUTF8(path);
+static bool is_torch_file(const char *path) {
+    return strstr(path, "/torch/") || strstr(path, "<string>") || strstr(path, "<frozen");
+}
+
+/* What is known about a code object: direct-mapped by address, which the reference keeps from being reused. */
+static const thx_code *code_of(thx *x, PyCodeObject *code) {
+    thx_code *c = &x->codes[((uintptr_t)code >> 5) % THX_CODES];
+    if (c->code == (PyObject *)code)
+        return c;
+    const char *path = PyUnicode_AsUTF8(code->co_filename), *base = path ? strrchr(path, '/') : NULL;
     PyErr_Clear();
-    return text && (strstr(text, "/torch/") || strstr(text, "<string>") || strstr(text, "<frozen"));
+    Py_XSETREF(c->code, Py_NewRef((PyObject *)code));
+    c->torch = !path || is_torch_file(path);
+    c->file = path ? th_intern_z(x->ctx, base ? base + 1 : path) : 0;
+    return c;
 }
 
 /* The innermost frame outside torch: new reference, or NULL. */
-static PyFrameObject *user_frame(void) {
+static PyFrameObject *user_frame(thx *x, th_str *file) {
     PyFrameObject *frame = PyThreadState_GetFrame(PyThreadState_Get());
     while (frame) {
         PyCodeObject *code = PyFrame_GetCode(frame);
-        bool torch = is_torch_file(code->co_filename);
+        const thx_code *known = code_of(x, code);
         Py_DECREF(code);
-        if (!torch)
+        if (!known->torch) {
+            *file = known->file;
             return frame;
+        }
         PyFrameObject *back = PyFrame_GetBack(frame);
         Py_DECREF(frame);
         frame = back;
@@ -306,23 +319,18 @@ static PyFrameObject *user_frame(void) {
 }
 
 void thx_user_line(thx *x, th_str *file, uint32_t *line) {
-    PyFrameObject *frame = user_frame();
+    PyFrameObject *frame = user_frame(x, file);
     if (!frame)
         return;
-    PyCodeObject *code = PyFrame_GetCode(frame);
-    const char *path = PyUnicode_AsUTF8(code->co_filename), *base = path ? strrchr(path, '/') : NULL;
-    if (path)
-        *file = th_intern_z(x->ctx, base ? base + 1 : path);
     *line = (uint32_t)PyFrame_GetLineNumber(frame);
-    PyErr_Clear();
-    Py_DECREF(code);
     Py_DECREF(frame);
 }
 
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix) {
     if (PyErr_Occurred())
         PyErr_Clear();
-    PyFrameObject *frame = user_frame();
+    th_str base = 0;
+    PyFrameObject *frame = user_frame(r->x, &base);
     PyObject *file = NULL, *function = NULL;
     int line = 0;
     if (frame) {

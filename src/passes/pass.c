@@ -96,6 +96,7 @@ th_status th__rewrite_begin(th__rewrite *r, th_trace *t) {
     uint32_t cap = 0;
     if (!r->value || !r->node || !r->keep_alive || !th__grow(t->ctx, &fresh, &cap, t->nops, sizeof *fresh)) {
         th__scratch_fini(&r->scratch);
+        r->ops = NULL; /* still the trace's */
         return th_ctx_error(t->ctx)->status;
     }
     fresh[0] = (th_op){0};

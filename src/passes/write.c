@@ -216,6 +216,14 @@ static th_status find_twin(const th_catalog *catalog, th_trace *t, const th_op *
     return w->callee ? TH_OK : th_ctx_error(t->ctx)->status;
 }
 
+/* A rule declines when memory runs out inside of it, too; here that must not look like an answer. */
+static th_status ask_rule(const th_opdef *def, th_call *call) {
+    th_error *error = &call->trace->ctx->error;
+    error->status = TH_OK;
+    th_status status = def->meta(call);
+    return status == TH_DECLINED && error->status == TH_ENOMEM ? TH_ENOMEM : status;
+}
+
 static th_status understand_twin(const th_catalog *catalog, th_trace *t, const th_op *op, th__write *w) {
     const th_opdef *twin = NULL;
     DECLINE_IF(t->nodes[op->args].count > TH_MAX_PARAMS || t->nodes[op->kwargs].count > 2 * TH_MAX_PARAMS);
@@ -225,7 +233,7 @@ static th_status understand_twin(const th_catalog *catalog, th_trace *t, const t
     th_call call = {.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
     if (!call.default_device) return th_ctx_error(t->ctx)->status;
     TRY(th_call_bind(&call, twin, t, w->args, w->kwargs));
-    TRY(twin->meta(&call));
+    TRY(ask_rule(twin, &call));
     DECLINE_IF(call.nouts != 1 || call.outs_list || call.outs[0].same || call.outs[0].alias_of);
     const th_type *type = th_type_get(t->ctx, call.outs[0].type), *dest = type_of(t, w->dest);
     DECLINE_IF(type->kind != TH_TYPE_TENSOR || type->flags || type->device != dest->device || type->ndim != dest->ndim);

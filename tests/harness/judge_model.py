@@ -7,6 +7,7 @@ import copy
 import time
 import traceback
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,11 +32,11 @@ class Verdict:
     later_ms: float = 0.0  # a call that hits the cache
 
 
-def judge(entry: Entry) -> Verdict:
+def judge(entry: Entry, device: str = "cpu") -> Verdict:
     """Builds `entry` and compares two different inputs in eager and compiled; never raises for a model's sake."""
     verdict = Verdict(entry.name, entry.architecture, entry.kind, OTHER)
     try:
-        _judge(entry, verdict)
+        _judge(entry, verdict, device)
     except thunder.CaptureError as error:
         verdict.outcome, verdict.reason = CLEAR, str(error)
     except Exception as error:
@@ -45,8 +46,17 @@ def judge(entry: Entry) -> Verdict:
     return verdict
 
 
-def _judge(entry: Entry, verdict: Verdict) -> None:
-    model, inputs = entry.build()
+def _on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
+def _judge(entry: Entry, verdict: Verdict, device: str) -> None:
+    model, make_inputs = entry.build()
+    model = model.to(device)
+
+    def inputs(seed: int) -> dict[str, Any]:
+        return _on(device, make_inputs(seed))
+
     reference = copy.deepcopy(model)
     exact = copy.deepcopy(model).double()
     compiled = thunder.jit(model)

@@ -1,0 +1,117 @@
+"""The same programs on CUDA tensors: results, streams, no synchronisation of our own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import thunder
+from tests.harness.judge_model import RIGHT, judge
+from tests.models import QUICK, zoo
+
+pytestmark = pytest.mark.gpu
+GPU_MODELS = [name for name in QUICK if not name.startswith(("litgpt", "timm"))]
+
+
+@pytest.mark.parametrize("name", GPU_MODELS)
+def test_model_on_cuda_equals_eager(name: str) -> None:
+    verdict = judge(zoo()[name], "cuda")
+    assert verdict.outcome == RIGHT, verdict.reason
+
+
+def _block(width: int = 64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+    return torch.nn.Sequential(layer, torch.nn.LayerNorm(width), torch.nn.Linear(width, width)).eval().cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_on_cuda_equal_eager(dtype: torch.dtype) -> None:
+    model = _block().to(dtype)
+    compiled = thunder.jit(model)
+    with torch.no_grad():
+        for seed in (0, 1):
+            x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert thunder.cache_hits(compiled) == 1
+
+
+def test_autocast_on_cuda_gives_eager_dtypes_and_values() -> None:
+    model = _block()
+    compiled = thunder.jit(model)
+    x = torch.randn(2, 16, 64, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        for _ in range(2):
+            expected, got = model(x), compiled(x)
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected)
+
+
+def test_compiled_call_adds_no_synchronisation() -> None:
+    model = _block()
+    compiled = thunder.jit(model)
+    x = torch.randn(2, 16, 64, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            compiled(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_work_goes_to_the_current_stream() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return (x * 2 + 1).relu()
+
+    compiled = thunder.jit(program)
+    x = torch.zeros(1 << 20, device="cuda")
+    with torch.no_grad():
+        compiled(x)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)  # what follows on this stream must wait for it
+            x.fill_(3.0)
+            got = compiled(x)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.testing.assert_close(got, torch.full_like(got, 7.0))
+
+
+def test_cuda_graph_captures_a_compiled_call() -> None:
+    model = _block()
+    compiled = thunder.jit(model)
+    x = torch.randn(2, 16, 64, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = compiled(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(y, model(x))
+
+
+def test_constants_made_on_the_device_are_evaluated_once() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        mask = torch.arange(8, device=x.device)[:, None] >= torch.arange(8, device=x.device)[None, :]
+        return x.masked_fill(~mask, 0.0)
+
+    compiled = thunder.jit(program)
+    x = torch.randn(8, 8, device="cuda")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), program(x))
+        torch.testing.assert_close(compiled(x), program(x))
+    assert "torch.arange" not in str(thunder.last_traces(compiled)[-1])
+
+
+def test_mixed_devices_raise_torchs_error() -> None:
+    compiled = thunder.jit(lambda x, y: x + y)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="same device|two devices"):
+        compiled(torch.randn(2, 2, device="cuda"), torch.randn(2, 2))
+    with torch.no_grad():
+        assert compiled(torch.ones(2, device="cuda"), torch.ones(2, device="cuda")).sum().item() == 4

@@ -111,7 +111,7 @@ def test_constants_made_on_the_device_are_evaluated_once() -> None:
 
 def test_mixed_devices_raise_torchs_error() -> None:
     compiled = thunder.jit(lambda x, y: x + y)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="same device|two devices"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"same device|two devices"):
         compiled(torch.randn(2, 2, device="cuda"), torch.randn(2, 2))
     with torch.no_grad():
         assert compiled(torch.ones(2, device="cuda"), torch.ones(2, device="cuda")).sum().item() == 4

@@ -159,6 +159,12 @@ PyObject *thx_fake(thx *x, th_typeref ref) {
     }
     Py_XDECREF(elem);
     Py_XDECREF(device);
+    if (fake) { /* a kernel that asks for the memory of a fake gets an error, not address 0 */
+        PyObject *done = PyObject_CallOneArg(x->forbid_data_ptr, fake);
+        if (!done)
+            Py_CLEAR(fake);
+        Py_XDECREF(done);
+    }
     return fake;
 }
 

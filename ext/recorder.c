@@ -356,33 +356,64 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
 
 /* ---- running ---- */
 
+typedef struct surroundings { /* state of torch that is different while a program is captured */
+    PyObject *previous, *compiler, *compiling, *script;
+} surroundings;
+
+static int set_script_optimize(thx *x, PyObject *on) {
+    PyObject *done = PyObject_CallOneArg(x->set_script_optimize, on);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* torch.compiler.is_compiling() says yes; TorchScript runs operation by operation, as its fused kernels would want data;
+ * the observer is on the stack of function modes. */
+static int enter(thx_recorder *r, surroundings *s) {
+    thx *x = r->x;
+    s->previous = x->active;
+    s->compiler = PyObject_GetAttrString(x->torch, "compiler");
+    s->compiling = s->compiler ? PyObject_GetAttrString(s->compiler, "_is_compiling_flag") : NULL;
+    PyErr_Clear();
+    s->script = PyObject_CallNoArgs(x->get_script_optimize);
+    if (!s->script || thx_random_begin(r) < 0 || set_script_optimize(x, Py_False) < 0)
+        return -1;
+    PyObject *pushed = PyObject_CallOneArg(x->push_function, (PyObject *)r);
+    if (!pushed) {
+        set_script_optimize(x, s->script);
+        return -1;
+    }
+    Py_DECREF(pushed);
+    x->active = (PyObject *)r;
+    if (s->compiling)
+        PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
+    return 0;
+}
+
+static void leave(thx_recorder *r, surroundings *s) { /* keeps a pending exception */
+    thx *x = r->x;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    if (s->compiling)
+        PyObject_SetAttrString(s->compiler, "_is_compiling_flag", s->compiling);
+    set_script_optimize(x, s->script);
+    PyObject *popped = PyObject_CallNoArgs(x->pop_function);
+    Py_XDECREF(popped);
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    x->active = s->previous;
+}
+
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result) {
     thx *x = r->x;
-    PyObject *previous = x->active, *compiler = PyObject_GetAttrString(x->torch, "compiler"), *flag = NULL;
-    if (!compiler)
-        return -1;
-    flag = PyObject_GetAttrString(compiler, "_is_compiling_flag");
-    PyErr_Clear();
-    PyObject *pushed = thx_random_begin(r) < 0 ? NULL : PyObject_CallOneArg(x->push_function, (PyObject *)r);
+    surroundings s = {0};
     *result = NULL;
-    if (pushed) {
-        x->active = (PyObject *)r;
-        if (flag)
-            PyObject_SetAttrString(compiler, "_is_compiling_flag", Py_True);
+    if (enter(r, &s) == 0) {
         *result = PyObject_Call(fn, args, kwargs);
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        if (flag)
-            PyObject_SetAttrString(compiler, "_is_compiling_flag", flag);
-        PyObject *popped = PyObject_CallNoArgs(x->pop_function);
-        Py_XDECREF(popped);
-        PyErr_Clear();
-        PyErr_Restore(type, value, trace);
-        x->active = previous;
-        Py_DECREF(pushed);
+        leave(r, &s);
     }
-    Py_XDECREF(flag);
-    Py_DECREF(compiler);
+    Py_XDECREF(s.script);
+    Py_XDECREF(s.compiling);
+    Py_XDECREF(s.compiler);
     if (*result && thx_random_before(r) < 0)
         Py_CLEAR(*result);
     if (thx_random_end(r) < 0)

@@ -69,6 +69,7 @@ int thx_recorder_init(thx *x, PyObject *module);
 /* ---- observer.c ---- */
 PyObject *thx_torch_function(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs);
 PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t nargs);   /* of the fakes */
+bool thx_read_of_fake_data(void); /* does the pending exception say that a kernel wanted a fake's memory? */
 PyObject *thx_watch_dispatch(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs); /* mode: notes random kernels */
 
 /* ---- random.c: seeding inside captured code ---- */

@@ -313,7 +313,7 @@ static bool raised(const char *const *names) {
 static const char *const data_dependent[] = {"DataDependentOutputException", "DynamicOutputShapeException",
                                              "GuardOnDataDependentSymNode", NULL};
 /* What torch says when a kernel wants to read a fake's memory. */
-static bool read_of_fake_data(void) {
+bool thx_read_of_fake_data(void) {
     static const char *const texts[] = {"data is not allocated yet", "Cannot copy out of meta tensor",
                                         "cannot be called on meta tensors", "data pointer of Tensor that doesn't have storage",
                                         "Cannot access data pointer of", NULL};
@@ -430,7 +430,7 @@ static PyObject *retry_concrete(call *c) {
 }
 
 static PyObject *explain_failure(call *c) {
-    if (raised(data_dependent) || read_of_fake_data()) {
+    if (raised(data_dependent) || thx_read_of_fake_data()) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
         PyObject *result = evaluate(c);

@@ -403,6 +403,42 @@ static void leave(thx_recorder *r, surroundings *s) { /* keeps a pending excepti
     x->active = s->previous;
 }
 
+static bool from_dynamo(thx *x, PyObject *type) {
+    PyObject *module = PyObject_GetAttr(type, x->n.module);
+    const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : NULL;
+    bool found = name && strncmp(name, "torch._dynamo", 13) == 0;
+    PyErr_Clear();
+    Py_XDECREF(module);
+    return found;
+}
+
+/* Exceptions that are there because the program runs on fakes become CaptureErrors with the original as their cause. */
+static void explain_exception(thx_recorder *r) {
+    PyObject *type, *value, *trace, *error, *ours, *our_trace;
+    bool data = thx_read_of_fake_data();
+    PyErr_Fetch(&type, &value, &trace);
+    bool dynamo = type && from_dynamo(r->x, type);
+    if (!data && !dynamo) {
+        PyErr_Restore(type, value, trace);
+        return;
+    }
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (data)
+        thx_capture_error(r, "a kernel outside torch's dispatcher", "it reads the memory of a tensor, which a capture does not have",
+                          "register it with torch.library.custom_op, or call it outside the compiled function");
+    else
+        thx_capture_error(r, "a part that only torch.compile can run", "it starts torch.compile while thunder captures",
+                          "call this part outside the compiled function");
+    PyErr_Fetch(&error, &ours, &our_trace);
+    PyErr_NormalizeException(&error, &ours, &our_trace);
+    if (ours && value)
+        PyException_SetCause(ours, Py_NewRef(value));
+    PyErr_Restore(error, ours, our_trace);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+}
+
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result) {
     thx *x = r->x;
     surroundings s = {0};
@@ -410,6 +446,8 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
     if (enter(r, &s) == 0) {
         *result = PyObject_Call(fn, args, kwargs);
         leave(r, &s);
+        if (!*result && !PyErr_ExceptionMatches(x->CaptureError) && !PyErr_ExceptionMatches(x->GradNeeded))
+            explain_exception(r);
     }
     Py_XDECREF(s.script);
     Py_XDECREF(s.compiling);

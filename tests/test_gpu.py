@@ -6,16 +6,25 @@ import pytest
 import torch
 
 import thunder
-from tests.harness.judge_model import RIGHT, judge
+from tests.harness.judge_model import CLEAR, RIGHT, judge
 from tests.models import QUICK, zoo
 
 pytestmark = pytest.mark.gpu
 GPU_MODELS = [name for name in QUICK if not name.startswith(("litgpt", "timm"))]
 
 
+# Programs that some versions of transformers write so that a capture refuses them on CUDA; others are right.
+MAY_BE_REFUSED = {
+    "mamba": "calls torch's associative_scan, which starts torch.compile",
+    "deberta_v2": "calls a TorchScript function that torch has fused into a kernel of its own",
+}
+
+
 @pytest.mark.parametrize("name", GPU_MODELS)
 def test_model_on_cuda_equals_eager(name: str) -> None:
     verdict = judge(zoo()[name], "cuda")
+    if name in MAY_BE_REFUSED and verdict.outcome == CLEAR:
+        pytest.skip(f"refused with a clear error: {MAY_BE_REFUSED[name]}")
     assert verdict.outcome == RIGHT, verdict.reason
 
 
@@ -111,7 +120,7 @@ def test_constants_made_on_the_device_are_evaluated_once() -> None:
 
 def test_mixed_devices_raise_torchs_error() -> None:
     compiled = thunder.jit(lambda x, y: x + y)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"same device|two devices"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"same device|different devices"):
         compiled(torch.randn(2, 2, device="cuda"), torch.randn(2, 2))
     with torch.no_grad():
         assert compiled(torch.ones(2, device="cuda"), torch.ones(2, device="cuda")).sum().item() == 4

@@ -335,6 +335,10 @@ static th_status choose(th_call *call, uint32_t condition, uint32_t input) {
     values.in[0] = it.in[1];
     values.in[1] = it.in[2];
     th_dtype dtype = th__iter_result_type(&values, call);
+    for (uint32_t i = 1; i <= 2; i++) {
+        const th_node_data *number = th__arg(call, i == 1 ? input : 2);
+        DECLINE_IF(it.in[i].number && !th__fits(number, dtype));
+    }
     it.in[0].x.dtype = dtype; /* the condition is not converted */
     th__iter_convert(&it, call, dtype);
     return th__iter_out(&it, call, dtype);

@@ -137,6 +137,19 @@ th_status th__out_like(th_call *call, const th__tensor *x, th_dtype dtype, th_de
     return th__out_fresh(call, dtype, device, x->ndim, x->shape, stride);
 }
 
+th_status th__follow_format(const th_call *call, const th__tensor *x, bool *channels_last) {
+    *channels_last = th__suggests_channels_last(x);
+    DECLINE_IF(!th__is_cpu(call, x) && !x->contiguous);
+    return *channels_last && x->ndim != 4 ? TH_DECLINED : TH_OK;
+}
+
+th_status th__out_format(th_call *call, const th__tensor *x, const int64_t *shape, bool channels_last) {
+    int64_t stride[4];
+    if (!channels_last) return th__out_fresh(call, x->dtype, x->device, x->ndim, shape, NULL);
+    th__channels_last(4, shape, stride);
+    return th__out_fresh(call, x->dtype, x->device, 4, shape, stride);
+}
+
 th_status th__out_view(th_call *call, const th__tensor *x, uint32_t ndim, const int64_t *shape, const int64_t *stride,
                        int64_t skip) {
     DECLINE_IF(ndim > TH_MAX_RANK);

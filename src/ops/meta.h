@@ -81,6 +81,10 @@ th_status th__out_fresh(th_call *call, th_dtype dtype, th_dev device, uint32_t n
                         const int64_t *stride);
 /* A new tensor of x's shape that keeps x's order of dimensions, as empty_like and clone do. */
 th_status th__out_like(th_call *call, const th__tensor *x, th_dtype dtype, th_dev device);
+/* Does a kernel that follows channels_last do so for x? Declines what was not compared: CUDA, 5 dimensions. */
+th_status th__follow_format(const th_call *call, const th__tensor *x, bool *channels_last);
+/* A new tensor of x's rank and dtype, row-major or in channels_last. */
+th_status th__out_format(th_call *call, const th__tensor *x, const int64_t *shape, bool channels_last);
 /* A view of x that starts `skip` elements into it. */
 th_status th__out_view(th_call *call, const th__tensor *x, uint32_t ndim, const int64_t *shape, const int64_t *stride,
                        int64_t skip);

@@ -66,6 +66,14 @@ static th_status gelu(th_call *call) {
     return th__iter_out(&it, call, it.in[0].x.dtype);
 }
 
+/* Row-major on the CPU, in the input's order on CUDA. */
+static th_status logsigmoid(th_call *call) {
+    th__tensor x;
+    TRY(th__arg_tensor(call, 0, &x));
+    DECLINE_IF(!th__is_float(x.dtype) || !th__is_contiguous(&x));
+    return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
+}
+
 static th_status probability(const th_node_data *d, double fallback, double *p) {
     *p = d->kind == TH_N_FLOAT ? d->u.f : d->kind == TH_N_INT ? (double)d->u.i : fallback;
     DECLINE_IF(d->kind != TH_N_ABSENT && d->kind != TH_N_FLOAT && d->kind != TH_N_INT);
@@ -150,7 +158,7 @@ const th_opdef th__ops_nn[] = {
     ACTIVATION("relu6", "input, inplace=False", F "relu6", relu6),
     ACTIVATION("functional.selu", "input, inplace=False", F "selu", plain_activation),
     ACTIVATION("selu", "input", "torch.selu", plain_activation),
-    ACTIVATION("logsigmoid", "input", "torch._C._nn.log_sigmoid " F "logsigmoid", plain_activation),
+    ACTIVATION("logsigmoid", "input", "torch._C._nn.log_sigmoid " F "logsigmoid", logsigmoid),
     ACTIVATION("elu", "input, alpha=1.0, inplace=False", F "elu", activation_1),
     ACTIVATION("functional.celu", "input, alpha=1.0, inplace=False", F "celu", activation_1),
     ACTIVATION("leaky_relu", "input, negative_slope=0.01, inplace=False", F "leaky_relu", activation_1),

@@ -1,7 +1,7 @@
 /* Normalisations: layer_norm, rms_norm, group_norm, batch_norm in evaluation, softmax and log_softmax.
  *
- * Weights have to have the input's dtype and device; results are row-major. batch_norm and group_norm answer row-major
- * inputs only: torch follows channels_last through them.
+ * Weights have to have the input's dtype and device. Results are row-major, but batch_norm and group_norm follow
+ * channels_last.
  */
 #include "ops/meta.h"
 
@@ -49,34 +49,37 @@ static th_status rms_norm(th_call *call) {
     TRY(normalized(call, &x, &shape));
     TRY(parameter(call, 2, &x, shape.n, shape.at));
     TRY(number(call, 3));
-    DECLINE_IF(!x.contiguous || th__numel(x.ndim, x.shape) == 0);
+    DECLINE_IF(th__numel(x.ndim, x.shape) == 0);
     return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
 }
 
 static th_status group_norm(th_call *call) {
     th__tensor x;
     int64_t groups;
+    bool channels_last;
     TRY(th__arg_tensor(call, 0, &x));
+    TRY(th__follow_format(call, &x, &channels_last));
     TRY(th__arg_int(call, 1, 0, &groups));
-    DECLINE_IF(!th__is_float(x.dtype) || !x.contiguous || x.ndim < 2 || groups <= 0 || x.shape[1] % groups != 0);
+    DECLINE_IF(!th__is_float(x.dtype) || x.ndim < 2 || groups <= 0 || x.shape[1] % groups != 0);
     DECLINE_IF(th__numel(x.ndim, x.shape) == 0);
     TRY(parameter(call, 2, &x, 1, &x.shape[1]));
     TRY(parameter(call, 3, &x, 1, &x.shape[1]));
     TRY(number(call, 4));
     int64_t per_group = th__numel(x.ndim - 2, x.shape + 2) * (x.shape[1] / groups);
     DECLINE_IF(x.shape[0] * per_group == 1 || per_group == 1); /* torch refuses one value per group */
-    return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
+    return th__out_format(call, &x, x.shape, channels_last);
 }
 
 static th_status batch_norm_of(th_call *call, const uint32_t at[4], uint32_t training) {
     th__tensor x;
-    bool on;
+    bool on, channels_last;
     TRY(th__arg_tensor(call, 0, &x));
+    TRY(th__follow_format(call, &x, &channels_last));
     TRY(th__arg_bool(call, training, false, &on));
-    DECLINE_IF(on || !th__is_float(x.dtype) || !x.contiguous || x.ndim < 2);
+    DECLINE_IF(on || !th__is_float(x.dtype) || x.ndim < 2);
     DECLINE_IF(th__numel(x.ndim, x.shape) == 0 || !th__has(call, at[2]) || !th__has(call, at[3]));
     for (uint32_t i = 0; i < 4; i++) TRY(parameter(call, at[i], &x, 1, &x.shape[1]));
-    return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
+    return th__out_format(call, &x, x.shape, channels_last);
 }
 
 static th_status functional_batch_norm(th_call *call) { return batch_norm_of(call, (const uint32_t[]){3, 4, 1, 2}, 5); }

@@ -53,11 +53,14 @@ static th_status mul(th_call *call) {
     return th__iter_out(&it, call, it.common);
 }
 
+/* Integers stay integers when the quotient is rounded; then a Python number 0 is an error. */
 static th_status div_rounded(th_call *call, bool rounded) {
     th__iter it = {0};
     TRY(th__iter_args(&it, call, 0, 2));
     TRY(th__iter_promote(&it, call, !rounded));
-    DECLINE_IF(it.common == TH_BOOL);
+    const th_node_data *by = th__arg(call, 1);
+    bool by_zero = th__is_number(by) && by->kind != TH_N_FLOAT && by->u.i == 0;
+    DECLINE_IF(it.common == TH_BOOL || (by_zero && !th__is_float(it.common)));
     return th__iter_out(&it, call, it.common);
 }
 
@@ -75,12 +78,7 @@ static th_status div_(th_call *call) {
 
 static th_status true_divide(th_call *call) { return div_rounded(call, false); }
 
-/* A Python number 0 is an error for integers. */
-static th_status floor_divide(th_call *call) {
-    const th_node_data *by = th__arg(call, 1);
-    DECLINE_IF(th__is_number(by) && by->kind != TH_N_FLOAT && by->u.i == 0);
-    return div_rounded(call, true);
-}
+static th_status floor_divide(th_call *call) { return div_rounded(call, true); }
 
 static th_status compare(th_call *call) {
     th__iter it;
@@ -111,17 +109,16 @@ static th_status shift(th_call *call) {
 }
 
 static th_status logical(th_call *call) {
-    th__iter it = {0};
-    TRY(th__iter_args(&it, call, 0, 2));
-    DECLINE_IF(it.in[0].number || it.in[1].number || it.in[0].x.dtype != it.in[1].x.dtype);
-    DECLINE_IF(call->def->effects & TH_OPDEF_INPLACE && it.in[0].x.dtype != TH_BOOL);
+    th__iter it;
+    TRY(two_operands(&it, call));
+    DECLINE_IF(it.in[0].number || it.in[1].number);
     return th__iter_out(&it, call, TH_BOOL);
 }
 
 static th_status logical_not(th_call *call) {
     th__iter it = {0};
     TRY(th__iter_args(&it, call, 0, 1));
-    DECLINE_IF(it.in[0].number || (call->def->effects & TH_OPDEF_INPLACE && it.in[0].x.dtype != TH_BOOL));
+    DECLINE_IF(it.in[0].number);
     return th__iter_out(&it, call, TH_BOOL);
 }
 
@@ -149,7 +146,8 @@ static th_status same_dtype(th_call *call) {
     return th__iter_out(&it, call, it.in[0].x.dtype);
 }
 
-static th_status neg(th_call *call) {
+/* Those that torch does not have for booleans. */
+static th_status same_dtype_no_bool(th_call *call) {
     th__tensor x;
     TRY(th__arg_tensor(call, 0, &x));
     DECLINE_IF(x.dtype == TH_BOOL);
@@ -176,6 +174,13 @@ static th_status is_special(th_call *call) {
     TRY(th__iter_args(&it, call, 0, 1));
     DECLINE_IF(it.in[0].number);
     return th__iter_out(&it, call, TH_BOOL);
+}
+
+/* Of integers torch makes the answer without looking at them. */
+static th_status is_infinite(th_call *call) {
+    th__tensor x;
+    TRY(th__arg_tensor(call, 0, &x));
+    return th__is_float(x.dtype) ? is_special(call) : th__out_like(call, &x, TH_BOOL, x.device);
 }
 
 /* ---- operators ---- */
@@ -274,19 +279,20 @@ const th_opdef th__ops_pointwise[] = {
     IN_PLACE("logical_not_", "input", "torch.Tensor.logical_not_", "torch.logical_not", logical_not),
 
     POINTWISE("neg", "input", "torch.neg torch.Tensor.neg torch.Tensor.__neg__ torch.negative torch.Tensor.negative",
-              neg),
-    IN_PLACE("neg_", "input", "torch.neg_ torch.Tensor.neg_ torch.negative_ torch.Tensor.negative_", "torch.neg", neg),
+              same_dtype_no_bool),
+    IN_PLACE("neg_", "input", "torch.neg_ torch.Tensor.neg_ torch.negative_ torch.Tensor.negative_", "torch.neg",
+             same_dtype_no_bool),
     POINTWISE("abs", "input", "torch.abs torch.Tensor.abs torch.Tensor.__abs__ torch.absolute torch.Tensor.absolute",
-              same_dtype),
-    IN_PLACE("abs_", "input", "torch.abs_ torch.Tensor.abs_ torch.Tensor.absolute_", "torch.abs", same_dtype),
+              same_dtype_no_bool),
+    IN_PLACE("abs_", "input", "torch.abs_ torch.Tensor.abs_ torch.Tensor.absolute_", "torch.abs", same_dtype_no_bool),
     POINTWISE("sign", "input", "torch.sign torch.Tensor.sign", same_dtype),
-    UNARY(square, neg),
-    UNARY(floor, neg),
-    UNARY(ceil, neg),
-    UNARY(trunc, neg),
+    UNARY(square, same_dtype_no_bool),
+    UNARY(floor, same_dtype_no_bool),
+    UNARY(ceil, same_dtype_no_bool),
+    UNARY(trunc, same_dtype_no_bool),
     POINTWISE("isnan", "input", "torch.isnan torch.Tensor.isnan", is_special),
-    POINTWISE("isinf", "input", "torch.isinf torch.Tensor.isinf", is_special),
-    POINTWISE("isfinite", "input", "torch.isfinite torch.Tensor.isfinite", is_special),
+    POINTWISE("isinf", "input", "torch.isinf torch.Tensor.isinf", is_infinite),
+    POINTWISE("isfinite", "input", "torch.isfinite torch.Tensor.isfinite", is_infinite),
 
     UNARY(rsqrt, float_result),
     UNARY(sqrt, float_result),

@@ -302,6 +302,8 @@ static int lower_ops(thx_lowering *l) {
         const th_op *op = &l->t->ops[o];
         int rc = op->kind == TH_OP_DEL ? lower_del(l, op) : thx_lower_shim(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL)
+            rc = thx_lower_dispatch(l, o);
+        if (rc == 0 && op->kind != TH_OP_DEL)
             rc = lower_builtin(l, o);
         if (rc < 0)
             return -1;

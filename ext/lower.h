@@ -34,5 +34,7 @@ static inline th_h thx_slot_handle(thx *x, th_slot *slot) {
 
 /* ---- shims.c: 1 lowered, 0 not for this operation, -1 error ---- */
 int thx_lower_shim(thx_lowering *l, th_opref op);
+/* ---- dispatch.c: likewise ---- */
+int thx_lower_dispatch(thx_lowering *l, th_opref op);
 
 #endif

@@ -14,7 +14,7 @@ FREQUENT = (
     "mean", "mul", "neg", "new_ones", "nn.functional.batch_norm", "nn.functional.conv2d",
     "nn.functional.dropout", "nn.functional.embedding", "nn.functional.gelu", "nn.functional.layer_norm",
     "nn.functional.linear", "nn.functional.relu", "nn.functional.scaled_dot_product_attention",
-    "nn.functional.silu", "permute", "pow", "repeat_interleave", "reshape", "rsqrt", "sigmoid", "sin",
+    "nn.functional.silu", "permute", "pow", "reshape", "rsqrt", "sigmoid", "sin",
     "softmax", "split", "squeeze", "sub", "sum", "tanh", "to", "transpose", "unbind", "unsqueeze", "view",
     "where",
 )  # fmt: skip

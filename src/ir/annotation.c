@@ -147,6 +147,8 @@ static th_status note_writes(th__parser *p, note_text *n) {
         if (size == 0) return FAIL_NOTE(p, n, "expected the name of a value");
         TRY(th__parse_live(p, n->at, size, n->line, n->column, &value));
         if (!value) return FAIL_NOTE(p, n, "%.*s is no value here", (int)(size < 100 ? size : 100), n->at);
+        uint8_t kind = th_type_get(p->ctx, p->t->values[value].type)->kind;
+        if (kind != TH_TYPE_TENSOR && kind != TH_TYPE_OBJECT) return FAIL_NOTE(p, n, "a number cannot be written");
         if (!th__reserve(p->ctx, &p->writes, &p->cap_writes, (uint64_t)p->nwrites + 1, sizeof *p->writes)) {
             return th__parse_no_memory(p);
         }

@@ -518,17 +518,29 @@ static th_status rewrite(pass *p) {
     return th__rewrite_end(&p->r, th_trace_status(t));
 }
 
+/* Number the groups densely: alias numbers may be few and large. */
+static th_status number_groups(pass *p) {
+    th_trace *t = p->t;
+    uint32_t count = 0, *by_alias = th__scratch_zeroed(&p->scratch, t->next_alias, sizeof *by_alias);
+    if (!by_alias) return TH_ENOMEM;
+    for (th_val v = 1; v < t->nvalues; v++) {
+        uint32_t alias = t->values[v].alias, group = alias ? by_alias[alias] : 0;
+        if (!group) group = ++count;
+        if (alias) by_alias[alias] = group;
+        p->members[v] = (member){.group = group, .offset = t->values[v].offset, .object = v};
+    }
+    p->groups = th__scratch_zeroed(&p->scratch, (size_t)count + 1, sizeof *p->groups);
+    return p->groups ? TH_OK : TH_ENOMEM;
+}
+
 static th_status prepare(pass *p) {
     th_trace *t = p->t;
-    p->groups = th__scratch_zeroed(&p->scratch, th__group_count(t), sizeof *p->groups);
     p->members = th__scratch_zeroed(&p->scratch, t->nvalues, sizeof *p->members);
     p->writes = th__scratch_zeroed(&p->scratch, t->nops, sizeof(th__write *));
-    if (!p->groups || !p->members || !p->writes) return TH_ENOMEM;
+    if (!p->members || !p->writes) return TH_ENOMEM;
     p->nvalues = t->nvalues;
     p->nops = t->nops;
-    for (th_val v = 1; v < t->nvalues; v++) {
-        p->members[v] = (member){.group = th__group_of(t, v), .offset = t->values[v].offset, .object = v};
-    }
+    TRY(number_groups(p));
     return th_catalog_new(t->ctx, &p->catalog);
 }
 

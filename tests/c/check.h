@@ -4,9 +4,15 @@
 
 #include "thunder/thunder.h"
 
+#include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+
+#ifndef THUNDER_SOURCE_DIR
+#define THUNDER_SOURCE_DIR "."
+#endif
 
 static int check_failures, check_count;
 
@@ -60,6 +66,38 @@ static inline th_trace *check_parse(th_ctx *ctx, const char *text) {
     fprintf(stderr, "parse: %u:%u: %s\n%s\n", e->line, e->column, e->text, text);
     check_failures++;
     return NULL;
+}
+
+/* Call run for every file below a folder whose name ends so, in order of names. */
+static inline void check_walk(const char *folder, const char *suffix, void (*run)(const char *path)) {
+    struct dirent **entries;
+    int count = scandir(folder, &entries, NULL, alphasort);
+    CHECK(count >= 0);
+    for (int i = 0; i < count; i++) {
+        char path[4096];
+        struct stat info;
+        const char *name = entries[i]->d_name;
+        size_t length = strlen(name), end = strlen(suffix);
+        snprintf(path, sizeof path, "%s/%s", folder, name);
+        bool below = stat(path, &info) == 0 && S_ISDIR(info.st_mode);
+        if (below && name[0] != '.') check_walk(path, suffix, run);
+        if (!below && length >= end && strcmp(name + length - end, suffix) == 0) run(path);
+        free(entries[i]);
+    }
+    if (count >= 0) free(entries);
+}
+
+/* A file's bytes with a NUL behind them; NULL when it cannot be read. The caller frees. */
+static inline char *check_read(const char *path, size_t *size) {
+    FILE *file = fopen(path, "rb");
+    if (!file) return NULL;
+    fseek(file, 0, SEEK_END);
+    long length = ftell(file);
+    rewind(file);
+    char *text = calloc((size_t)length + 1, 1);
+    *size = text ? fread(text, 1, (size_t)length, file) : 0;
+    fclose(file);
+    return text;
 }
 
 #endif

@@ -3,13 +3,6 @@
  * out-of-memory, free everything, and crash nowhere. */
 #include "check.h"
 
-#include <dirent.h>
-#include <sys/stat.h>
-
-#ifndef THUNDER_SOURCE_DIR
-#define THUNDER_SOURCE_DIR "."
-#endif
-
 static int cases;
 static long failures_survived;
 
@@ -55,35 +48,16 @@ static void survive(const char *path, const char *text, size_t length) {
 }
 
 static void run_file(const char *path) {
-    char text[1 << 14];
-    FILE *file = fopen(path, "rb");
-    if (!file) return;
-    size_t length = fread(text, 1, sizeof text - 1, file);
-    fclose(file);
-    text[length] = '\0';
-    char *expect = strstr(text, "# EXPECT:");
-    if (expect) length = (size_t)(expect - text);
+    size_t length;
+    char *text = check_read(path, &length), *expect = text ? strstr(text, "# EXPECT:") : NULL;
+    CHECK(text != NULL);
+    if (text) survive(path, text, expect ? (size_t)(expect - text) : length);
     cases++;
-    survive(path, text, length);
-}
-
-static void run_folder(const char *folder) {
-    DIR *dir = opendir(folder);
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        char path[4096];
-        struct stat info;
-        size_t length = strlen(entry->d_name);
-        snprintf(path, sizeof path, "%s/%s", folder, entry->d_name);
-        if (stat(path, &info) == 0 && S_ISDIR(info.st_mode) && entry->d_name[0] != '.')
-            run_folder(path);
-        else if (length > 3 && strcmp(entry->d_name + length - 3, ".ir") == 0)
-            run_file(path);
-    }
-    if (dir) closedir(dir);
+    free(text);
 }
 
 int main(int argc, char **argv) {
-    run_folder(argc > 1 ? argv[1] : THUNDER_SOURCE_DIR "/tests/ir");
+    check_walk(argc > 1 ? argv[1] : THUNDER_SOURCE_DIR "/tests/ir", ".ir", run_file);
     CHECK(cases > 50 && failures_survived > 5000);
     printf("%d traces, %ld failures survived; ", cases, failures_survived);
     return check_report("test_faults");

@@ -16,28 +16,7 @@
  */
 #include "check.h"
 
-#include <dirent.h>
-#include <sys/stat.h>
-
-#ifndef THUNDER_SOURCE_DIR
-#define THUNDER_SOURCE_DIR "."
-#endif
-
 static int cases;
-
-/* ---- files ---- */
-
-static char *read_file(const char *path) {
-    FILE *file = fopen(path, "rb");
-    if (!file) return NULL;
-    fseek(file, 0, SEEK_END);
-    long size = ftell(file);
-    rewind(file);
-    char *text = calloc((size_t)size + 1, 1);
-    if (fread(text, 1, (size_t)size, file) != (size_t)size) text[0] = '\0';
-    fclose(file);
-    return text;
-}
 
 static void report(const char *path, const char *what, const char *detail) {
     check_failures++;
@@ -160,8 +139,10 @@ static void run_case(golden *g) {
 
 static void run_file(const char *path) {
     static const char mark[] = "# EXPECT:\n";
-    golden g = {.path = path, .text = read_file(path), .fuel = -1};
+    golden g = {.path = path, .fuel = -1};
     char fuel[32];
+    size_t size;
+    g.text = check_read(path, &size);
     cases++;
     check_count++;
     if (!g.text || !directive(g.text, "# RUN:", g.passes, sizeof g.passes)) {
@@ -175,30 +156,8 @@ static void run_file(const char *path) {
     free(g.text);
 }
 
-/* ---- all cases ---- */
-
-static int by_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
-
-static void run_folder(const char *folder) {
-    struct dirent **entries;
-    int count = scandir(folder, &entries, NULL, by_name);
-    if (count < 0) report(folder, "cannot be read", "");
-    for (int i = 0; i < count; i++) {
-        char path[4096];
-        struct stat info;
-        const char *name = entries[i]->d_name;
-        size_t length = strlen(name);
-        snprintf(path, sizeof path, "%s/%s", folder, name);
-        bool folder_below = stat(path, &info) == 0 && S_ISDIR(info.st_mode);
-        if (folder_below && name[0] != '.') run_folder(path);
-        if (!folder_below && length > 3 && strcmp(name + length - 3, ".ir") == 0) run_file(path);
-        free(entries[i]);
-    }
-    if (count >= 0) free(entries);
-}
-
 int main(int argc, char **argv) {
-    run_folder(argc > 1 ? argv[1] : THUNDER_SOURCE_DIR "/tests/ir");
+    check_walk(argc > 1 ? argv[1] : THUNDER_SOURCE_DIR "/tests/ir", ".ir", run_file);
     CHECK(cases > 0);
     printf("%d golden cases; ", cases);
     return check_report("test_golden");

@@ -76,27 +76,30 @@ static bool same_names(PyObject *a, PyObject *b) {
     return true;
 }
 
-/* Do two tensors share storage? By base address, where handles are on. */
-static bool share_storage(thx *x, PyObject *a, PyObject *b) {
-    PyObject *pair[] = {NULL, a, b};
-    PyObject *yes = PyObject_Vectorcall(x->is_alias_of, pair + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-    PyErr_Clear();
-    Py_XDECREF(yes);
-    return yes != Py_False;
+void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out) {
+    PyObject *const *live;
+    uint32_t n = thx_guards_bound(guards, &live);
+    for (uint32_t i = 0; i < leaves->count; i++) {
+        void *base = thx_storage_base(x, leaves->items[i]);
+        out[i] = UINT32_MAX;
+        for (uint32_t j = 0; base && j < i && out[i] == UINT32_MAX; j++)
+            if (thx_storage_base(x, leaves->items[j]) == base)
+                out[i] = j;
+        for (uint32_t j = 0; base && j < n && out[i] == UINT32_MAX; j++)
+            if (thx_storage_base(x, live[j]) == base)
+                out[i] = leaves->count + j;
+    }
 }
 
-static bool inputs_alias(thx *x, const thx_entry *e, const thx_leaves *leaves) {
-    PyObject *const *live;
-    uint32_t n = thx_guards_bound(e->guards, &live);
-    for (uint32_t i = 0; i < leaves->count; i++) {
-        for (uint32_t j = 0; j < i; j++)
-            if (share_storage(x, leaves->items[i], leaves->items[j]))
-                return true;
-        for (uint32_t j = 0; j < n; j++)
-            if (share_storage(x, leaves->items[i], live[j]))
-                return true;
-    }
-    return false;
+static int same_sharing(thx *x, const thx_entry *e, const thx_leaves *leaves) {
+    uint32_t fixed[32], *now = leaves->count <= 32 ? fixed : PyMem_Malloc(sizeof *now * leaves->count);
+    if (!now)
+        return PyErr_NoMemory(), -1;
+    thx_find_sharing(x, e->guards, leaves, now);
+    int same = memcmp(now, e->sharing, sizeof *now * leaves->count) == 0;
+    if (now != fixed)
+        PyMem_Free(now);
+    return same;
 }
 
 /* 1 the entry serves this call, 0 it does not, -1 error. */
@@ -112,9 +115,7 @@ static int entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient
             return same;
     }
     int holds = thx_guards_check(c->x, e->guards);
-    if (holds == 1 && e->writes_inputs && inputs_alias(c->x, e, leaves))
-        return 0;
-    return holds;
+    return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }
 
 /* ---- running an entry ---- */

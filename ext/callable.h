@@ -40,7 +40,8 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t nresults;
     thx_write *writes;
     uint32_t nwrites;
-    bool writes_inputs;  /* then inputs must not share storage with each other */
+    bool writes_inputs;  /* then it matters which arguments share storage, with each other or with bound tensors: */
+    uint32_t *sharing;   /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody */
     bool eager;          /* gradients are needed: run the original */
     bool dead;           /* its guards failed for good */
     uint64_t hits;
@@ -66,6 +67,8 @@ typedef struct thx_callable_object {
 /* compile.c: capture, passes, lowering. NULL with an exception (GradNeeded: run eager). */
 thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,
                        PyObject *kwnames);
+/* Which of the leaves share storage, as thx_entry.sharing describes; out holds leaves->count numbers. */
+void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
 int thx_entry_lower(thx *x, thx_entry *entry, bool plain); /* plain: trust no predicted strides */
 void thx_entry_free(thx *x, thx_entry *entry);
 int thx_callable_init(thx *x, PyObject *module);

@@ -19,6 +19,7 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
     PyObject *real;       /* owned: the tensor seen at capture */
     int32_t leaf;         /* index among the tensors of the arguments; -1: not an argument */
     PyObject *dict, *key; /* owned or NULL: dict[key] of the module tree holds it */
+    void *base;           /* of its storage; NULL: none */
 } thx_root;
 
 typedef struct thx_recorder {

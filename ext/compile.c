@@ -23,6 +23,7 @@ void thx_entry_free(thx *x, thx_entry *e) {
     th_trace_free(e->final);
     th_plan_free(e->plan);
     PyMem_Free(e->slot_of);
+    PyMem_Free(e->sharing);
     PyMem_Free(e->roots);
     PyMem_Free(e->root_leaf);
     thx_spec_fini(&e->result);
@@ -344,6 +345,11 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     if (rc == 0) {
         thx_entry *e = k.e;
         e->writes_inputs = writes_inputs(e->final);
+        e->sharing = PyMem_Malloc(sizeof *e->sharing * (k.leaves.count + 1));
+        if (e->sharing)
+            thx_find_sharing(x, e->guards, &k.leaves, e->sharing);
+        else
+            rc = (PyErr_NoMemory(), -1);
         e->generation = thx_guards_generation(e->guards);
         e->capture_ms = captured - start;
         e->passes_ms = passed - captured;

@@ -138,6 +138,26 @@ int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *m) {
     return 0;
 }
 
+void *thx_storage_base(thx *x, PyObject *tensor) {
+    th_h h = x->abi.on ? thx_borrow(&x->abi, tensor) : NULL;
+    int64_t offset = 0;
+    int32_t number = -1;
+    void *data = NULL;
+    if (h) {
+        if (x->abi.aoti_torch_get_data_ptr(h, &data) || x->abi.aoti_torch_get_storage_offset(h, &offset) ||
+            x->abi.aoti_torch_get_dtype(h, &number) || number < 0 || number >= 64 || !data)
+            return NULL;
+        return (char *)data - offset * th_dtype_get((th_dtype)x->abi.dtypes[number])->bytes;
+    }
+    PyObject *storage = PyObject_CallMethod(tensor, "untyped_storage", NULL);
+    PyObject *address = storage ? PyObject_CallMethod(storage, "data_ptr", NULL) : NULL;
+    data = address ? PyLong_AsVoidPtr(address) : NULL;
+    PyErr_Clear();
+    Py_XDECREF(address);
+    Py_XDECREF(storage);
+    return data;
+}
+
 th_typeref thx_meta_type(thx *x, const thx_meta *m) {
     th_typeref type = th_type_tensor(x->ctx, m->dtype, m->device, (uint32_t)m->ndim, m->shape, m->stride,
                                      m->requires_grad ? TH_TYPE_REQUIRES_GRAD : 0);

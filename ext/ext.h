@@ -103,6 +103,7 @@ typedef struct thx_meta {
 static inline bool thx_is_tensor(const thx *x, PyObject *o) { return PyObject_TypeCheck(o, x->Tensor); }
 int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *meta);
 th_typeref thx_meta_type(thx *x, const thx_meta *meta);
+void *thx_storage_base(thx *x, PyObject *tensor); /* equal for real tensors that share storage; NULL: no memory */
 th_dev thx_device_ref(thx *x, PyObject *device);
 PyObject *thx_device_object(thx *x, th_dev device);
 th_dtype thx_dtype_ref(thx *x, PyObject *dtype);

@@ -101,10 +101,23 @@ static thx_root *push_root(thx_recorder *r, thx_root root) {
 }
 
 int thx_recorder_constant_root(thx_recorder *r, PyObject *real, th_val value) {
-    thx_root *root = push_root(r, (thx_root){value, NULL, -1, NULL, NULL});
+    thx_root *root = push_root(r, (thx_root){value, NULL, -1, NULL, NULL, NULL});
     if (root)
         root->real = Py_NewRef(real);
     return root ? 0 : -1;
+}
+
+/* Inputs that share storage are one alias group. */
+static void join_storage(thx_recorder *r, const thx_root *root) {
+    for (thx_root *other = r->roots; root->base && other < root; other++) {
+        if (other->base != root->base)
+            continue;
+        th_value *first = &r->t->values[other->value];
+        if (!first->alias)
+            first->alias = th_trace_alias(r->t);
+        r->t->values[root->value].alias = first->alias;
+        return;
+    }
 }
 
 /* An input of the trace for a real tensor. Its fake is made when something has to run on it. */
@@ -123,13 +136,14 @@ static thx_cell *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     char hint[24];
     snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
     th_val value = type ? th_trace_input(r->t, root_name(r, place, hint), type) : 0;
-    thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL}) : NULL;
+    thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL, thx_storage_base(x, real)}) : NULL;
     if (!root) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
         return NULL;
     }
     r->t->values[value].offset = meta.offset;
+    join_storage(r, root);
     root->real = Py_NewRef(real);
     if (place) {
         root->dict = Py_NewRef(PyTuple_GET_ITEM(place, 0));

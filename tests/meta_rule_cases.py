@@ -27,7 +27,7 @@ LAYOUTS = [
     lambda x: torch.stack([x, x], -1)[..., 1] if x.dim() else x,
     lambda x: x[:1].expand_as(x) if x.dim() else x,
     lambda x: torch.cat([x.reshape(-1), x.reshape(-1)])[x.numel() :].view(x.shape),
-    lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x,
 ]
 
 
@@ -52,6 +52,7 @@ def arithmetic(device):
         lambda x, y: x & y,
         lambda x, y: x | y,
         lambda x, y: x << y,
+        lambda x, y: x >> y,
         torch.maximum,
         torch.logical_xor,
         torch.rsub,
@@ -73,6 +74,10 @@ def arithmetic(device):
         lambda x, y: x.masked_fill_(x > 1, y),
         lambda x, y: x.clamp_(max=y),
         lambda x, y: x.bitwise_or_(y),
+        lambda x, y: x.__ilshift__(y),
+        lambda x, y: x.__irshift__(y),
+        lambda x, y: x.logical_and_(y),
+        lambda x, y: x.fill_(y),
     ]
     numbers = [2, 0, -1, 2.5, True, 300, 1e30, float("inf")]
     for one, other in itertools.product(DTYPES, DTYPES):
@@ -89,6 +94,17 @@ def arithmetic(device):
 def unary(device, dtypes):
     ops = [
         lambda x: -x,
+        lambda x: +x,
+        lambda x: 2 / x,
+        lambda x: 2.5 / x,
+        lambda x: 2 // x,
+        lambda x: 2 % x,
+        lambda x: 2**x,
+        lambda x: 2.5**x,
+        lambda x: torch.pow(2, x),
+        lambda x: x.zero_(),
+        lambda x: F.glu(x),
+        lambda x: F.glu(x, 0),
         lambda x: ~x,
         abs,
         torch.exp,
@@ -169,6 +185,13 @@ def casts(device):
         same = [
             lambda x: x.contiguous(),
             lambda x: x.contiguous(memory_format=torch.channels_last),
+            lambda x: torch.stack([x, x]),
+            lambda x: torch.stack([x, x], 1),
+            lambda x: torch.stack([x[0], x[0]], -1),
+            lambda x: torch.stack([x[0], x[1]], 0),
+            lambda x: torch.stack([x[..., 0], x[..., 1]], -1),
+            lambda x: torch.cat([x, x]),
+            lambda x: torch.cat([x, x.contiguous()], 1),
             lambda x: x.clone(memory_format=torch.contiguous_format),
             lambda x: x.to("cpu"),
             lambda x: x.to(torch.device("cpu")),
@@ -283,6 +306,10 @@ def views(device):
             lambda x: torch.cat([x, x], -1),
             lambda x: torch.cat((x, x.long())),
             lambda x: torch.stack([x, x]),
+            lambda x: torch.stack([x, x], 1),
+            lambda x: torch.cat([x.new_zeros(0), x], -1),
+            lambda x: torch.cat([torch.zeros(0, dtype=torch.float64), x]),
+            lambda x: x.repeat_interleave(2, dim=-1, output_size=2 * x.shape[-1]),
             lambda x: torch.stack([x, x], -1),
             lambda x: x.repeat_interleave(2),
             lambda x: x.repeat_interleave(2, dim=0),
@@ -407,6 +434,33 @@ def layers(device):
             yield lambda m=m, op=op: op(m(4, 6, 5), 3, ceil_mode=True)
             yield lambda m=m, op=op: op(m(1, 1, 6, 5), 3, (2, 1), 0)
         yield lambda m=m: torch.max_pool1d(m(2, 4, 6), 2)
+        for kw in (
+            {"size": 4},
+            {"size": (3, 7), "mode": "bilinear"},
+            {"scale_factor": 2},
+            {"scale_factor": (1.5, 0.7), "mode": "bicubic", "align_corners": True},
+            {"scale_factor": 0.3, "mode": "nearest-exact"},
+            {"scale_factor": 2.0, "mode": "bilinear", "antialias": True},
+        ):
+            yield lambda m=m, kw=kw: F.interpolate(m(2, 4, 6, 5), **kw)
+        for classes in ((2, 5), (5,), (2, 5, 3), (2, 5, 3, 4)):
+            target = make(device, *(classes[:1] + classes[2:] if len(classes) > 1 else ()), dtype=torch.int64) % 5
+            for kw in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"ignore_index": 1}):
+                yield lambda m=m, c=classes, t=target, kw=kw: F.cross_entropy(m(*c), t, **kw)
+            yield lambda m=m, c=classes, t=target: F.nll_loss(m(*c), t)
+            yield lambda m=m, c=classes, t=target: F.cross_entropy(m(*c), t, m(5))
+            yield lambda m=m, c=classes: F.cross_entropy(m(*c), m(*c))
+        for loss in (F.mse_loss, F.l1_loss, F.binary_cross_entropy_with_logits):
+            yield lambda m=m, f=loss: f(m(2, 3), m(2, 3))
+            yield lambda m=m, f=loss: f(m(2, 3), m(2, 3), reduction="sum")
+            yield lambda m=m, f=loss: f(m(2, 3), m(2, 1))
+            yield lambda m=m, f=loss: f(m(2, 3), m(2, 3), m(2, 3))
+        offsets = torch.tensor([4, 8], dtype=torch.int32, device=device)
+        for width in (8, 16, 20, 24):
+            yield lambda m=m, w=width: torch._grouped_mm(m(8, 16), m(2, 16, w), offs=offsets)
+            yield lambda m=m, w=width: torch._grouped_mm(m(8, 16), m(2, w, 16).mT, offs=offsets)
+            yield lambda m=m, w=width: torch._grouped_mm(m(2, 8, 16), m(2, 16, w))
+            yield lambda m=m, w=width: torch._grouped_mm(m(8, w), m(2, 16, w), offs=offsets)
         yield lambda m=m: torch.max_pool3d(m(2, 4, 6, 5, 4), 2, stride=1)
         yield lambda m=m: F.adaptive_avg_pool2d(m(2, 4, 6, 5), 1)
         yield lambda m=m: F.adaptive_avg_pool2d(m(2, 4, 6, 5), (None, 2))
@@ -458,9 +512,17 @@ def attention(device):
                 return F.scaled_dot_product_attention(part(n, d), part(s, d), part(s, dv), **kw)
 
             yield run
+            for heads in (1, 2, 3):
+
+                def grouped(heads=heads, n=n, s=s, d=d, part=part):
+                    q, k = part(n, d), part(s, d)[:, :heads]
+                    return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+                yield grouped
             for kw in (
                 {"is_causal": True},
                 {"scale": 0.5},
+                {"enable_gqa": True},
                 {"dropout_p": 0.5},
                 {"attn_mask": make(device, n, s, dtype=dtype)},
                 {"attn_mask": make(device, n, s) >= 0},

@@ -53,7 +53,18 @@ BY_INDEX = {
     "functional.embedding",
     "embedding",
 }
-BY_DIVISOR = {"div", "div_", "floor_divide", "floor_divide_", "remainder", "remainder_", "fmod", "fmod_"}
+BY_DIVISOR = {
+    "div",
+    "div_",
+    "floor_divide",
+    "floor_divide_",
+    "remainder",
+    "remainder_",
+    "fmod",
+    "fmod_",
+    "rfloordiv",
+    "rmod",
+}
 VALUE_ERRORS = {
     **dict.fromkeys(BY_INDEX, ("out of bounds", "out of range")),
     **dict.fromkeys(BY_DIVISOR, ("ZeroDivisionError",)),
@@ -210,7 +221,7 @@ def shifted(x):
 
 
 def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x
 
 
 def odd_ones(x):

@@ -49,15 +49,16 @@ static th_status check_mask(const th_call *call, const th__tensor *q, const th__
     return mask_suits_flash(&mask, q, k) ? TH_OK : TH_DECLINED;
 }
 
-/* The four dimensions are batch, head, position, size. */
-static th_status check_shapes(const th__tensor *q, const th__tensor *k, const th__tensor *v) {
+/* The four dimensions are batch, head, position, size. Grouped: several heads of the query share one of the others. */
+static th_status check_shapes(const th__tensor *q, const th__tensor *k, const th__tensor *v, bool grouped) {
     const th__tensor *all[] = {q, k, v};
     for (uint32_t i = 0; i < 3; i++) {
         DECLINE_IF(all[i]->ndim != 4 || all[i]->dtype != q->dtype || all[i]->device != q->device);
-        DECLINE_IF(all[i]->shape[0] != q->shape[0] || all[i]->shape[1] != q->shape[1]);
+        DECLINE_IF(all[i]->shape[0] != q->shape[0] || (!grouped && all[i]->shape[1] != q->shape[1]));
         DECLINE_IF(all[i]->shape[3] != q->shape[3] || all[i]->stride[3] != 1);
         DECLINE_IF(th__numel(4, all[i]->shape) == 0);
     }
+    DECLINE_IF(k->shape[1] != v->shape[1] || q->shape[1] % k->shape[1] != 0);
     return k->shape[2] == v->shape[2] ? TH_OK : TH_DECLINED;
 }
 
@@ -76,7 +77,8 @@ static th_status attention(th_call *call) {
     bool no_dropout = dropout->kind == TH_N_ABSENT || (dropout->kind == TH_N_FLOAT && dropout->u.f == 0) ||
                       (dropout->kind == TH_N_INT && dropout->u.i == 0);
     DECLINE_IF(!no_dropout);
-    TRY(check_shapes(&q, &k, &v));
+    DECLINE_IF(gqa && !(call->facts & TH_FACT_FLASH_LIKE_QUERY)); /* older flash kernels know no groups */
+    TRY(check_shapes(&q, &k, &v, gqa));
     TRY(check_mask(call, &q, &k, causal));
     DECLINE_IF(!result_layout(call, &q, stride));
     return th__out_fresh(call, q.dtype, q.device, 4, q.shape, stride);

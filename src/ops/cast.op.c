@@ -69,9 +69,14 @@ static th_status to(th_call *call) {
     return convert(call, &x, dtype, to_device, copy);
 }
 
+static bool preserves_format(const th_call *call, uint32_t i) {
+    return th__arg(call, i)->kind == TH_N_ABSENT || th__arg_is_symbol(call, i, "torch.preserve_format");
+}
+
 static th_status cast_to(th_call *call, th_dtype dtype) {
     th__tensor x;
     TRY(th__arg_tensor(call, 0, &x));
+    DECLINE_IF(!preserves_format(call, 1));
     return convert(call, &x, dtype, x.device, false);
 }
 
@@ -126,8 +131,12 @@ static th_status detach(th_call *call) {
 
 /* ---- operators ---- */
 
-#define CAST(name_, rule) \
-    {.name = "to_" name_, .params = "input", .names = "torch.Tensor." name_, .fusion = TH_FUSE_POINTWISE, .meta = rule}
+#define CAST(name_, rule)                                    \
+    {.name = "to_" name_,                                    \
+     .params = "input, memory_format=torch.preserve_format", \
+     .names = "torch.Tensor." name_,                         \
+     .fusion = TH_FUSE_POINTWISE,                            \
+     .meta = rule}
 
 const th_opdef th__ops_cast[] = {
     {.name = "to",

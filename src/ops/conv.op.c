@@ -1,4 +1,4 @@
-/* Convolutions and pooling over 1, 2 or 3 spatial dimensions, with or without a batch.
+/* Convolutions, pooling and resizing over 1, 2 or 3 spatial dimensions, with or without a batch.
  *
  * Floating dtypes only. On the CPU, results are in channels_last where the input, or a convolution's weight, suggests
  * it in 4 dimensions, else row-major; on CUDA only row-major inputs are answered.
@@ -35,46 +35,106 @@ static th_status count_windows(const window *w, uint32_t d, int64_t size, bool c
     return TH_OK;
 }
 
-/* The input: `rank` spatial dimensions behind the channels, and perhaps a batch. */
-static th_status spatial_input(const th_call *call, uint32_t rank, th__tensor *x, bool *channels_last) {
-    TRY(th__arg_tensor(call, 0, x));
+/* ---- images ---- */
+
+/* A tensor as the kernels see it: with 2 spatial dimensions where it has 1, and with a batch where that is added. */
+typedef struct image {
+    th__tensor x;
+    int64_t shape[5], stride[5];
+    bool channels_last;
+} image;
+
+static void append(image *m, uint32_t *n, int64_t size, int64_t stride) {
+    m->shape[*n] = size;
+    m->stride[(*n)++] = stride;
+}
+
+/* Argument i: channels and `rank` spatial dimensions, and perhaps a batch. */
+static th_status read_image(const th_call *call, uint32_t i, uint32_t rank, bool add_batch, image *m) {
+    uint32_t n = 0;
+    th__tensor *x = &m->x;
+    TRY(th__arg_tensor(call, i, x));
     DECLINE_IF(!th__is_float(x->dtype) || (x->ndim != rank + 1 && x->ndim != rank + 2));
     DECLINE_IF(th__numel(x->ndim, x->shape) == 0);
-    return th__follow_format(call, x, channels_last);
+    if (add_batch && x->ndim == rank + 1) append(m, &n, 1, x->shape[0] * x->stride[0]);
+    for (uint32_t d = 0; d < x->ndim; d++) {
+        if (rank == 1 && d == x->ndim - 1) append(m, &n, 1, x->shape[d] * x->stride[d]);
+        append(m, &n, x->shape[d], x->stride[d]);
+    }
+    th__tensor seen = *x;
+    seen.ndim = n;
+    seen.shape = m->shape;
+    seen.stride = m->stride;
+    return th__follow_format(call, &seen, &m->channels_last);
+}
+
+/* The result: x's dimensions with other channels and sizes. In channels_last the strides are those of the 4 dimensions
+ * that the kernel works on. */
+static th_status image_out(th_call *call, const th__tensor *x, uint32_t rank, const int64_t *shape,
+                           bool channels_last) {
+    int64_t full[4], full_stride[4], stride[4];
+    if (!channels_last) return th__out_fresh(call, x->dtype, x->device, x->ndim, shape, NULL);
+    uint32_t channels = x->ndim - rank - 1;
+    full[0] = channels ? shape[0] : 1;
+    full[1] = shape[channels];
+    full[2] = rank == 2 ? shape[x->ndim - 2] : 1;
+    full[3] = shape[x->ndim - 1];
+    th__channels_last(4, full, full_stride);
+    stride[0] = full_stride[0];
+    stride[channels] = full_stride[1];
+    if (rank == 2) stride[x->ndim - 2] = full_stride[2];
+    stride[x->ndim - 1] = full_stride[3];
+    return th__out_fresh(call, x->dtype, x->device, x->ndim, shape, stride);
 }
 
 /* ---- convolution ---- */
 
+/* "valid" is no padding. "same" keeps the sizes: it pads by hand where the sides differ, so only row-major ones. */
+static th_status named_padding(const th_call *call, const image *input, const image *kernel, window *w, uint32_t rank,
+                               bool *same) {
+    const th_node_data *d = th__arg(call, 4);
+    *same = false;
+    if (d->kind != TH_N_STR) return spatial(call, 4, rank, 0, w->padding);
+    const char *name = th_str_get(call->trace->ctx, d->u.ref);
+    *same = strcmp(name, "same") == 0;
+    DECLINE_IF(!*same && strcmp(name, "valid") != 0);
+    if (!*same) return TH_OK;
+    for (uint32_t i = 0; i < rank; i++) DECLINE_IF(w->stride[i] != 1);
+    return input->channels_last || kernel->channels_last ? TH_DECLINED : TH_OK;
+}
+
 /* input, weight, bias, stride, padding, dilation, groups */
 static th_status conv(th_call *call, uint32_t rank) {
-    th__tensor x, weight, bias;
+    image input, kernel;
+    th__tensor bias;
+    bool same;
     int64_t groups, shape[5];
     window w = {.stride = {1, 1, 1}, .dilation = {1, 1, 1}};
-    bool by_input, by_weight;
-    TRY(spatial_input(call, rank, &x, &by_input));
-    TRY(th__arg_tensor(call, 1, &weight));
-    DECLINE_IF(weight.ndim != rank + 2 || weight.dtype != x.dtype || weight.device != x.device);
-    DECLINE_IF(th__numel(weight.ndim, weight.shape) == 0);
-    TRY(th__follow_format(call, &weight, &by_weight));
-    DECLINE_IF(by_weight && x.ndim != rank + 2);
+    TRY(read_image(call, 0, rank, true, &input));
+    TRY(read_image(call, 1, rank, false, &kernel));
+    const th__tensor *x = &input.x, *weight = &kernel.x;
+    DECLINE_IF(weight->ndim != rank + 2 || weight->dtype != x->dtype || weight->device != x->device);
     TRY(spatial(call, 3, rank, 1, w.stride));
-    TRY(spatial(call, 4, rank, 0, w.padding));
+    TRY(named_padding(call, &input, &kernel, &w, rank, &same));
     TRY(spatial(call, 5, rank, 1, w.dilation));
     TRY(th__arg_int(call, 6, 1, &groups));
-    uint32_t channels = x.ndim - rank - 1;
-    DECLINE_IF(groups <= 0 || weight.shape[0] % groups != 0 || weight.shape[1] * groups != x.shape[channels]);
+    uint32_t channels = x->ndim - rank - 1;
+    DECLINE_IF(groups <= 0 || weight->shape[0] % groups != 0 || weight->shape[1] * groups != x->shape[channels]);
     if (th__has(call, 2)) {
         TRY(th__arg_tensor(call, 2, &bias));
-        DECLINE_IF(bias.ndim != 1 || bias.shape[0] != weight.shape[0]);
-        DECLINE_IF(bias.dtype != x.dtype || bias.device != x.device);
+        DECLINE_IF(bias.ndim != 1 || bias.shape[0] != weight->shape[0]);
+        DECLINE_IF(bias.dtype != x->dtype || bias.device != x->device);
     }
-    shape[0] = x.shape[0];
-    shape[channels] = weight.shape[0];
+    shape[0] = x->shape[0];
+    shape[channels] = weight->shape[0];
     for (uint32_t d = 0; d < rank; d++) {
-        w.kernel[d] = weight.shape[2 + d];
-        TRY(count_windows(&w, d, x.shape[channels + 1 + d], false, &shape[channels + 1 + d]));
+        w.kernel[d] = weight->shape[2 + d];
+        shape[channels + 1 + d] = x->shape[channels + 1 + d];
+        if (same) continue;
+        TRY(count_windows(&w, d, x->shape[channels + 1 + d], false, &shape[channels + 1 + d]));
     }
-    return th__out_format(call, &x, shape, by_input || by_weight);
+    bool by_input = input.channels_last && rank > 1; /* with 1 dimension torch packs the input first */
+    return image_out(call, x, rank, shape, by_input || kernel.channels_last);
 }
 
 static th_status conv1d(th_call *call) { return conv(call, 1); }
@@ -83,44 +143,51 @@ static th_status conv3d(th_call *call) { return conv(call, 3); }
 
 /* ---- pooling ---- */
 
-static th_status pool(th_call *call, uint32_t rank, window *w, uint32_t ceil_at) {
-    th__tensor x;
-    bool ceil_mode, channels_last;
+static th_status pool(th_call *call, uint32_t rank, const image *m, window *w, uint32_t ceil_at) {
+    bool ceil_mode;
     int64_t shape[5];
-    TRY(spatial_input(call, rank, &x, &channels_last));
+    const th__tensor *x = &m->x;
     DECLINE_IF(!th__has(call, 1));
     TRY(spatial(call, 1, rank, 1, w->kernel));
     memcpy(w->stride, w->kernel, sizeof w->stride);
     TRY(spatial(call, 2, rank, 1, w->stride));
     TRY(spatial(call, 3, rank, 0, w->padding));
     TRY(th__arg_bool(call, ceil_at, false, &ceil_mode));
-    uint32_t first = x.ndim - rank;
-    memcpy(shape, x.shape, x.ndim * sizeof *shape);
+    uint32_t first = x->ndim - rank;
+    memcpy(shape, x->shape, x->ndim * sizeof *shape);
     for (uint32_t d = 0; d < rank; d++) {
         DECLINE_IF(2 * w->padding[d] > w->kernel[d]);
-        TRY(count_windows(w, d, x.shape[first + d], ceil_mode, &shape[first + d]));
+        TRY(count_windows(w, d, x->shape[first + d], ceil_mode, &shape[first + d]));
         DECLINE_IF(shape[first + d] <= 0);
     }
-    return th__out_format(call, &x, shape, channels_last);
+    return image_out(call, x, rank, shape, m->channels_last);
 }
 
 /* input, kernel_size, stride, padding, dilation, ceil_mode, return_indices */
 static th_status max_pool(th_call *call, uint32_t rank) {
+    image m;
     window w = {.dilation = {1, 1, 1}};
     bool indices = false;
+    TRY(read_image(call, 0, rank, false, &m));
     TRY(spatial(call, 4, rank, 1, w.dilation));
     if (call->nparams > 6) TRY(th__arg_bool(call, 6, false, &indices));
     DECLINE_IF(indices);
-    return pool(call, rank, &w, 5);
+    if (rank == 1) { /* its own kernel, unless a gradient is wanted */
+        DECLINE_IF(m.channels_last && call->grad_mode && m.x.grad);
+        m.channels_last = false;
+    }
+    return pool(call, rank, &m, &w, 5);
 }
 
 /* input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override */
 static th_status avg_pool(th_call *call, uint32_t rank) {
+    image m;
     window w = {.dilation = {1, 1, 1}};
     bool ignored;
+    TRY(read_image(call, 0, rank, false, &m));
     TRY(th__arg_bool(call, 5, true, &ignored));
     if (call->nparams > 6) DECLINE_IF(th__has(call, 6));
-    return pool(call, rank, &w, 4);
+    return pool(call, rank, &m, &w, 4);
 }
 
 static th_status max_pool1d(th_call *call) { return max_pool(call, 1); }
@@ -132,24 +199,68 @@ static th_status avg_pool3d(th_call *call) { return avg_pool(call, 3); }
 
 /* An output size may be None: the input's. */
 static th_status adaptive_avg_pool(th_call *call, uint32_t rank) {
-    th__tensor x;
+    image m;
     int64_t shape[5];
-    bool channels_last;
-    TRY(spatial_input(call, rank, &x, &channels_last));
+    TRY(read_image(call, 0, rank, false, &m));
+    const th__tensor *x = &m.x;
     const th_node_data *size = th__arg(call, 1);
     DECLINE_IF(size->kind != TH_N_INT && (!th__is_sequence(size) || size->count != rank));
-    memcpy(shape, x.shape, x.ndim * sizeof *shape);
+    memcpy(shape, x->shape, x->ndim * sizeof *shape);
     for (uint32_t d = 0; d < rank; d++) {
         const th_node_data *n = size->kind == TH_N_INT ? size : th__node(call, th__kid(call, size, d));
         if (n->kind == TH_N_NONE) continue;
         DECLINE_IF(n->kind != TH_N_INT || n->u.i <= 0);
-        shape[x.ndim - rank + d] = n->u.i;
+        shape[x->ndim - rank + d] = n->u.i;
     }
-    return th__out_format(call, &x, shape, channels_last);
+    return image_out(call, x, rank, shape, m.channels_last);
 }
 
 static th_status adaptive_avg_pool1d(th_call *call) { return adaptive_avg_pool(call, 1); }
 static th_status adaptive_avg_pool2d(th_call *call) { return adaptive_avg_pool(call, 2); }
+
+/* ---- resizing ---- */
+
+enum { RESIZE_INPUT, RESIZE_SIZE, RESIZE_SCALE, RESIZE_MODE, RESIZE_CORNERS, RESIZE_RECOMPUTE, RESIZE_ANTIALIAS };
+
+static th_status resize_mode(const th_call *call, th_dtype dtype) {
+    const th_node_data *mode = th__arg(call, RESIZE_MODE), *corners = th__arg(call, RESIZE_CORNERS);
+    const char *name = mode->kind == TH_N_STR ? th_str_get(call->trace->ctx, mode->u.ref) : "nearest";
+    bool antialias;
+    DECLINE_IF(mode->kind != TH_N_ABSENT && mode->kind != TH_N_STR);
+    DECLINE_IF(th__has(call, RESIZE_RECOMPUTE));
+    TRY(th__arg_bool(call, RESIZE_ANTIALIAS, false, &antialias));
+    DECLINE_IF(antialias && dtype != TH_F32);
+    if (strcmp(name, "bilinear") == 0 || strcmp(name, "bicubic") == 0) {
+        return corners->kind <= TH_N_BOOL ? TH_OK : TH_DECLINED;
+    }
+    DECLINE_IF(strcmp(name, "nearest") != 0 && strcmp(name, "nearest-exact") != 0);
+    return antialias || corners->kind > TH_N_NONE ? TH_DECLINED : TH_OK;
+}
+
+/* Images of 2 dimensions, to a size or by a factor. */
+static th_status interpolate(th_call *call) {
+    image m;
+    int64_t shape[4], size[3];
+    const th_node_data *scale = th__arg(call, RESIZE_SCALE);
+    TRY(read_image(call, RESIZE_INPUT, 2, false, &m));
+    TRY(resize_mode(call, m.x.dtype));
+    DECLINE_IF(m.x.ndim != 4 || th__has(call, RESIZE_SIZE) == th__has(call, RESIZE_SCALE));
+    TRY(spatial(call, RESIZE_SIZE, 2, 1, size));
+    memcpy(shape, m.x.shape, sizeof shape);
+    for (uint32_t d = 0; d < 2; d++) {
+        if (th__has(call, RESIZE_SIZE)) {
+            shape[2 + d] = size[d];
+            continue;
+        }
+        DECLINE_IF(th__is_sequence(scale) && scale->count != 2);
+        const th_node_data *factor = th__is_sequence(scale) ? th__node(call, th__kid(call, scale, d)) : scale;
+        DECLINE_IF(factor->kind != TH_N_FLOAT && factor->kind != TH_N_INT);
+        double f = factor->kind == TH_N_FLOAT ? factor->u.f : (double)factor->u.i;
+        DECLINE_IF(!(f > 0 && f < 1e6 && (double)shape[2 + d] * f >= 1));
+        shape[2 + d] = (int64_t)((double)shape[2 + d] * f);
+    }
+    return image_out(call, &m.x, 2, shape, m.channels_last);
+}
 
 /* ---- operators ---- */
 
@@ -185,5 +296,9 @@ const th_opdef th__ops_conv[] = {
          "torch.adaptive_avg_pool1d torch.nn.functional.adaptive_avg_pool1d", adaptive_avg_pool1d),
     POOL("adaptive_avg_pool2d", "input, output_size",
          "torch.nn.functional.adaptive_avg_pool2d torch._C._nn.adaptive_avg_pool2d", adaptive_avg_pool2d),
+    POOL("interpolate",
+         "input, size=None, scale_factor=None, mode=nearest, align_corners=None, recompute_scale_factor=None, "
+         "antialias=False",
+         "torch.nn.functional.interpolate", interpolate),
 };
 const size_t th__ops_conv_count = sizeof th__ops_conv / sizeof *th__ops_conv;

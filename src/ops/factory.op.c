@@ -132,6 +132,19 @@ static th_status full_like(th_call *call) {
     return like_with(call, 2, false);
 }
 
+static th_status zero_(th_call *call) {
+    th__tensor x;
+    TRY(th__arg_tensor(call, 0, &x));
+    return th__out_written(call, &x);
+}
+
+static th_status fill_(th_call *call) {
+    th__tensor x;
+    TRY(th__arg_tensor(call, 0, &x));
+    DECLINE_IF(!th__is_number(th__arg(call, 1)) || !th__fits(th__arg(call, 1), x.dtype));
+    return th__out_written(call, &x);
+}
+
 /* ---- ranges ---- */
 
 /* Python tells (end), (start, end) and (start, end, step) apart by position; start and end also come by name. */
@@ -233,7 +246,13 @@ static th_status literal_tensor(th_call *call, uint32_t data, th_dtype dtype, th
     th__dims shape = {0};
     th_dtype own = TH_DTYPE_NONE;
     options o;
-    TRY(literal(call, call->arg[data], 0, &shape, &own));
+    const th_node_data *list = th__arg(call, data);
+    if (th__is_sequence(list) && list->count == 0) {
+        shape.n = 1;
+        own = call->default_dtype;
+    } else {
+        TRY(literal(call, call->arg[data], 0, &shape, &own));
+    }
     TRY(th__arg_dtype(call, data + 1, dtype ? dtype : own, &o.dtype));
     TRY(device_option(call, data + 2, device, &o.device));
     DECLINE_IF(!off(th__arg(call, data + 3)) || !off(th__arg(call, data + 4)));
@@ -260,6 +279,14 @@ static th_status new_tensor(th_call *call) {
      .effects = TH_FX_RANDOM,                \
      .fusion = TH_FUSE_FACTORY,              \
      .meta = rule}
+#define IN_PLACE(name_, params_, names_, functional_, rule) \
+    {.name = name_,                                         \
+     .params = params_,                                     \
+     .names = names_,                                       \
+     .effects = TH_OPDEF_INPLACE | TH_FX_WRITES,            \
+     .fusion = TH_FUSE_FACTORY,                             \
+     .meta = rule,                                          \
+     .functional = functional_}
 #define FORMAT ", memory_format=torch.preserve_format"
 
 const th_opdef th__ops_factory[] = {
@@ -275,6 +302,8 @@ const th_opdef th__ops_factory[] = {
     FACTORY("ones_like", "input, *, " OPTIONS FORMAT, "torch.ones_like", zeros_like),
     FACTORY("empty_like", "input, *, " OPTIONS FORMAT, "torch.empty_like", zeros_like),
     FACTORY("full_like", "input, fill_value, *, " OPTIONS FORMAT, "torch.full_like", full_like),
+    IN_PLACE("zero_", "input", "torch.Tensor.zero_ torch.zero_", "torch.zeros_like", zero_),
+    IN_PLACE("fill_", "input, value", "torch.Tensor.fill_ torch.fill_", "torch.full_like", fill_),
     FACTORY("arange", "*range, start=None, end=None, step=1, " OPTIONS, "torch.arange", arange),
     FACTORY("linspace", "start, end, steps, *, " OPTIONS, "torch.linspace", linspace),
     FACTORY("eye", "n, m=None, *, " OPTIONS, "torch.eye", eye),

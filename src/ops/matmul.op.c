@@ -101,6 +101,42 @@ static th_status add_product(th_call *call, uint32_t rank) {
 static th_status addmm(th_call *call) { return add_product(call, 2); }
 static th_status baddbmm(th_call *call) { return add_product(call, 3); }
 
+/* Rows or columns of a matrix start at multiples of 16 bytes. */
+static bool is_aligned(const th__tensor *x) {
+    int64_t unit = 16 / th_dtype_get(x->dtype)->bytes;
+    const int64_t *shape = x->shape + x->ndim - 2, *stride = x->stride + x->ndim - 2;
+    if (stride[0] == 1 && stride[1] >= (shape[0] > 1 ? shape[0] : 1)) return stride[1] % unit == 0;
+    return stride[1] == 1 && stride[0] >= (shape[1] > 1 ? shape[1] : 1) && stride[0] % unit == 0;
+}
+
+/* Matrix products of groups of rows (2 dimensions, cut at `offs`) or of batches (3) with one matrix each. Rows of the
+ * result are padded to 16 bytes. */
+static th_status grouped_mm(th_call *call) {
+    th__tensor a, b, offsets;
+    int64_t shape[3], stride[3];
+    TRY(two_tensors(call, 0, &a, &b));
+    DECLINE_IF(!th__is_cpu(call, &a) || !th__is_float(a.dtype) || a.dtype == TH_F64 || th__has(call, 3));
+    DECLINE_IF(b.ndim != 3 || (a.ndim != 2 && a.ndim != 3) || a.shape[a.ndim - 1] != b.shape[1]);
+    DECLINE_IF(th__numel(a.ndim, a.shape) == 0 || th__numel(b.ndim, b.shape) == 0);
+    DECLINE_IF(th__has(call, 4) || th__has(call, 2) != (a.ndim == 2) || !is_aligned(&a) || !is_aligned(&b));
+    if (a.ndim == 2) {
+        TRY(th__arg_tensor(call, 2, &offsets));
+        DECLINE_IF(offsets.ndim != 1 || offsets.dtype != TH_I32 || offsets.shape[0] != b.shape[0]);
+        DECLINE_IF(offsets.device != a.device);
+    } else {
+        DECLINE_IF(a.shape[0] != b.shape[0]);
+    }
+    int64_t unit = 16 / th_dtype_get(a.dtype)->bytes, columns = b.shape[2];
+    uint32_t rows = a.ndim - 2;
+    shape[0] = a.shape[0];
+    shape[rows] = a.shape[rows];
+    shape[rows + 1] = columns;
+    stride[rows + 1] = 1;
+    stride[rows] = (columns + unit - 1) / unit * unit;
+    if (rows) stride[0] = stride[rows] * shape[rows];
+    return th__out_fresh(call, a.dtype, a.device, a.ndim, shape, stride);
+}
+
 /* A product of a column and a row, as torch computes it. */
 static th_status outer(th_call *call) {
     th__tensor a, b;
@@ -137,6 +173,8 @@ const th_opdef th__ops_matmul[] = {
     MATMUL("dot", "input, tensor", "torch.dot torch.Tensor.dot", dot),
     MATMUL("addmm", "input, mat1, mat2, *, beta=1, alpha=1", "torch.addmm torch.Tensor.addmm", addmm),
     MATMUL("baddbmm", "input, batch1, batch2, *, beta=1, alpha=1", "torch.baddbmm torch.Tensor.baddbmm", baddbmm),
+    MATMUL("grouped_mm", "input, mat2, offs=None, bias=None, out_dtype=None",
+           "torch._grouped_mm torch.nn.functional.grouped_mm", grouped_mm),
     {.name = "outer",
      .params = "input, vec2",
      .names = "torch.outer torch.Tensor.outer torch.ger torch.Tensor.ger",

@@ -74,6 +74,24 @@ static th_status logsigmoid(th_call *call) {
     return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
 }
 
+/* Half of a dimension times the sigmoid of the other half. */
+static th_status glu(th_call *call) {
+    th__tensor x;
+    int64_t d, shape[TH_MAX_RANK];
+    uint32_t dim;
+    th__iter it = {0};
+    TRY(th__arg_tensor(call, 0, &x));
+    TRY(th__arg_int(call, 1, -1, &d));
+    TRY(th__wrap(d, x.ndim, &dim));
+    DECLINE_IF(!th__is_float(x.dtype) || x.ndim == 0 || x.shape[dim] % 2 != 0);
+    for (uint32_t i = 0; i < x.ndim; i++) shape[i] = i == dim ? x.shape[i] / 2 : x.shape[i];
+    x.shape = shape;
+    x.contiguous = false;
+    th__iter_tensor(&it, &x);
+    TRY(th__iter_shape(&it, call));
+    return th__iter_out(&it, call, x.dtype);
+}
+
 static th_status probability(const th_node_data *d, double fallback, double *p) {
     *p = d->kind == TH_N_FLOAT ? d->u.f : d->kind == TH_N_INT ? (double)d->u.i : fallback;
     DECLINE_IF(d->kind != TH_N_ABSENT && d->kind != TH_N_FLOAT && d->kind != TH_N_INT);
@@ -167,6 +185,7 @@ const th_opdef th__ops_nn[] = {
     ACTIVATION("functional.relu", "input, inplace=False", F "relu", relu),
     ACTIVATION("relu", "input", "torch.relu torch.Tensor.relu", relu),
     IN_PLACE("relu_", "input", "torch.relu_ torch.Tensor.relu_", "torch.relu", relu),
+    ACTIVATION("glu", "input, dim=-1", F "glu torch._C._nn.glu", glu),
     ACTIVATION("clamp", "input, min=None, max=None", "torch.clamp torch.Tensor.clamp torch.clip torch.Tensor.clip",
                clamp),
     IN_PLACE("clamp_", "input, min=None, max=None", "torch.clamp_ torch.Tensor.clamp_ torch.clip_ torch.Tensor.clip_",

@@ -87,6 +87,46 @@ static th_status compare(th_call *call) {
     return th__iter_out(&it, call, TH_BOOL);
 }
 
+/* Python's reflected operators: the number on the left is the first operand. */
+static th_status reflected(th_call *call, th__iter *it) {
+    it->n = 0;
+    TRY(th__iter_arg(it, call, 1));
+    TRY(th__iter_arg(it, call, 0));
+    DECLINE_IF(!it->in[0].number || it->in[1].number);
+    TRY(th__iter_shape(it, call));
+    return th__iter_promote(it, call, false);
+}
+
+static th_status rfloordiv(th_call *call) {
+    th__iter it;
+    TRY(reflected(call, &it));
+    DECLINE_IF(it.common == TH_BOOL);
+    return th__iter_out(&it, call, it.common);
+}
+
+static th_status rpow(th_call *call) {
+    th__iter it;
+    TRY(reflected(call, &it));
+    DECLINE_IF(it.common == TH_BOOL || !th__fits(th__arg(call, 1), it.common));
+    return th__out_fresh(call, it.common, it.device, it.shape.n, it.shape.at, NULL);
+}
+
+/* 2 / x is x.reciprocal() * 2. */
+static th_status rdiv(th_call *call) {
+    int64_t stride[TH_MAX_RANK];
+    th__iter it = {0};
+    DECLINE_IF(!th__is_number(th__arg(call, 1)));
+    TRY(th__iter_args(&it, call, 0, 1));
+    TRY(th__iter_promote(&it, call, true));
+    th__iter_strides(&it, stride);
+    it.in[0].x.stride = stride;
+    it.in[0].x.dtype = it.common;
+    it.in[0].x.contiguous = false;
+    TRY(th__iter_arg(&it, call, 1));
+    TRY(th__iter_shape(&it, call));
+    return th__iter_out(&it, call, it.common);
+}
+
 static th_status minmax(th_call *call) {
     th__iter it;
     TRY(two_operands(&it, call));
@@ -122,12 +162,17 @@ static th_status logical_not(th_call *call) {
     return th__iter_out(&it, call, TH_BOOL);
 }
 
-/* A number as exponent does not take part as an operand: the result has the base's strides. */
+/* A number as exponent does not take part as an operand: the result has the base's strides. With a number as base it is
+ * row-major. */
 static th_status pow_(th_call *call) {
     const th_node_data *exponent = th__arg(call, 1);
     th__iter it;
     TRY(two_operands(&it, call));
     DECLINE_IF(it.common == TH_BOOL);
+    if (it.in[0].number) {
+        DECLINE_IF(!th__fits(th__arg(call, 0), it.common) || call->def->effects & TH_OPDEF_INPLACE);
+        return th__out_fresh(call, it.common, it.device, it.shape.n, it.shape.at, NULL);
+    }
     DECLINE_IF(!th__is_float(it.common) && exponent->kind == TH_N_INT && exponent->u.i < 0);
     if (it.in[1].number) {
         DECLINE_IF(!th__fits(exponent, it.common));
@@ -152,6 +197,12 @@ static th_status same_dtype_no_bool(th_call *call) {
     TRY(th__arg_tensor(call, 0, &x));
     DECLINE_IF(x.dtype == TH_BOOL);
     return same_dtype(call);
+}
+
+static th_status positive(th_call *call) {
+    th__tensor x;
+    TRY(th__arg_tensor(call, 0, &x));
+    return x.dtype == TH_BOOL ? TH_DECLINED : th__out_same(call, &x);
 }
 
 static th_status bitwise_not(th_call *call) {
@@ -235,6 +286,10 @@ const th_opdef th__ops_pointwise[] = {
     IN_PLACE("remainder_", "input, other", "torch.Tensor.remainder_ torch.Tensor.__imod__", "torch.remainder",
              floor_divide),
     BINARY(fmod, floor_divide),
+    POINTWISE("rdiv", "input, other", "torch.Tensor.__rdiv__ torch.Tensor.__rtruediv__", rdiv),
+    POINTWISE("rfloordiv", "input, other", "torch.Tensor.__rfloordiv__", rfloordiv),
+    POINTWISE("rmod", "input, other", "torch.Tensor.__rmod__", rfloordiv),
+    POINTWISE("rpow", "input, other", "torch.Tensor.__rpow__", rpow),
     POINTWISE("pow", "input, exponent", "torch.pow torch.Tensor.pow torch.Tensor.__pow__ torch._tensor.TensorBase.pow",
               pow_),
     IN_PLACE("pow_", "input, exponent", "torch.Tensor.pow_ torch.Tensor.__ipow__ torch._tensor.TensorBase.pow_",
@@ -272,6 +327,10 @@ const th_opdef th__ops_pointwise[] = {
               "torch.bitwise_left_shift torch.Tensor.bitwise_left_shift torch.Tensor.__lshift__", shift),
     POINTWISE("bitwise_right_shift", "input, other",
               "torch.bitwise_right_shift torch.Tensor.bitwise_right_shift torch.Tensor.__rshift__", shift),
+    IN_PLACE("bitwise_left_shift_", "input, other", "torch.Tensor.bitwise_left_shift_ torch.Tensor.__ilshift__",
+             "torch.bitwise_left_shift", shift),
+    IN_PLACE("bitwise_right_shift_", "input, other", "torch.Tensor.bitwise_right_shift_ torch.Tensor.__irshift__",
+             "torch.bitwise_right_shift", shift),
     BINARY(logical_and, logical),
     BINARY(logical_or, logical),
     BINARY(logical_xor, logical),
@@ -285,6 +344,7 @@ const th_opdef th__ops_pointwise[] = {
     POINTWISE("abs", "input", "torch.abs torch.Tensor.abs torch.Tensor.__abs__ torch.absolute torch.Tensor.absolute",
               same_dtype_no_bool),
     IN_PLACE("abs_", "input", "torch.abs_ torch.Tensor.abs_ torch.Tensor.absolute_", "torch.abs", same_dtype_no_bool),
+    POINTWISE("positive", "input", "torch.positive torch.Tensor.positive torch.Tensor.__pos__", positive),
     POINTWISE("sign", "input", "torch.sign torch.Tensor.sign", same_dtype),
     UNARY(square, same_dtype_no_bool),
     UNARY(floor, same_dtype_no_bool),

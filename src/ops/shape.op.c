@@ -15,56 +15,94 @@ static th_status parts(th_call *call, th__tensor *xs, uint32_t *n, int64_t *dim)
 }
 
 static th_dtype parts_dtype(const th__tensor *xs, uint32_t n) {
-    th_dtype with_dims = TH_DTYPE_NONE;
-    for (uint32_t i = 0; i < n; i++) with_dims = th__promote(with_dims, xs[i].dtype);
-    return with_dims;
+    th_dtype dtype = TH_DTYPE_NONE;
+    for (uint32_t i = 0; i < n; i++) dtype = th__promote(dtype, xs[i].dtype);
+    return dtype;
 }
 
-/* channels_last only when every part suggests it. */
-static th_status out_of_parts(th_call *call, const th__tensor *xs, uint32_t n, uint32_t ndim, const int64_t *shape) {
-    int64_t stride[TH_MAX_RANK];
+/* channels_last only when every part suggests it, those without elements too. */
+static void parts_strides(const th__tensor *xs, uint32_t n, uint32_t ndim, const int64_t *shape, int64_t *stride) {
     bool channels_last = ndim == 4 || ndim == 5;
     for (uint32_t i = 0; channels_last && i < n; i++) channels_last = th__suggests_channels_last(&xs[i]);
-    if (channels_last) th__channels_last(ndim, shape, stride);
-    return th__out_fresh(call, parts_dtype(xs, n), xs[0].device, ndim, shape, channels_last ? stride : NULL);
+    if (channels_last)
+        th__channels_last(ndim, shape, stride);
+    else
+        th__row_major(ndim, shape, stride);
 }
+
+/* Tensors of the one shape (0) are left out by torch, whatever the others are. */
+static bool is_skipped(const th__tensor *x) { return x->ndim == 1 && x->shape[0] == 0; }
 
 static th_status cat(th_call *call) {
     th__tensor xs[MAX_PARTS];
-    uint32_t n, dim;
-    int64_t d, shape[TH_MAX_RANK];
+    const th__tensor *first = NULL;
+    uint32_t n, dim = 0;
+    int64_t d, shape[TH_MAX_RANK], stride[TH_MAX_RANK];
     TRY(parts(call, xs, &n, &d));
-    DECLINE_IF(xs[0].ndim == 0);
-    TRY(th__wrap(d, xs[0].ndim, &dim));
-    memcpy(shape, xs[0].shape, xs[0].ndim * sizeof *shape);
     for (uint32_t i = 0; i < n; i++) {
-        DECLINE_IF(xs[i].ndim != xs[0].ndim || (xs[i].ndim == 1 && xs[i].shape[0] == 0)); /* skipped by torch */
-        for (uint32_t j = 0; i > 0 && j < xs[i].ndim; j++) {
-            if (j == dim)
-                shape[j] += xs[i].shape[j];
-            else
-                DECLINE_IF(xs[i].shape[j] != shape[j]);
+        const th__tensor *x = &xs[i];
+        if (is_skipped(x)) continue;
+        if (!first) {
+            DECLINE_IF(x->ndim == 0);
+            TRY(th__wrap(d, x->ndim, &dim));
+            memcpy(shape, x->shape, x->ndim * sizeof *shape);
+            first = x;
+            continue;
         }
+        DECLINE_IF(x->ndim != first->ndim);
+        for (uint32_t j = 0; j < x->ndim; j++) DECLINE_IF(j != dim && x->shape[j] != shape[j]);
+        shape[dim] += x->shape[dim];
     }
-    return out_of_parts(call, xs, n, xs[0].ndim, shape);
+    DECLINE_IF(!first);
+    parts_strides(xs, n, first->ndim, shape, stride);
+    return th__out_fresh(call, parts_dtype(xs, n), first->device, first->ndim, shape, stride);
+}
+
+/* A new last dimension: torch gives each part one of size 1 and joins them there. */
+static th_status stack_last(th_call *call, th__tensor *xs, uint32_t n) {
+    int64_t shape[TH_MAX_RANK], strides[MAX_PARTS][TH_MAX_RANK], stride[TH_MAX_RANK];
+    uint32_t ndim = xs[0].ndim + 1;
+    memcpy(shape, xs[0].shape, xs[0].ndim * sizeof *shape);
+    shape[xs[0].ndim] = 1;
+    for (uint32_t i = 0; i < n; i++) {
+        memcpy(strides[i], xs[i].stride, xs[i].ndim * sizeof *stride);
+        strides[i][xs[i].ndim] = 1;
+        xs[i].ndim = ndim;
+        xs[i].shape = shape;
+        xs[i].stride = strides[i];
+    }
+    int64_t joined[TH_MAX_RANK];
+    memcpy(joined, shape, ndim * sizeof *shape);
+    joined[ndim - 1] = n;
+    parts_strides(xs, n, ndim, joined, stride);
+    return th__out_fresh(call, xs[0].dtype, xs[0].device, ndim, joined, stride);
+}
+
+/* Elsewhere it joins them along the old dimension and splits that. */
+static th_status stack_inside(th_call *call, const th__tensor *xs, uint32_t n, uint32_t dim) {
+    int64_t joined[TH_MAX_RANK], stride[TH_MAX_RANK], split[TH_MAX_RANK];
+    uint32_t ndim = xs[0].ndim;
+    th__dims to = {.n = ndim + 1};
+    memcpy(joined, xs[0].shape, ndim * sizeof *joined);
+    DECLINE_IF(__builtin_mul_overflow(joined[dim], (int64_t)n, &joined[dim]));
+    parts_strides(xs, n, ndim, joined, stride);
+    for (uint32_t i = 0; i <= ndim; i++) to.at[i] = i == dim ? n : xs[0].shape[i - (i > dim)];
+    DECLINE_IF(!th__view_strides(ndim, joined, stride, &to, split));
+    return th__out_fresh(call, xs[0].dtype, xs[0].device, to.n, to.at, split);
 }
 
 static th_status stack(th_call *call) {
     th__tensor xs[MAX_PARTS];
     uint32_t n, dim;
-    int64_t d, shape[TH_MAX_RANK];
+    int64_t d;
     TRY(parts(call, xs, &n, &d));
     DECLINE_IF(xs[0].ndim + 1 > TH_MAX_RANK);
     TRY(th__wrap(d, xs[0].ndim + 1, &dim));
-    bool plain = true;
     for (uint32_t i = 0; i < n; i++) {
         DECLINE_IF(xs[i].ndim != xs[0].ndim || xs[i].dtype != xs[0].dtype);
         for (uint32_t j = 0; j < xs[i].ndim; j++) DECLINE_IF(xs[i].shape[j] != xs[0].shape[j]);
-        plain &= xs[i].contiguous;
     }
-    DECLINE_IF(!plain && (xs[0].ndim == 3 || xs[0].ndim == 4)); /* may look like channels_last */
-    for (uint32_t i = 0; i <= xs[0].ndim; i++) shape[i] = i == dim ? n : xs[0].shape[i - (i > dim)];
-    return th__out_fresh(call, xs[0].dtype, xs[0].device, xs[0].ndim + 1, shape, NULL);
+    return dim == xs[0].ndim ? stack_last(call, xs, n) : stack_inside(call, xs, n, dim);
 }
 
 static th_status repeat_of(th_call *call, const th__tensor *x, const th__dims *times) {
@@ -106,12 +144,18 @@ static th_status repeat_interleave(th_call *call) {
     DECLINE_IF(times < 0);
     if (!th__has(call, 2)) {
         DECLINE_IF(__builtin_mul_overflow(th__numel(x.ndim, x.shape), times, &shape[0]));
+        DECLINE_IF(th__has(call, 3));
         return th__out_fresh(call, x.dtype, x.device, 1, shape, NULL);
     }
     DECLINE_IF(x.ndim == 0);
     TRY(th__arg_dim(call, 2, x.ndim, &dim));
     memcpy(shape, x.shape, x.ndim * sizeof *shape);
     DECLINE_IF(__builtin_mul_overflow(x.shape[dim], times, &shape[dim]));
+    if (th__has(call, 3)) {
+        int64_t announced;
+        TRY(th__arg_int(call, 3, 0, &announced));
+        DECLINE_IF(announced != shape[dim]);
+    }
     return th__out_fresh(call, x.dtype, x.device, x.ndim, shape, NULL);
 }
 
@@ -191,8 +235,8 @@ const th_opdef th__ops_shape[] = {
     SHAPE("stack", "tensors, dim=0", "torch.stack", stack),
     SHAPE("repeat", "input, *repeats", "torch.Tensor.repeat", repeat),
     SHAPE("tile", "input, *dims", "torch.tile torch.Tensor.tile", tile),
-    SHAPE("repeat_interleave", "input, repeats, dim=None", "torch.repeat_interleave torch.Tensor.repeat_interleave",
-          repeat_interleave),
+    SHAPE("repeat_interleave", "input, repeats, dim=None, *, output_size=None",
+          "torch.repeat_interleave torch.Tensor.repeat_interleave", repeat_interleave),
     SHAPE("pad", "input, pad, mode=constant, value=None", "torch.nn.functional.pad torch._C._nn.pad", pad),
     SHAPE("tril", "input, diagonal=0", "torch.tril torch.Tensor.tril", triangle),
     SHAPE("triu", "input, diagonal=0", "torch.triu torch.Tensor.triu", triangle),

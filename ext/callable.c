@@ -114,6 +114,9 @@ static int entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient
         if (same != 1)
             return same;
     }
+    for (uint32_t i = 0; i < e->nidentical; i++)
+        if (leaves->items[e->identical[i].leaf] != e->identical[i].tensor)
+            return 0;
     int holds = thx_guards_check(c->x, e->guards);
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }
@@ -344,6 +347,15 @@ static PyObject *after_failure(thx_callable_object *c, PyObject *const *args, si
 
 enum { MAX_SETTLED = 4 };
 
+static void drop_all(thx_callable_object *c) {
+    while (c->entries) {
+        thx_entry *next = c->entries->next;
+        thx_entry_free(c->x, c->entries);
+        c->entries = next;
+    }
+    c->entry_count = 0;
+}
+
 static void keep(thx_callable_object *c, thx_entry *e) {
     e->next = c->entries;
     c->entries = e;
@@ -354,8 +366,14 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
                       PyObject *kwnames) {
     thx *x = c->x;
     Py_ssize_t npositional = PyVectorcall_NARGS(nargsf), total = npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0);
+    if (x->compiling) { /* another thread captures; this call does not wait for it */
+        c->fallbacks++;
+        return call_original(c, args, nargsf, kwnames);
+    }
     c->misses++;
+    x->compiling = true;
     thx_entry *e = thx_compile(c, a, args, npositional, kwnames);
+    x->compiling = false;
     if (!e)
         return after_failure(c, args, nargsf, kwnames);
     thx_leaves leaves;
@@ -369,8 +387,13 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
     else if (same == 0)
         PyErr_SetString(PyExc_RuntimeError, "an argument changed while the function was captured");
     thx_leaves_fini(&leaves);
-    if (c->cache == 1 || !result) {
+    if (!result) {
         thx_entry_free(x, e);
+        return NULL;
+    }
+    if (c->cache == 1) { /* kept for last_traces only */
+        drop_all(c);
+        keep(c, e);
         return result;
     }
     bool settle = e->nwrites && thx_guards_check(x, e->guards) == 0;
@@ -403,7 +426,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     thx *x = c->x;
     thx_ambient ambient;
     c->calls++;
-    if (x->active) /* called inside another capture: its operations belong to that trace */
+    if (x->active && x->active_thread == PyThread_get_thread_ident()) /* called inside another capture: its operations belong to that trace */
         return call_original(c, args, nargsf, kwnames);
     int modes = read_ambient(x, &ambient);
     if (modes < 0)
@@ -417,7 +440,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     Py_ssize_t npositional = PyVectorcall_NARGS(nargsf);
     thx_leaves leaves;
     thx_leaves_init(&leaves);
-    for (thx_entry **p = &c->entries; *p; p = &(*p)->next) {
+    for (thx_entry **p = &c->entries; *p && c->cache != 1; p = &(*p)->next) {
         thx_entry *e = *p;
         int same = c->cache == 2 ? 1 : entry_matches(c, e, &ambient, args, npositional, kwnames, &leaves);
         if (same == 1 && c->cache == 2)
@@ -551,12 +574,7 @@ static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
 
 static PyObject *callable_reset(thx_callable_object *c, PyObject *unused) {
     (void)unused;
-    while (c->entries) {
-        thx_entry *next = c->entries->next;
-        thx_entry_free(c->x, c->entries);
-        c->entries = next;
-    }
-    c->entry_count = 0;
+    drop_all(c);
     Py_RETURN_NONE;
 }
 

@@ -38,6 +38,11 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_spec result;
     uint32_t *result_slots; /* by output leaf */
     uint32_t nresults;
+    struct {
+        uint32_t leaf;
+        PyObject *tensor; /* owned */
+    } *identical; /* arguments that are tensors of the module tree: only these very ones will do */
+    uint32_t nidentical;
     thx_write *writes;
     uint32_t nwrites;
     bool writes_inputs;  /* then it matters which arguments share storage, with each other or with bound tensors: */

@@ -39,6 +39,7 @@ typedef struct thx_recorder {
     bool real_inputs;  /* some of them came as real tensors */
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
     bool saw_random;
+    uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;  /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer; /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */

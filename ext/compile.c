@@ -34,6 +34,9 @@ void thx_entry_free(thx *x, thx_entry *e) {
         Py_XDECREF(e->writes[i].constant);
     }
     PyMem_Free(e->writes);
+    for (uint32_t i = 0; i < e->nidentical; i++)
+        Py_DECREF(e->identical[i].tensor);
+    PyMem_Free(e->identical);
     PyMem_Free(e);
 }
 
@@ -190,11 +193,34 @@ static int check_arguments_unchanged(compile *k) {
     return rc;
 }
 
+static int find_identical(compile *k, PyObject *params) {
+    thx_entry *e = k->e;
+    e->identical = PyMem_Calloc(k->leaves.count + 1, sizeof *e->identical);
+    if (!e->identical)
+        return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < k->leaves.count; i++) {
+        PyObject *id = PyLong_FromVoidPtr(k->leaves.items[i]);
+        int found = id ? PyDict_Contains(params, id) : -1;
+        Py_XDECREF(id);
+        if (found < 0)
+            return -1;
+        if (found) {
+            e->identical[e->nidentical].leaf = i;
+            e->identical[e->nidentical++].tensor = Py_NewRef(k->leaves.items[i]);
+        }
+    }
+    return 0;
+}
+
 static int capture(compile *k) {
     thx *x = k->x;
     PyObject *params = k->c->module ? thx_guards_params(x, k->c->module) : NULL;
     if (k->c->module && !params)
         return -1;
+    if (params && find_identical(k, params) < 0) {
+        Py_DECREF(params);
+        return -1;
+    }
     k->r = thx_recorder_new(x, params);
     Py_XDECREF(params);
     if (!k->r || build_fake_args(k) < 0)

@@ -16,7 +16,7 @@ static bool listed(const char *const *list, const char *name) {
 
 static const char *const queries[] = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "is_contiguous",
-    "element_size", "storage_offset", "get_device", "__len__", "is_signed", "type", "is_inference", "is_pinned", "is_conj",
+    "element_size", "get_device", "__len__", "is_signed", "type", "is_inference", "is_pinned", "is_conj",
     "is_neg", "is_same_size", "has_names", "is_shared", "is_set_to", "is_distributed", "is_coalesced", "sparse_dim",
     "dense_dim", "dim_order", "can_cast", "promote_types", "result_type", "is_tensor", "is_storage", "is_nonzero_query",
     "_is_view", "is_variable", "broadcast_shapes", "__hash__", "__dir__", "_nnz", "is_vulkan_available",
@@ -34,7 +34,7 @@ static const char *const skipped[] = {"_set_grad_enabled", "set_grad_enabled", "
 static const char *const refused[] = {"register_hook", "retain_grad", "backward", "register_post_accumulate_grad_hook",
                                       "data_ptr", "share_memory_", "__reduce_ex__", "__setstate__", "__deepcopy__", "to_dense_",
                                       "untyped_storage", "storage", "_typed_storage", "__dlpack__", "pin_memory",
-                                      "record_stream", "__cuda_array_interface__", NULL};
+                                      "record_stream", "__cuda_array_interface__", "set_", "storage_offset", NULL};
 static const char *const random_names[] = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_",
     "multinomial", "normal", "normal_", "uniform_", "random_", "poisson", "exponential_", "cauchy_", "log_normal_",

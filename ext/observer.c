@@ -466,7 +466,8 @@ static int emit_slow(call *c, PyObject **result, const long *versions) {
     th_val writes[64];
     uint32_t nwrites = 0, tensors = 0;
     for (uint32_t i = 0; i < r->ninputs; i++) {
-        if (version_of(r->x, r->inputs[i]) == versions[i])
+        bool by_schema = i < 64 && r->schema_writes >> i & 1;
+        if (!by_schema && version_of(r->x, r->inputs[i]) == versions[i])
             continue;
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
         if (cell && nwrites < 64)
@@ -517,6 +518,7 @@ static PyObject *slow(call *c) {
     for (uint32_t i = 0; i < count; i++)
         versions[i] = version_of(r->x, r->inputs[i]);
     r->saw_random = false;
+    r->schema_writes = 0;
     PyObject *result = call_under_fake_mode(r, c->func, args, kwargs);
     r->nslow++;
     if (!result)
@@ -552,9 +554,30 @@ static int needs_grad(thx_recorder *r) {
     return 0;
 }
 
+static bool under_functorch(thx *x) {
+    PyObject *level = PyObject_CallNoArgs(x->functorch_level);
+    PyErr_Clear();
+    Py_XDECREF(level);
+    return level && level != Py_None;
+}
+
+/* A plan runs under the caller's default dtype, so a program must not switch it. */
+static int check_default_dtype(thx_recorder *r) {
+    PyObject *dtype = PyObject_CallNoArgs(r->x->default_dtype);
+    Py_XDECREF(dtype); /* a singleton of torch */
+    if (!dtype || dtype == r->x->dtype_objects[r->default_dtype])
+        return dtype ? 0 : -1;
+    return thx_capture_error(r, "torch.set_default_dtype", "the default dtype changed while the function ran",
+                             "set it outside the compiled function, or pass dtype= to each operation");
+}
+
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random};
+    if (under_functorch(x)) /* under vmap or grad: what functorch makes of the call reaches layer 2 */
+        return PyObject_Call(func, args, kwargs);
+    if (check_default_dtype(r) < 0)
+        return NULL;
     r->ninputs = 0;
     r->real_inputs = r->wrapped_input = false;
     c.anode = thx_to_node(x, r->t, args, thx_recorder_value, r);
@@ -616,6 +639,33 @@ PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
 
 /* ---- layer 2 ---- */
 
+/* Which tensors does an overload write, by its schema? Version counters do not tell for every custom kernel. */
+static int note_writes(thx_recorder *r, PyObject *overload, PyObject *args, PyObject *kwargs) {
+    PyObject *schema = PyObject_GetAttrString(overload, "_schema");
+    PyObject *mutable = schema ? PyObject_GetAttrString(schema, "is_mutable") : NULL;
+    PyObject *list = mutable == Py_True ? PyObject_GetAttrString(schema, "arguments") : NULL;
+    for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(list); i++) {
+        PyObject *argument = PyList_GET_ITEM(list, i), *alias = PyObject_GetAttrString(argument, "alias_info");
+        PyObject *write = alias && alias != Py_None ? PyObject_GetAttrString(alias, "is_write") : NULL;
+        PyObject *name = write == Py_True ? PyObject_GetAttrString(argument, "name") : NULL;
+        PyObject *tensor = !name                         ? NULL
+                           : i < PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, i)
+                           : kwargs                      ? PyDict_GetItemWithError(kwargs, name)
+                                                         : NULL;
+        for (uint32_t j = 0; tensor && j < r->ninputs && j < 64; j++)
+            if (r->inputs[j] == tensor)
+                r->schema_writes |= UINT64_C(1) << j;
+        Py_XDECREF(name);
+        Py_XDECREF(write);
+        Py_XDECREF(alias);
+    }
+    PyErr_Clear();
+    Py_XDECREF(list);
+    Py_XDECREF(mutable);
+    Py_XDECREF(schema);
+    return 0;
+}
+
 static bool has_tag(thx *x, PyObject *overload, PyObject *tag) {
     PyObject *tags = PyObject_GetAttr(overload, x->n.tags);
     int found = tags ? PySequence_Contains(tags, tag) : 0;
@@ -631,6 +681,7 @@ PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     if (!r->saw_random && has_tag(r->x, a[0], r->x->random_tag))
         r->saw_random = true;
     PyObject *kwargs = n > 3 && a[3] != Py_None ? a[3] : NULL;
+    note_writes(r, a[0], a[2], kwargs);
     return PyObject_Call(a[0], a[2], kwargs);
 }
 
@@ -657,7 +708,11 @@ PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n)
     r->real_inputs = r->wrapped_input = false;
     c.anode = thx_to_node(x, r->t, args, thx_recorder_value, r);
     c.knode = c.anode && kwargs ? thx_to_node(x, r->t, kwargs, thx_recorder_value, r) : 0;
-    if (!c.anode || (kwargs && !c.knode))
+    if (!c.anode || (kwargs && !c.knode)) {
+        if (r->wrapped_input)
+            thx_capture_error(r, "a functorch transform", "its tensors reach the operation without being unwrapped",
+                              "call this transform outside the compiled function");
         return NULL;
+    }
     return slow(&c);
 }

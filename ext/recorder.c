@@ -79,6 +79,15 @@ static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
     if (!strided)
         return thx_capture_error(r, "a sparse, nested or mkldnn tensor", "its layout has no strides",
                                  "convert it with to_dense() first, or call this part without thunder.jit");
+    for (int i = 0; i < 2; i++) { /* lazy conjugation and negation are bits beside the metadata */
+        PyObject *lazy = PyObject_CallMethod(tensor, i ? "is_neg" : "is_conj", NULL);
+        Py_XDECREF(lazy);
+        if (!lazy)
+            return -1;
+        if (lazy == Py_True)
+            return thx_capture_error(r, "a lazily conjugated or negated tensor", "its memory holds other values than it shows",
+                                     "pass x.resolve_conj().resolve_neg()");
+    }
     PyObject *quantized = PyObject_GetAttrString(tensor, "is_quantized");
     bool bad = quantized == Py_True;
     Py_XDECREF(quantized);
@@ -372,6 +381,7 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
 
 typedef struct surroundings { /* state of torch that is different while a program is captured */
     PyObject *previous, *compiler, *compiling, *script;
+    bool grad;
 } surroundings;
 
 static int set_script_optimize(thx *x, PyObject *on) {
@@ -398,6 +408,7 @@ static int enter(thx_recorder *r, surroundings *s) {
     }
     Py_DECREF(pushed);
     x->active = (PyObject *)r;
+    x->active_thread = PyThread_get_thread_ident();
     if (s->compiling)
         PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
     return 0;
@@ -455,7 +466,7 @@ static void explain_exception(thx_recorder *r) {
 
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result) {
     thx *x = r->x;
-    surroundings s = {0};
+    surroundings s = {.grad = x->abi.on && x->abi.aoti_torch_grad_mode_is_enabled()};
     *result = NULL;
     if (enter(r, &s) == 0) {
         *result = PyObject_Call(fn, args, kwargs);
@@ -466,6 +477,13 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
     Py_XDECREF(s.script);
     Py_XDECREF(s.compiling);
     Py_XDECREF(s.compiler);
+    if (x->abi.on && x->abi.aoti_torch_grad_mode_set_enabled && x->abi.aoti_torch_grad_mode_is_enabled() != s.grad) {
+        x->abi.aoti_torch_grad_mode_set_enabled(s.grad);
+        if (*result) {
+            Py_CLEAR(*result);
+            thx_capture_error(r, "the grad mode", "the function leaves it other than it found it", "switch it outside, or in a with block");
+        }
+    }
     if (*result && thx_random_before(r) < 0)
         Py_CLEAR(*result);
     if (thx_random_end(r) < 0)

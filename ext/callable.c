@@ -325,24 +325,18 @@ static bool any_requires_grad(thx *x, PyObject *const *objects, Py_ssize_t n) {
     return false;
 }
 
-/* A failed capture: the fallback if the user asked for one, the exception otherwise. */
-static PyObject *after_failure(thx_callable_object *c, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
-    thx *x = c->x;
-    bool grad = PyErr_ExceptionMatches(x->GradNeeded), capture = PyErr_ExceptionMatches(x->CaptureError);
-    if (!grad && !(capture && c->fallback_eager))
-        return NULL;
+/* Say once why calls run the original; the pending exception holds the reason. */
+static int tell_eager(thx_callable_object *c, const thx_entry *e) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);
-    int rc = grad ? (c->warned_grad ? 0 : tell(c, "grad", NULL)) : tell(c, "fallback", value);
-    c->warned_grad |= grad;
+    bool refused = e->eager == THX_EAGER_REFUSED, *told = refused ? &c->warned_fallback : &c->warned_grad;
+    int rc = *told ? 0 : tell(c, refused ? "fallback" : "grad", value);
+    *told = true;
     Py_XDECREF(type);
     Py_XDECREF(value);
     Py_XDECREF(trace);
-    if (rc < 0)
-        return NULL;
-    c->fallbacks++;
-    return call_original(c, args, nargsf, kwnames);
+    return rc;
 }
 
 enum { MAX_SETTLED = 4 };
@@ -375,7 +369,13 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
     thx_entry *e = thx_compile(c, a, args, npositional, kwnames);
     x->compiling = false;
     if (!e)
-        return after_failure(c, args, nargsf, kwnames);
+        return NULL;
+    if (e->eager) {
+        int told = tell_eager(c, e);
+        keep(c, e);
+        c->fallbacks++;
+        return told < 0 ? NULL : call_original(c, args, nargsf, kwnames);
+    }
     thx_leaves leaves;
     thx_leaves_init(&leaves);
     PyObject *result = NULL;
@@ -399,10 +399,14 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
     bool settle = e->nwrites && thx_guards_check(x, e->guards) == 0;
     keep(c, e);
     /* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
-    if (settle && c->settled++ < MAX_SETTLED && !(e = thx_compile(c, a, args, npositional, kwnames)))
+    if (settle && c->settled++ < MAX_SETTLED) {
+        thx_entry *after = thx_compile(c, a, args, npositional, kwnames);
         PyErr_Clear();
-    else if (settle && e != c->entries)
-        keep(c, e);
+        if (after && after->eager)
+            thx_entry_free(x, after);
+        else if (after)
+            keep(c, after);
+    }
     return result;
 }
 
@@ -452,8 +456,17 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         }
         if (!same)
             continue;
-        if (ambient.grad && (any_requires_grad(x, leaves.items, leaves.count) || thx_guards_need_grad(x, e->guards)))
-            break;
+        bool grad = ambient.grad && e->eager < THX_EAGER_INSIDE &&
+                    (any_requires_grad(x, leaves.items, leaves.count) || thx_guards_need_grad(x, e->guards));
+        if (grad != (e->eager == THX_EAGER_GRAD)) { /* requires_grad of a parameter changed since */
+            e->dead = true;
+            continue;
+        }
+        if (e->eager) {
+            thx_leaves_fini(&leaves);
+            c->fallbacks++;
+            return call_original(c, args, nargsf, kwnames);
+        }
         c->hits++;
         e->hits++;
         *p = e->next; /* most recent first */
@@ -543,6 +556,8 @@ static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
     (void)unused;
     PyObject *list = PyList_New(0);
     for (thx_entry *e = c->entries; list && e; e = e->next) {
+        if (e->eager)
+            continue;
         PyObject *stats = entry_stats(c->x, e);
         if (!stats || PyList_Append(list, stats) < 0)
             Py_CLEAR(list);
@@ -556,12 +571,15 @@ static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
 /* (captured, final) of the entry used last, as Trace objects; None before the first compile. */
 static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     (void)unused;
-    if (!c->entries)
+    const thx_entry *e = c->entries;
+    while (e && e->eager)
+        e = e->next;
+    if (!e)
         Py_RETURN_NONE;
     th_trace *captured = NULL, *final = NULL;
-    if (thx_check(c->x, th_trace_clone(c->entries->captured, &captured)) < 0)
+    if (thx_check(c->x, th_trace_clone(e->captured, &captured)) < 0)
         return NULL;
-    if (thx_check(c->x, th_trace_clone(c->entries->final, &final)) < 0) {
+    if (thx_check(c->x, th_trace_clone(e->final, &final)) < 0) {
         th_trace_free(captured);
         return NULL;
     }

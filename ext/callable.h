@@ -14,6 +14,12 @@ typedef struct thx_ambient { /* state around a call that changes what operations
     PyObject *default_dtype, *cpu_dtype, *gpu_dtype; /* immortal objects of torch: borrowed */
 } thx_ambient;
 
+enum {
+    THX_EAGER_GRAD = 1,   /* arguments or parameters require grad, as long as they do */
+    THX_EAGER_INSIDE = 2, /* the function itself needs gradients */
+    THX_EAGER_REFUSED = 3 /* it cannot be captured, and the user asked for the fallback */
+};
+
 typedef struct thx_write { /* a write to the module tree, replayed after each run */
     PyObject *dict, *key; /* owned */
     PyObject *constant;   /* owned, or NULL: the value of an output */
@@ -47,7 +53,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t nwrites;
     bool writes_inputs;  /* then it matters which arguments share storage, with each other or with bound tensors: */
     uint32_t *sharing;   /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody */
-    bool eager;          /* gradients are needed: run the original */
+    uint8_t eager;       /* THX_EAGER_*: not compiled, calls like this one run the original */
     bool dead;           /* its guards failed for good */
     uint64_t hits;
     double capture_ms, passes_ms, lower_ms;
@@ -65,11 +71,12 @@ typedef struct thx_callable_object {
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint8_t cache;      /* 0 constant values, 1 no caching, 2 same input */
     bool fallback_eager;
-    bool warned_grad, warned_modes;
+    bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */
 } thx_callable_object;
 
-/* compile.c: capture, passes, lowering. NULL with an exception (GradNeeded: run eager). */
+/* compile.c: capture, passes, lowering. NULL with an exception; an entry with `eager` set comes with the exception that
+ * says why. */
 thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,
                        PyObject *kwnames);
 /* Which of the leaves share storage, as thx_entry.sharing describes; out holds leaves->count numbers. */

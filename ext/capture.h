@@ -38,6 +38,7 @@ typedef struct thx_recorder {
     uint32_t ninputs, cap_inputs;
     bool real_inputs;  /* some of them came as real tensors */
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
+    bool forgivable; /* a CaptureError now is the user's to catch: only a message was to be made */
     bool saw_random;
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;  /* the generator's state when it was last looked at (owned) */

@@ -51,6 +51,7 @@ typedef struct compile {
     thx_leaves outputs;  /* tensors in it */
     th_val *values;      /* values of outputs, then of writes */
     uint32_t nvalues;
+    bool capturing;      /* the user's code has been run */
 } compile;
 
 /* ---- arguments ---- */
@@ -361,7 +362,10 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
         PyErr_SetString(x->GradNeeded, "gradients are needed");
         rc = -1;
     }
-    rc = rc == 0 ? capture(&k) : rc;
+    if (rc == 0) {
+        k.capturing = true;
+        rc = capture(&k);
+    }
     captured = now_ms();
     if (rc == 0)
         rc = run_passes(&k);
@@ -395,6 +399,14 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     Py_XDECREF((PyObject *)k.r);
     if (collecting)
         PyGC_Enable();
+    if (rc < 0 && k.e->guards && !k.e->eager) {
+        if (PyErr_ExceptionMatches(x->GradNeeded))
+            k.e->eager = captured > 0 && k.capturing ? THX_EAGER_INSIDE : THX_EAGER_GRAD;
+        else if (PyErr_ExceptionMatches(x->CaptureError) && c->fallback_eager)
+            k.e->eager = THX_EAGER_REFUSED;
+        if (k.e->eager) /* the exception stays set: the caller tells it once */
+            return k.e;
+    }
     if (rc < 0) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);

@@ -79,7 +79,7 @@ typedef struct thx {
     PyObject *active;     /* the Recorder of the capture in progress, or NULL (borrowed) */
     unsigned long active_thread;
     bool compiling;       /* some thread captures: others run the original meanwhile */
-    PyObject *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch, *forbid_data_ptr, *functorch_level;
+    PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch, *forbid_data_ptr, *functorch_level;
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
     int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */

@@ -98,6 +98,7 @@ static int load_functions(thx *x) {
         {&x->set_rng_state, x->torch, "set_rng_state"},
         {&x->equal, x->torch, "equal"},
         {&x->rand, x->torch, "rand"},
+        {&x->no_function, x->torch_c, "_disabled_torch_function_impl"},
         {&x->no_dispatch, (PyObject *)x->Tensor, "__torch_dispatch__"},
         {&x->fake_dispatch, (PyObject *)x->FakeTensor, "__torch_dispatch__"},
         {&x->functorch_level, x->torch_c, "_functorch.maybe_current_level"},

@@ -571,6 +571,18 @@ static int check_default_dtype(thx_recorder *r) {
                              "set it outside the compiled function, or pass dtype= to each operation");
 }
 
+/* x.requires_grad_(): from here on gradients matter. */
+static int asks_for_grad(thx *x, const thx_func *f, PyObject *args, PyObject *kwargs) {
+    const char *name = f->callee ? th_str_get(x->ctx, f->callee) : "";
+    if (strcmp(name, "torch.Tensor.requires_grad_") != 0)
+        return 0;
+    PyObject *flag = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1) : kwargs ? PyDict_GetItemString(kwargs, "requires_grad") : Py_True;
+    if (flag == Py_False)
+        return 0;
+    PyErr_SetString(x->GradNeeded, "a tensor is made to require gradients");
+    return -1;
+}
+
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random};
@@ -590,7 +602,12 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
     }
     if (f->kind == THX_FUNC_DATA) {
         PyObject *result = evaluate(&c);
-        return result || PyErr_Occurred() ? result : data_error(&c);
+        const char *name = f->callee ? th_str_get(x->ctx, f->callee) : "";
+        r->forgivable = strstr(name, ".__repr__") || strstr(name, ".__str__") || strstr(name, ".__format__");
+        if (!result && !PyErr_Occurred())
+            data_error(&c);
+        r->forgivable = false;
+        return result;
     }
     if (f->kind == THX_FUNC_REFUSE) {
         char text[200];
@@ -599,7 +616,7 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
                           "call it outside the compiled function");
         return NULL;
     }
-    if (needs_grad(r) < 0)
+    if (needs_grad(r) < 0 || asks_for_grad(x, f, args, kwargs) < 0)
         return NULL;
     if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
         PyObject *fa = fakeify(r, args), *fk = fa && kwargs ? fakeify(r, kwargs) : NULL;

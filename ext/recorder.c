@@ -57,20 +57,35 @@ static th_str root_name(thx_recorder *r, PyObject *place, const char *fallback) 
     return th_intern_z(r->x->ctx, prefixed);
 }
 
+/* A class of its own decides what operations on it mean: all but torch's, and parameters that add only a name. */
+static bool plain_class(thx *x, PyTypeObject *type) {
+    if (type == x->Tensor || type == x->Parameter)
+        return true;
+    if (!PyType_IsSubtype(type, x->Parameter))
+        return false;
+    PyObject *function = PyObject_GetAttrString((PyObject *)type, "__torch_function__");
+    PyObject *dispatch = PyObject_GetAttr((PyObject *)type, x->n.torch_dispatch);
+    bool plain = function == x->no_function && dispatch == x->no_dispatch;
+    PyErr_Clear();
+    Py_XDECREF(function);
+    Py_XDECREF(dispatch);
+    return plain;
+}
+
 static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
     thx *x = r->x;
-    PyTypeObject *type = Py_TYPE(tensor);
-    if (type != x->Tensor && type != x->Parameter && !PyType_IsSubtype(type, x->Parameter)) {
-        PyObject *dispatch = PyObject_GetAttr((PyObject *)type, x->n.torch_dispatch);
-        bool plain = dispatch == x->no_dispatch;
-        PyErr_Clear();
-        Py_XDECREF(dispatch);
+    if (!plain_class(x, Py_TYPE(tensor))) {
         char text[200];
-        snprintf(text, sizeof text, "a tensor of the subclass %.100s", type->tp_name);
-        if (!plain || PyObject_HasAttrString((PyObject *)type, "__thunder_refuse__"))
-            return thx_capture_error(r, text, "operations on it are defined by its own class",
-                                     "pass the plain tensor inside it");
+        snprintf(text, sizeof text, "a tensor of the subclass %.100s", Py_TYPE(tensor)->tp_name);
+        return thx_capture_error(r, text, "operations on it are defined by its own class", "pass the plain tensor inside it");
     }
+    PyObject *nested = PyObject_GetAttrString(tensor, "is_nested");
+    Py_XDECREF(nested);
+    if (!nested)
+        return -1;
+    if (nested == Py_True)
+        return thx_capture_error(r, "a nested tensor", "its rows have lengths of their own",
+                                 "pad it with to_padded_tensor() first, or call this part without thunder.jit");
     PyObject *layout = PyObject_GetAttrString(tensor, "layout");
     bool strided = layout == x->strided;
     Py_XDECREF(layout);
@@ -369,7 +384,7 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
     Py_XDECREF(file);
     Py_XDECREF(function);
     if (error) {
-        if (!r->error)
+        if (!r->error && !r->forgivable)
             r->error = Py_NewRef(error);
         PyErr_SetObject(r->x->CaptureError, error);
         Py_DECREF(error);

@@ -61,8 +61,10 @@ static int describe_tensor(thx *x, thx_spec *s, PyObject *o, bool with_meta, thx
     if (layout != x->strided)
         return 0; /* refused with a clear message when it becomes an input of the trace */
     thx_meta m;
-    if (thx_read_meta(x, o, false, &m) < 0)
-        return -1;
+    if (thx_read_meta(x, o, false, &m) < 0) { /* a kind that is refused by name when it becomes an input of the trace */
+        PyErr_Clear();
+        return 0;
+    }
     s->requires_grad = m.requires_grad;
     s->ndim = m.ndim;
     s->dims = PyMem_Malloc(sizeof(int64_t) * (size_t)(2 * m.ndim + 1));

@@ -525,6 +525,11 @@ static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg)
     Py_VISIT(c->module);
     Py_VISIT(c->on_event);
     Py_VISIT(c->dict);
+    for (thx_entry *e = c->entries; e; e = e->next) {
+        int rc = e->guards ? thx_guards_traverse(e->guards, visit, arg) : 0;
+        if (rc)
+            return rc;
+    }
     return 0;
 }
 

@@ -47,7 +47,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     struct {
         uint32_t leaf;
         PyObject *tensor; /* owned */
-    } *identical; /* arguments that are tensors of the module tree: only these very ones will do */
+    } *identical; /* arguments that are watched tensors (a parameter, say): only these very ones will do */
     uint32_t nidentical;
     thx_write *writes;
     uint32_t nwrites;

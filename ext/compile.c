@@ -132,6 +132,10 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
     snprintf(text, sizeof text, "a write to the attribute or key %.120s", name ? PyUnicode_AsUTF8(name) : "?");
     Py_XDECREF(name);
     (void)before;
+    if (!dict || !PyDict_Check(dict))
+        return thx_capture_error(k->r, dict ? "a change of a list or set" : "a write to a variable of an enclosing function",
+                                 "this change of state cannot be replayed",
+                                 "keep such state outside the compiled function, or pass it in and return it");
     if (after && thx_is_tensor(k->x, after)) {
         thx_cell *cell = thx_recorder_cell(k->r, after);
         if (!cell)
@@ -194,18 +198,13 @@ static int check_arguments_unchanged(compile *k) {
     return rc;
 }
 
-static int find_identical(compile *k, PyObject *params) {
+static int find_identical(compile *k) {
     thx_entry *e = k->e;
     e->identical = PyMem_Calloc(k->leaves.count + 1, sizeof *e->identical);
     if (!e->identical)
         return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < k->leaves.count; i++) {
-        PyObject *id = PyLong_FromVoidPtr(k->leaves.items[i]);
-        int found = id ? PyDict_Contains(params, id) : -1;
-        Py_XDECREF(id);
-        if (found < 0)
-            return -1;
-        if (found) {
+        if (thx_guards_holds(e->guards, k->leaves.items[i])) {
             e->identical[e->nidentical].leaf = i;
             e->identical[e->nidentical++].tensor = Py_NewRef(k->leaves.items[i]);
         }
@@ -218,8 +217,8 @@ static int capture(compile *k) {
     PyObject *params = k->c->module ? thx_guards_params(x, k->c->module) : NULL;
     if (k->c->module && !params)
         return -1;
-    if (params && find_identical(k, params) < 0) {
-        Py_DECREF(params);
+    if (find_identical(k) < 0) {
+        Py_XDECREF(params);
         return -1;
     }
     k->r = thx_recorder_new(x, params);
@@ -356,7 +355,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     double start = now_ms(), captured = 0, passed = 0;
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k, args, npositional, kwnames);
-    if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module)))
+    if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module, c->fn)))
         rc = -1;
     if (rc == 0 && ambient->grad && wants_grad(&k)) {
         PyErr_SetString(x->GradNeeded, "gradients are needed");

@@ -31,6 +31,10 @@ typedef struct watch_object {
     PyTypeObject *type;
 } watch_object;
 
+typedef struct watch_place { /* a closure cell, or a global name that the code mentions */
+    PyObject *owner, *key, *value; /* owned; key NULL: owner is a cell; value NULL: empty or absent */
+} watch_place;
+
 typedef struct bound {
     PyObject *dict, *key; /* owned; NULL for a constant */
     int32_t dtype, device_type, device_index;
@@ -44,6 +48,7 @@ struct thx_guards {
     VEC(watch_dict) dicts;
     VEC(watch_sequence) sequences;
     VEC(watch_object) objects;
+    VEC(watch_place) places;
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
     VEC(bound) bounds;
     PyObject **live; /* the bound tensors (owned), parallel to bounds: handed out as an array */
@@ -252,6 +257,86 @@ static int walk(walker *w, PyObject *o, int depth) {
     return rc;
 }
 
+/* ---- functions: what their closures and globals hold ---- */
+
+static PyObject *place_value(const watch_place *p) { /* borrowed, or NULL */
+    return p->key ? PyDict_GetItemWithError(p->owner, p->key) : PyCell_GET(p->owner);
+}
+
+static int walk_callable(walker *w, PyObject *o, int depth);
+
+static int walk_place(walker *w, PyObject *owner, PyObject *key, int depth) {
+    thx_guards *g = w->g;
+    if (RESERVE(g->places) < 0)
+        return -1;
+    watch_place p = {owner, key, NULL};
+    PyObject *value = place_value(&p);
+    Py_INCREF(owner);
+    Py_XINCREF(key);
+    p.value = Py_XNewRef(value);
+    g->places.items[g->places.count++] = p;
+    if (!value)
+        return 0;
+    return PyFunction_Check(value) || PyMethod_Check(value) ? walk_callable(w, value, depth + 1) : walk(w, value, depth + 1);
+}
+
+static bool is_torch_function(thx *x, PyObject *function) {
+    PyObject *module = PyObject_GetAttr(function, x->n.module);
+    const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
+    bool torch = strncmp(name, "torch.", 6) == 0 || strcmp(name, "torch") == 0;
+    PyErr_Clear();
+    Py_XDECREF(module);
+    return torch;
+}
+
+/* Closure cells, and the globals whose names the code mentions; functions among them likewise. */
+static int walk_function(walker *w, PyObject *function, int depth) {
+    int fresh = depth > 16 || is_torch_function(w->x, function) ? 0 : first_visit(w, function);
+    if (fresh <= 0)
+        return fresh;
+    PyCodeObject *code = (PyCodeObject *)PyFunction_GET_CODE(function);
+    PyObject *closure = PyFunction_GET_CLOSURE(function), *globals = PyFunction_GET_GLOBALS(function);
+    for (Py_ssize_t i = 0; closure && i < PyTuple_GET_SIZE(closure); i++)
+        if (walk_place(w, PyTuple_GET_ITEM(closure, i), NULL, depth) < 0)
+            return -1;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(code->co_names, i);
+        if (PyDict_GetItemWithError(globals, name) && walk_place(w, globals, name, depth) < 0)
+            return -1;
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int walk_attribute(walker *w, PyObject *o, const char *name, int depth) {
+    PyObject *value = PyObject_GetAttrString(o, name);
+    PyErr_Clear();
+    int rc = value ? walk_callable(w, value, depth + 1) : 0;
+    Py_XDECREF(value);
+    return rc;
+}
+
+/* A function, a bound method, a partial, or an object with __call__. */
+static int walk_callable(walker *w, PyObject *o, int depth) {
+    if (PyFunction_Check(o))
+        return walk_function(w, o, depth);
+    if (PyMethod_Check(o))
+        return walk(w, PyMethod_GET_SELF(o), depth) < 0 ? -1 : walk_callable(w, PyMethod_GET_FUNCTION(o), depth + 1);
+    if (depth > 16 || is_leaf(w->x, o) || PyObject_TypeCheck(o, w->x->NnModule))
+        return walk(w, o, depth);
+    if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
+        return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0 ||
+                       walk_attribute(w, o, "keywords", depth) < 0
+                   ? -1
+                   : 0;
+    if (walk(w, o, depth) < 0)
+        return -1;
+    PyObject *call = PyObject_GetAttrString((PyObject *)Py_TYPE(o), "__call__");
+    PyErr_Clear();
+    int rc = call && PyFunction_Check(call) ? walk_function(w, call, depth + 1) : 0;
+    Py_XDECREF(call);
+    return rc;
+}
+
 static int walk_global_hooks(walker *w) {
     static const char *const names[] = {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
                                         "_global_backward_pre_hooks", "_global_forward_hooks_always_called", NULL};
@@ -270,10 +355,10 @@ static int walk_global_hooks(walker *w) {
     return rc;
 }
 
-thx_guards *thx_guards_new(thx *x, PyObject *root) {
+thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn) {
     thx_guards *g = PyMem_Calloc(1, sizeof *g);
     walker w = {.x = x, .g = g};
-    if (!g || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0)) {
+    if (!g || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0) || (fn != root && walk_callable(&w, fn, 0) < 0)) {
         if (!PyErr_Occurred())
             PyErr_NoMemory();
         thx_guards_free(x, g);
@@ -303,6 +388,12 @@ void thx_guards_free(thx *x, thx_guards *g) {
         Py_DECREF(g->objects.items[i].object);
     for (uint32_t i = 0; i < g->tensors.count; i++)
         Py_DECREF(g->tensors.items[i]);
+    for (uint32_t i = 0; i < g->places.count; i++) {
+        Py_DECREF(g->places.items[i].owner);
+        Py_XDECREF(g->places.items[i].key);
+        Py_XDECREF(g->places.items[i].value);
+    }
+    PyMem_Free(g->places.items);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         Py_XDECREF(g->bounds.items[i].dict);
         Py_XDECREF(g->bounds.items[i].key);
@@ -316,6 +407,32 @@ void thx_guards_free(thx *x, thx_guards *g) {
     PyMem_Free(g->bounds.items);
     PyMem_Free(g->live);
     PyMem_Free(g);
+}
+
+int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg) {
+    for (uint32_t i = 0; i < g->dicts.count; i++) {
+        Py_VISIT(g->dicts.items[i].dict);
+        Py_VISIT(g->dicts.items[i].copy);
+    }
+    for (uint32_t i = 0; i < g->sequences.count; i++) {
+        Py_VISIT(g->sequences.items[i].object);
+        Py_VISIT(g->sequences.items[i].copy);
+    }
+    for (uint32_t i = 0; i < g->objects.count; i++)
+        Py_VISIT(g->objects.items[i].object);
+    for (uint32_t i = 0; i < g->tensors.count; i++)
+        Py_VISIT(g->tensors.items[i]);
+    for (uint32_t i = 0; i < g->places.count; i++) {
+        Py_VISIT(g->places.items[i].owner);
+        Py_VISIT(g->places.items[i].key);
+        Py_VISIT(g->places.items[i].value);
+    }
+    for (uint32_t i = 0; i < g->bounds.count; i++) {
+        Py_VISIT(g->bounds.items[i].dict);
+        Py_VISIT(g->bounds.items[i].key);
+        Py_VISIT(g->live[i]);
+    }
+    return 0;
 }
 
 /* ---- parameter places ---- */
@@ -447,6 +564,13 @@ uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
 uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
 const char *thx_guards_reason(const thx_guards *g) { return g->reason; }
 
+bool thx_guards_holds(const thx_guards *g, PyObject *tensor) {
+    for (uint32_t i = 0; i < g->tensors.count; i++)
+        if (g->tensors.items[i] == tensor)
+            return true;
+    return false;
+}
+
 bool thx_guards_need_grad(const thx *x, const thx_guards *g) {
     for (uint32_t i = 0; i < g->tensors.count; i++) {
         int grad = thx_requires_grad(&x->abi, g->tensors.items[i]);
@@ -568,6 +692,15 @@ int thx_guards_check(thx *x, thx_guards *g) {
             snprintf(g->reason, sizeof g->reason, "a list or set of the module changed");
             return 0;
         }
+    for (uint32_t i = 0; i < g->places.count; i++) {
+        const watch_place *p = &g->places.items[i];
+        PyObject *now = place_value(p);
+        if (now != p->value && !(now && p->value && same_value(p->value, now))) {
+            snprintf(g->reason, sizeof g->reason, "the %s %.100s changed", p->key ? "global" : "closure",
+                     p->key ? PyUnicode_AsUTF8(p->key) : "variable");
+            return 0;
+        }
+    }
     for (uint32_t i = 0; i < g->bounds.count; i++)
         if (!bound_holds(x, g->live[i], &g->bounds.items[i])) {
             snprintf(g->reason, sizeof g->reason, "a parameter or buffer changed its shape, strides, dtype, device or "
@@ -645,6 +778,20 @@ int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user)
         if (changed && rc == 0)
             rc = changed(user, w->object, Py_None, w->copy, after);
         Py_XDECREF(after);
+    }
+    for (uint32_t i = 0; i < g->places.count; i++) {
+        const watch_place *p = &g->places.items[i];
+        PyObject *now = place_value(p);
+        if (now == p->value || (now && p->value && same_value(p->value, now)))
+            continue;
+        Py_XINCREF(now);
+        if (!p->key)
+            PyCell_Set(p->owner, p->value);
+        else if (p->value)
+            PyDict_SetItem(p->owner, p->key, p->value);
+        if (changed && rc == 0)
+            rc = changed(user, p->key ? p->owner : NULL, p->key ? p->key : Py_None, p->value, now);
+        Py_XDECREF(now);
     }
     (void)x;
     return rc;

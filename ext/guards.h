@@ -6,16 +6,19 @@
 
 typedef struct thx_guards thx_guards;
 
-/* Watch everything reachable from root (an nn.Module) and torch's global module hooks; root NULL watches the hooks only.
+/* Watch everything reachable from root (an nn.Module or NULL), torch's global module hooks, and what fn's closure and the
+ * globals it names hold.
  * Roots of the trace that live in a watched dictionary are re-bound when they are replaced by an equal kind. */
-thx_guards *thx_guards_new(thx *x, PyObject *root);
+thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn);
 void thx_guards_free(thx *x, thx_guards *g);
+int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg); /* for the garbage collector: what is owned */
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
 const char *thx_guards_reason(const thx_guards *g);
 /* dict: id of a tensor -> (dict, key, dotted name); new reference. */
 PyObject *thx_guards_params(thx *x, PyObject *root);
 /* True when the tree holds a parameter that requires grad. */
+bool thx_guards_holds(const thx_guards *g, PyObject *tensor); /* is it one of the watched tensors? */
 bool thx_guards_need_grad(const thx *x, const thx_guards *g);
 
 /* The tensors that the trace takes from the tree or holds as constants: index -> live tensor. */

@@ -213,8 +213,16 @@ static th_node literal(th_trace *t, th_val v, const number *n) {
     }
 }
 
+static bool computes_numbers(const th_trace *t) {
+    for (th_val v = 1; v < t->nvalues; v++) {
+        if (t->values[v].def && th_type_get(t->ctx, t->values[v].type)->kind != TH_TYPE_TENSOR) return true;
+    }
+    return false;
+}
+
 th_status th_pass_fold(th_trace *t, th_fuel *fuel) {
     th__rewrite r;
+    if (!computes_numbers(t)) return TH_OK;
     TRY(th__rewrite_begin(&r, t));
     for (th_opref op = 1; op < r.nops && th_trace_status(t) == TH_OK; op++) {
         th_op data = r.ops[op];

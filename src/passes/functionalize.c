@@ -17,6 +17,9 @@
  * which this pass leaves untouched until the write-back; so a view recorded before the first write is, at the end,
  * still a view of the input, and is returned as it is.
  *
+ * An input's storage offset is not known: the same program serves inputs that start elsewhere. So nothing that this
+ * pass makes counts from the start of an input's storage; offsets are absolute only in storages that the program made.
+ *
  * Invariants that make it sound, checked by `examine`: one base, one dtype (not complex: conjugation is a flag that
  * types do not show), every member within the base, every write understood (write.h), nothing else that touches a
  * member knows about storage or outside state. No write reads elements that partly overlap those it writes.
@@ -140,11 +143,11 @@ static bool is_suspicious(pass *p, th_opref op) {
     return p->suspicious;
 }
 
-/* as_strided takes offsets from the start of the storage, which versions only have in common when the base is there. */
+/* as_strided counts from the start of the storage, which versions only have in common when the base starts there. */
 static void refuse_absolute(void *user, th_val *v) {
     pass *p = user;
     group *g = group_of(p, *v);
-    if (g->base && p->members[g->base].offset != 0) g->refused = true;
+    if (g->base && (g->has_input || p->members[g->base].offset != 0)) g->refused = true;
 }
 
 static void refuse(void *user, th_val *v) { group_of(user, *v)->refused = true; }
@@ -217,6 +220,7 @@ static bool is_epilogue(const pass *p, th_opref op) {
     const th_op *data = &p->t->ops[op];
     const th__write *w = p->writes[op];
     if (data->kind == TH_OP_DEL || th__op_is(p->t, data, "torch.as_strided")) return true;
+    if (th__op_is(p->t, data, "torch.narrow")) return true;
     return w && w->kind == TH__WRITE_COPY && !data->outs && group_of(p, w->dest)->has_input &&
            group_of(p, w->dest)->base == w->dest;
 }
@@ -275,13 +279,56 @@ static th_typeref view_type(const pass *p, th_val like, const th__view *view) {
     return th_type_tensor(p->t->ctx, (th_dtype)type->dtype, type->device, view->ndim, view->shape, view->stride, 0);
 }
 
+/* KEEP_OFFSET: where `of` itself starts, wherever that is. */
+enum { KEEP_OFFSET = -1 };
+
 static th_val emit_as_strided(pass *p, th_val of, const th__view *view, int64_t offset) {
     th_trace *t = p->t;
     th_node args[] = {th_node_value(t, of), ints(t, view->ndim, view->shape), ints(t, view->ndim, view->stride),
-                      th_node_int(t, offset)};
-    th_val out = emit(p, "torch.as_strided", view_type(p, of, view), 4, args, 0);
-    if (out) share(t, out, of, offset);
+                      offset == KEEP_OFFSET ? 0 : th_node_int(t, offset)};
+    th_val out = emit(p, "torch.as_strided", view_type(p, of, view), offset == KEEP_OFFSET ? 3 : 4, args, 0);
+    if (out) share(t, out, of, offset == KEEP_OFFSET ? t->values[of].offset : offset);
     return out;
+}
+
+static th_val emit_scatter(pass *p, th_val into, th_val contents, const th__view *region, int64_t offset) {
+    th_trace *t = p->t;
+    th_typeref type = t->values[into].type;
+    int64_t start = t->values[into].offset;
+    th_node args[] = {th_node_value(t, into), th_node_value(t, contents), ints(t, region->ndim, region->shape),
+                      ints(t, region->ndim, region->stride), offset == KEEP_OFFSET ? 0 : th_node_int(t, offset)};
+    th_val out = emit(p, "torch.as_strided_scatter", type, offset == KEEP_OFFSET ? 4 : 5, args, 0);
+    if (out) t->values[out].offset = start; /* it copies the storage whole */
+    return out;
+}
+
+static th_val emit_clone(pass *p, th_val v) {
+    th_node arg = th_node_value(p->t, v);
+    return emit(p, "torch.clone", p->t->values[v].type, 1, &arg, 0);
+}
+
+/* A copy in row-major order, which is the order of `type`. */
+static th_val emit_packed(pass *p, th_val v, th_typeref type) {
+    th_trace *t = p->t;
+    th_node arg = th_node_value(t, v);
+    th_node kwargs[] = {th_node_str(t, th_intern_z(t->ctx, "memory_format")),
+                        th_node_symbol(t, th_intern_z(t->ctx, "torch.contiguous_format"))};
+    return emit(p, "torch.clone", type, 1, &arg, th_node_seq(t, TH_N_DICT, 2, kwargs));
+}
+
+/* A view of an input, found from where the input starts: flatten its elements, skip some, shape the rest. */
+static th_val emit_view_of_input(pass *p, th_val x, const th__view *view) {
+    th_trace *t = p->t;
+    th__view whole = recorded(p, x), flat = {.ndim = 1, .stride = {1}, .shape = {th__view_numel(&whole)}};
+    int64_t skip = view->offset - whole.offset, count = flat.shape[0] - skip;
+    if (skip == 0 || th__view_numel(view) == 0) return emit_as_strided(p, x, view, KEEP_OFFSET);
+    th_val all = emit_as_strided(p, x, &flat, KEEP_OFFSET);
+    flat.shape[0] = count;
+    th_node args[] = {th_node_value(t, all), th_node_int(t, 0), th_node_int(t, skip), th_node_int(t, count)};
+    th_val rest = emit(p, "torch.narrow", view_type(p, x, &flat), 4, args, 0);
+    if (!rest) return 0;
+    share(t, rest, x, view->offset);
+    return emit_as_strided(p, rest, view, KEEP_OFFSET);
 }
 
 /* ---- read ---- */
@@ -398,24 +445,23 @@ static th_val new_contents(pass *p, const th__write *w, bool *fresh) {
 /* The next version of a group: the contents themselves when they are a whole new base, else the base with them put in.
  */
 static void advance(pass *p, group *g, const th__write *w, th_val contents, bool fresh) {
-    th_trace *t = p->t;
-    th__view whole = recorded(p, g->base);
+    const th_trace *t = p->t;
+    th__view base = recorded(p, g->base);
     th_typeref type = t->values[g->base].type;
-    bool replaces = th__view_same(&w->region, &whole) && th__view_is_dense(&whole) && t->values[contents].type == type;
-    if (replaces) {
-        if (!fresh) {
-            th_node arg = th_node_value(t, contents);
-            contents = emit(p, "torch.clone", type, 1, &arg, 0);
-        }
-        g->current = contents;
-        g->shift = -p->members[g->base].offset;
+    bool whole = th__view_same(&w->region, &base), dense = th__view_is_dense(&base);
+    bool same_type = t->values[contents].type == type;
+    if (whole && dense && (same_type || th_type_get(t->ctx, type)->contiguous)) {
+        g->current = same_type && fresh ? contents
+                     : same_type        ? emit_clone(p, contents)
+                                        : emit_packed(p, contents, type);
+        g->shift = -base.offset;
     } else {
-        int64_t offset = t->values[g->current].offset;
-        th_node args[] = {th_node_value(t, g->current), th_node_value(t, contents),
-                          ints(t, w->region.ndim, w->region.shape), ints(t, w->region.ndim, w->region.stride),
-                          th_node_int(t, w->region.offset + g->shift)};
-        g->current = emit(p, "torch.as_strided_scatter", type, 5, args, 0);
-        t->values[g->current].offset = offset; /* it copies the storage whole */
+        if (dense && g->has_input && g->version == 0) { /* an input's offset is not known, a copy's is */
+            g->current = emit_clone(p, g->base);
+            g->shift = -base.offset;
+        }
+        int64_t offset = whole ? KEEP_OFFSET : w->region.offset + g->shift;
+        g->current = emit_scatter(p, g->current, contents, &w->region, offset);
     }
     g->version++;
     g->file = p->file;
@@ -491,8 +537,8 @@ static th_val returned_value(pass *p, th_val v) {
         th__view view = recorded(p, object);
         p->file = g->file;
         p->line = g->line;
-        m->returned =
-            emit_as_strided(p, g->has_input ? g->base : g->current, &view, view.offset + (g->has_input ? 0 : g->shift));
+        m->returned = g->has_input ? emit_view_of_input(p, g->base, &view)
+                                   : emit_as_strided(p, g->current, &view, view.offset + g->shift);
     }
     return m->returned;
 }

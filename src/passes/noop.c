@@ -86,26 +86,39 @@ static bool is_written(const th_trace *t, const uint8_t *groups, th_val v) {
     return groups[th__group_of(t, v)] & TH__GROUP_WRITTEN;
 }
 
-th_status th_pass_noop(th_trace *t, th_fuel *fuel) {
+/* Note what each such operation's result is replaced by. */
+static bool find_noops(th_trace *t, const uint8_t *groups, th_val *value, bool *kept, th_fuel *fuel) {
+    bool any = false;
+    for (th_opref op = 1; op < t->nops; op++) {
+        th_val in = th__op_returns_input(t, &t->ops[op]), out = in ? t->nodes[t->ops[op].outs].u.ref : 0;
+        if (!in || is_written(t, groups, in) || is_written(t, groups, out)) continue;
+        if (!th_fuel_take(fuel, "noop: %s", th_str_get(t->ctx, t->values[out].name))) continue;
+        value[out] = value[in] ? value[in] : in;
+        kept[value[out]] = true;
+        any = true;
+    }
+    return any;
+}
+
+static th_status drop_noops(th_trace *t, const th_val *value, const bool *kept) {
     th__rewrite r;
+    TRY(th__rewrite_begin(&r, t));
+    memcpy(r.value, value, r.nvalues * sizeof *value);
+    memcpy(r.keep_alive, kept, r.nvalues * sizeof *kept);
+    for (th_opref op = 1; op < r.nops; op++) {
+        th_val out = th__node_as_value(t, r.ops[op].outs);
+        if (!out || !value[out]) th__rewrite_copy(&r, &r.ops[op]);
+    }
+    return th__rewrite_end(&r, th_trace_status(t));
+}
+
+th_status th_pass_noop(th_trace *t, th_fuel *fuel) {
     th__scratch s = {.ctx = t->ctx};
     uint8_t *groups = th__groups(t, &s);
-    th_status status = groups ? th__rewrite_begin(&r, t) : th_ctx_error(t->ctx)->status;
-    if (status == TH_OK) {
-        for (th_opref op = 1; op < r.nops; op++) {
-            th_val in = th__op_returns_input(t, &r.ops[op]), out = in ? t->nodes[r.ops[op].outs].u.ref : 0;
-            if (!in || is_written(t, groups, in) || is_written(t, groups, out)) continue;
-            if (th_fuel_take(fuel, "noop: %s", th_str_get(t->ctx, t->values[out].name))) {
-                r.value[out] = r.value[in] ? r.value[in] : in;
-                r.keep_alive[r.value[out]] = true;
-            }
-        }
-        for (th_opref op = 1; op < r.nops; op++) {
-            th_val out = th__node_as_value(t, r.ops[op].outs);
-            if (!out || !r.value[out]) th__rewrite_copy(&r, &r.ops[op]);
-        }
-        status = th__rewrite_end(&r, th_trace_status(t));
-    }
+    th_val *value = th__scratch_zeroed(&s, t->nvalues, sizeof *value);
+    bool *kept = th__scratch_zeroed(&s, t->nvalues, sizeof *kept);
+    th_status status = groups && value && kept ? TH_OK : th_ctx_error(t->ctx)->status;
+    if (status == TH_OK && find_noops(t, groups, value, kept, fuel)) status = drop_noops(t, value, kept);
     th__scratch_fini(&s);
     return status;
 }

@@ -262,6 +262,26 @@ static void test_any_string_survives(void) {
     th_ctx_free(ctx);
 }
 
+static void test_the_examples_of_the_documentation_parse(void) {
+    static const char mark[] = "```python\n";
+    size_t size;
+    int examples = 0;
+    char *text = check_read(THUNDER_SOURCE_DIR "/docs/ir.md", &size), *at = text;
+    CHECK(text != NULL);
+    for (; at && (at = strstr(at, mark)) != NULL; examples++) {
+        th_ctx *ctx = th_ctx_new(NULL, NULL);
+        char *end = strstr(at += strlen(mark), "```");
+        *end = '\0';
+        th_trace *t = check_parse(ctx, at);
+        if (t) check_round_trip(t);
+        th_trace_free(t);
+        th_ctx_free(ctx);
+        at = end + 1;
+    }
+    CHECK(examples >= 2);
+    free(text);
+}
+
 int main(void) {
     test_canonical_texts_print_as_they_were_read();
     test_python_that_is_not_canonical_is_normalised();
@@ -269,5 +289,6 @@ int main(void) {
     test_nesting_is_bounded();
     test_floats_survive();
     test_any_string_survives();
+    test_the_examples_of_the_documentation_parse();
     return check_report("test_text");
 }

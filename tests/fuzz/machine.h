@@ -275,7 +275,7 @@ static inline bool machine_views(machine *m, const char *name) {
     } else if (strcmp(name, "torch.as_strided") == 0) {
         v.ndim = machine_ints(m, 1, v.shape);
         machine_ints(m, 2, v.stride);
-        v.offset = machine_int(m, 3);
+        if (m->t->nodes[m->op->args].count > 3) v.offset = machine_int(m, 3);
     } else {
         return false;
     }
@@ -330,7 +330,7 @@ static inline void machine_scatter(machine *m) {
     memcpy(m->data[storage], m->data[base.storage], sizeof m->data[0]);
     to.ndim = machine_ints(m, 2, to.shape);
     machine_ints(m, 3, to.stride);
-    to.offset = machine_int(m, 4);
+    to.offset = m->t->nodes[m->op->args].count > 4 ? machine_int(m, 4) : base.view.offset;
     machine_require(m, machine_fits(&to, m->sizes[storage]), "a scatter stays in its storage");
     machine_apply(m, machine_first, 1, 1, storage, &to);
     machine_define(m, machine_out(m), storage, &base.view, m->nobjects++);

@@ -74,23 +74,26 @@ def fill(facts: Facts, size: int) -> torch.Tensor:
     return (torch.sin(index * 0.7 + 0.3) * 2 + 0.1).to(facts.dtype)
 
 
-def make_inputs(function: ast.FunctionDef) -> dict[str, Any]:
-    """Inputs as annotated; those of one alias group share a storage with room behind its last element."""
+def make_inputs(function: ast.FunctionDef, shift: int) -> dict[str, Any]:
+    """Inputs as annotated, but `shift` elements further on in their storages.
+
+    Those of one alias group share a storage, which has room behind its last element.
+    """
     facts = {arg.arg: Facts(arg.annotation.value) for arg in function.args.args}
     need: dict[Any, int] = {}
     for name, f in facts.items():
         if f.is_tensor:
             last = sum((n - 1) * s for n, s in zip(f.shape, f.strides, strict=True) if n > 0)
             key = f.alias or name
-            need[key] = max(need.get(key, 0), f.offset + last + 8)
+            need[key] = max(need.get(key, 0), f.offset + last + 8 + shift)
     storages = {}
     values: dict[str, Any] = {}
     for name, f in facts.items():
         if f.is_tensor:
             key = f.alias or name
             if key not in storages:
-                storages[key] = fill(f, need[key])
-            values[name] = storages[key].as_strided(f.shape, f.strides, f.offset)
+                storages[key] = torch.cat((fill(f, shift), fill(f, need[key] - shift)))
+            values[name] = storages[key].as_strided(f.shape, f.strides, f.offset + shift)
         else:
             values[name] = {"int": 3, "float": 0.5, "bool": True, "object": object()}[f.type]
     return values
@@ -99,11 +102,12 @@ def make_inputs(function: ast.FunctionDef) -> dict[str, Any]:
 class Run:
     """Executes a trace statement by statement and checks what each one says about itself."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, shift: int = 0) -> None:
         self.function = ast.parse(text).body[-1]
+        self.shift = shift
         self.names: dict[str, Any] = {"torch": torch, "operator": operator, "builtins": builtins, "math": math}
         self.names |= {"print": lambda *a: None, "open_file": lambda name: object()}
-        self.inputs = make_inputs(self.function)
+        self.inputs = make_inputs(self.function, shift)
         self.names |= self.inputs
         self.facts: dict[str, Facts] = {a.arg: Facts(a.annotation.value) for a in self.function.args.args}
         self.result: Any = None
@@ -145,6 +149,9 @@ class Run:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: v for name, v in self.names.items() if isinstance(v, torch.Tensor) and name != "_"}
 
+    def tensor_inputs(self) -> list[str]:
+        return [name for name, value in self.inputs.items() if isinstance(value, torch.Tensor)]
+
     def share(self, a: str, b: str) -> bool:
         return a == b or (self.facts[a].alias != 0 and self.facts[a].alias == self.facts[b].alias)
 
@@ -156,7 +163,9 @@ class Run:
             return
         assert value.dtype == facts.dtype and tuple(value.shape) == facts.shape, name
         assert value.stride() == facts.strides, (name, value.stride(), facts.strides)
-        assert value.storage_offset() == facts.offset, (name, value.storage_offset(), facts.offset)
+        of_input = any(self.share(name, x) or storage(value) == storage(self.inputs[x]) for x in self.tensor_inputs())
+        copied = value.storage_offset() - facts.offset == self.shift  # as_strided_scatter keeps its input's offset
+        assert value.storage_offset() == facts.offset + (self.shift if of_input or copied else 0), name
         for other, tensor in self.tensors().items():
             same = tensor.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
             if value.numel() and tensor.numel():

@@ -84,7 +84,7 @@ def _check_options(cache: str, fallback: str, options: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known options are {', '.join(known)}"
             raise TypeError(f"thunder.jit got an unknown option {name!r}{hint}")
-    if cache not in _CACHE_OPTIONS:
+    if not isinstance(cache, str) or cache not in _CACHE_OPTIONS:
         raise ValueError(f"cache must be one of {', '.join(map(repr, _CACHE_OPTIONS))}, not {cache!r}")
     if fallback not in _FALLBACKS:
         raise ValueError(f"fallback must be one of {', '.join(map(repr, _FALLBACKS))}, not {fallback!r}")

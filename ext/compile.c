@@ -357,6 +357,8 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     int rc = describe_args(&k, args, npositional, kwnames);
     if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module, c->fn)))
         rc = -1;
+    for (uint32_t i = 0; rc == 0 && i < k.e->nargs; i++)
+        rc = thx_guards_watch(x, k.e->guards, args[i]);
     if (rc == 0 && ambient->grad && wants_grad(&k)) {
         PyErr_SetString(x->GradNeeded, "gradients are needed");
         rc = -1;

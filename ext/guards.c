@@ -372,6 +372,16 @@ thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn) {
     return g;
 }
 
+int thx_guards_watch(thx *x, thx_guards *g, PyObject *argument) {
+    if (!PyObject_TypeCheck(argument, x->NnModule) && !PyFunction_Check(argument) && !PyMethod_Check(argument) &&
+        strcmp(Py_TYPE(argument)->tp_name, "functools.partial") != 0)
+        return 0;
+    walker w = {.x = x, .g = g};
+    int rc = walk_callable(&w, argument, 0);
+    PyMem_Free(w.seen);
+    return rc;
+}
+
 void thx_guards_free(thx *x, thx_guards *g) {
     if (!g)
         return;

@@ -12,6 +12,8 @@ typedef struct thx_guards thx_guards;
 thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn);
 void thx_guards_free(thx *x, thx_guards *g);
 int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg); /* for the garbage collector: what is owned */
+/* Watch what an argument reaches that is compared by identity: a module, a function, a partial. */
+int thx_guards_watch(thx *x, thx_guards *g, PyObject *argument);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
 const char *thx_guards_reason(const thx_guards *g);

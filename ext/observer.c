@@ -372,6 +372,18 @@ static PyObject *adopt_real_results(thx_recorder *r, PyObject *result) {
     return fakes;
 }
 
+static bool lacks_fake(void) { /* a custom operator without a shape function */
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *string = value ? PyObject_Str(value) : NULL;
+    const char *utf8 = string ? PyUnicode_AsUTF8(string) : NULL;
+    bool found = utf8 && strstr(utf8, "no fake impl registered");
+    Py_XDECREF(string);
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return found;
+}
+
 /* A copy of the arguments with scalar tensors that depend on no input as numbers: x[:n], torch.narrow(x, 0, start, 2). */
 static PyObject *concretise(thx_recorder *r, PyObject *o, bool *changed) {
     if (thx_is_tensor(r->x, o)) {
@@ -443,7 +455,7 @@ static PyObject *explain_failure(call *c) {
             result = retry_concrete(c);
         return result || PyErr_Occurred() ? result : data_error(c);
     }
-    if (raised(fake_limits) || PyErr_ExceptionMatches(PyExc_NotImplementedError)) {
+    if (raised(fake_limits) || PyErr_ExceptionMatches(PyExc_NotImplementedError) || lacks_fake()) {
         char text[200], why[300];
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);

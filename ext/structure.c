@@ -95,6 +95,11 @@ static int describe_kids(thx *x, thx_spec *s, PyObject *const *items, Py_ssize_t
     return 0;
 }
 
+/* Is all of an object in its __dict__? Types with fields of their own (partial objects, slots) compare by identity. */
+static bool only_dict(PyObject *o) {
+    return Py_TYPE(o)->tp_basicsize <= (Py_ssize_t)(sizeof(PyObject) + 2 * sizeof(void *)) || PyDict_Check(o);
+}
+
 static PyObject *instance_dict(PyObject *o) { /* new reference or NULL without exception */
     PyObject *dict = PyObject_GetAttrString(o, "__dict__");
     if (!dict || !PyDict_Check(dict)) {
@@ -132,8 +137,7 @@ static int describe_mapping(thx *x, thx_spec *s, PyObject *dict, PyObject *attrs
 
 static bool plain_value(thx *x, PyObject *o) {
     PyTypeObject *t = Py_TYPE(o);
-    return o == Py_None || t == &PyBool_Type || t == &PyLong_Type || t == &PyFloat_Type || t == &PyComplex_Type ||
-           t == &PyUnicode_Type || t == &PyBytes_Type || t == &PyRange_Type || t == x->Size || t == x->Device ||
+    return o == Py_None || PyLong_Check(o) || PyFloat_Check(o) || PyComplex_Check(o) || PyUnicode_Check(o) || PyBytes_Check(o) || t == &PyRange_Type || t == &PySlice_Type || t == x->Size || t == x->Device ||
            t == &PyFrozenSet_Type || t == &PySet_Type || PyObject_TypeCheck(o, x->NumpyGeneric);
 }
 
@@ -164,7 +168,7 @@ static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *lea
         s->kind = THX_S_NAMED;
         return describe_kids(x, s, PySequence_Fast_ITEMS(o), PySequence_Fast_GET_SIZE(o), meta, leaves, depth);
     }
-    PyObject *attrs = t == &PyDict_Type || opaque_value(x, o) ? NULL : instance_dict(o);
+    PyObject *attrs = t == &PyDict_Type || opaque_value(x, o) || !only_dict(o) ? NULL : instance_dict(o);
     int rc = 0;
     if (PyDict_Check(o)) {
         s->kind = THX_S_DICT;
@@ -267,7 +271,7 @@ static int match_const(const thx_spec *s, PyObject *o) {
         return 1;
     if (s->by_identity)
         return 0;
-    if (s->type == &PyFloat_Type) { /* by bits: 0.0 is not -0.0, nan is nan */
+    if (PyType_IsSubtype(s->type, &PyFloat_Type)) { /* by bits: 0.0 is not -0.0, nan is nan */
         double a = PyFloat_AS_DOUBLE(o), b = PyFloat_AS_DOUBLE(s->object);
         return memcmp(&a, &b, sizeof a) == 0;
     }

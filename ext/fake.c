@@ -77,7 +77,10 @@ static PyObject *make_class(thx *x, PyObject *device) {
     if (!PyObject_HasAttr((PyObject *)x->FakeTensor, x->n.fake_device) &&
         PyDict_SetItem(dict, x->n.fake_device, device) < 0)
         goto done;
-    if (PyDict_SetItemString(dict, "_fake_device", device) < 0 ||
+    PyObject *package = PyUnicode_FromString("thunder");
+    int named = package ? PyDict_SetItem(dict, x->n.module, package) : -1;
+    Py_XDECREF(package);
+    if (named < 0 || PyDict_SetItemString(dict, "_fake_device", device) < 0 ||
         PyDict_SetItemString(dict, "__torch_function__", off) < 0 ||
         PyDict_SetItemString(dict, "__torch_dispatch__", dispatch) < 0 ||
         set_property(dict, &fake_methods[0], x->module) < 0 || set_property(dict, &fake_methods[1], x->module) < 0)

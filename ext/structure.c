@@ -146,6 +146,24 @@ static bool opaque_value(thx *x, PyObject *o) { /* compared by identity, not loo
            PyObject_TypeCheck(o, x->NnModule) || Py_TYPE(o) == x->Dtype || PyGen_Check(o) || PyCoro_CheckExact(o);
 }
 
+typedef struct fake_search { thx *x; int depth; } fake_search;
+
+static int find_fake(PyObject *o, void *user) { /* a visitproc: 1 when found */
+    fake_search *f = user;
+    if (thx_is_fake(f->x, o))
+        return 1;
+    if (f->depth > 3 || PyType_Check(o) || PyModule_Check(o) || PyFunction_Check(o) || !PyObject_IS_GC(o))
+        return 0;
+    fake_search deeper = {f->x, f->depth + 1};
+    return Py_TYPE(o)->tp_traverse(o, find_fake, &deeper);
+}
+
+/* Does an object that is compared by identity keep a tensor of the capture? */
+static bool holds_fake(thx *x, PyObject *o) {
+    fake_search f = {x, 0};
+    return Py_TYPE(o)->tp_traverse && PyObject_IS_GC(o) && Py_TYPE(o)->tp_traverse(o, find_fake, &f) == 1;
+}
+
 static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *leaves, int depth) {
     if (depth > MAX_DEPTH) {
         PyErr_SetString(PyExc_ValueError, "arguments or results are nested more than 24 deep, or contain themselves");
@@ -190,6 +208,12 @@ static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *lea
     } else {
         s->by_identity = true;
         s->object = Py_NewRef(o);
+        if (!meta && !opaque_value(x, o) && holds_fake(x, o)) {
+            PyErr_Format(x->CaptureError, "thunder cannot capture a function that returns tensors inside an object of type "
+                         "%.100s, which it does not know how to build again. What to do: return them in tuples, lists, "
+                         "dictionaries or dataclasses.", t->tp_name);
+            rc = -1;
+        }
     }
     Py_XDECREF(attrs);
     return rc;

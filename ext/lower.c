@@ -44,9 +44,15 @@ PyObject *thx_slot_object(thx *x, th_slot *slot) {
 
 static void release(void *user, void *handle, void *object) {
     thx *x = user;
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
+    bool raised = PyErr_Occurred() != NULL; /* freeing a tensor may run code that clears it */
+    if (raised)
+        PyErr_Fetch(&type, &value, &trace);
     Py_XDECREF((PyObject *)object);
     if (handle)
         x->abi.aoti_torch_delete_tensor_object(handle);
+    if (raised)
+        PyErr_Restore(type, value, trace);
 }
 
 uint32_t thx_slot_for(thx_lowering *l, th_val value) {

@@ -31,9 +31,12 @@ LAYOUTS = [
 ]
 
 
+ZERO = [0] if torch.__version__ >= "2.13" else []  # before, an integer division by 0 may end the process
+
+
 def make(device, *shape, dtype=torch.float32, layout=0):
     with torch._C.DisableTorchFunction():  # not a call to be judged
-        x = torch.arange(torch.Size(shape).numel(), device=device).reshape(shape) % 7
+        x = torch.arange(torch.Size(shape).numel(), device=device).reshape(shape) % 7 + 1  # no zero: it would divide
         return LAYOUTS[layout](x.to(dtype))
 
 
@@ -79,7 +82,7 @@ def arithmetic(device):
         lambda x, y: x.logical_and_(y),
         lambda x, y: x.fill_(y),
     ]
-    numbers = [2, 0, -1, 2.5, True, 300, 1e30, float("inf")]
+    numbers = [2, *ZERO, -1, 2.5, True, 300, 1e30, float("inf")]
     for one, other in itertools.product(DTYPES, DTYPES):
         for op in binary + in_place:
             yield lambda op=op, a=one, b=other: op(make(device, 2, 3, dtype=a), make(device, 2, 3, dtype=b))
@@ -224,12 +227,16 @@ def random_index(rng, x, device):
             return slice(rng.choice(bounds), rng.choice(bounds), rng.choice([None, None, 1, 2, 3]))
         if kind < 6:
             return rng.randrange(-size - (rng.random() < 0.1), max(size, 1))
+        if device != "cpu":
+            size = min(x.shape)  # it may come to index another dimension, and out of range would end the CUDA context
         if kind < 7 and size:
             return [rng.randrange(-size, size) for _ in range(rng.randint(1, 3))]
         if kind < 9 and size:
             shape = rng.choice([(), (3,), (1,), (2, 1), (2, 3), (1, 3)])
-            index = torch.tensor([rng.randrange(-size, size) for _ in range(torch.Size(shape).numel())])
-            index = index.reshape(shape).to(device, rng.choice([torch.int64, torch.int64, torch.int32, torch.uint8]))
+            dtype = rng.choice([torch.int64, torch.int64, torch.int32, torch.uint8])
+            lowest = 0 if dtype == torch.uint8 else -size
+            index = torch.tensor([rng.randrange(lowest, size) for _ in range(torch.Size(shape).numel())], dtype=dtype)
+            index = index.reshape(shape).to(device)
             return index.expand(2, 3) if shape == (1, 3) and rng.random() < 0.5 else index
         if kind < 10:
             return slice(None)
@@ -363,11 +370,12 @@ def factories(device):
             (5.0,),
             (0,),
             (5, 1),
-            (1, 5, 0),
+            (1, 5, *ZERO),
             (-3, 3),
             (300,),
         ):
-            yield lambda kw=kw, b=bounds: torch.arange(*b, **kw)
+            if ZERO or bounds != (0, 1, 0.1) or dtype is None or dtype.is_floating_point:  # a step of 0 as an integer
+                yield lambda kw=kw, b=bounds: torch.arange(*b, **kw)
         yield lambda kw=kw: torch.arange(end=5, **kw)
         yield lambda kw=kw: torch.arange(1, end=5, **kw)
         yield lambda kw=kw: torch.arange(start=1, end=5, step=2, **kw)
@@ -413,10 +421,10 @@ def layers(device):
             yield lambda m=m, s=size: F.batch_norm(m(*s), m(4), m(4), training=True)
             yield lambda m=m, s=size: torch.batch_norm(m(*s), m(4), m(4), m(4), m(4), False, 0.1, 1e-5, True)
         for index in (torch.int64, torch.int32, torch.float32):
-            yield lambda m=m, i=index: F.embedding(make(device, 2, 3, dtype=i), m(7, 4))
-            yield lambda m=m, i=index: F.embedding(make(device, dtype=i), m(7, 4), padding_idx=-1)
-            yield lambda m=m, i=index: torch.embedding(m(7, 4), make(device, 2, 3, dtype=i))
-            yield lambda m=m, i=index: F.embedding(make(device, 3, dtype=i), m(7, 4), padding_idx=9)
+            yield lambda m=m, i=index: F.embedding(make(device, 2, 3, dtype=i), m(9, 4))
+            yield lambda m=m, i=index: F.embedding(make(device, dtype=i), m(9, 4), padding_idx=-1)
+            yield lambda m=m, i=index: torch.embedding(m(9, 4), make(device, 2, 3, dtype=i))
+            yield lambda m=m, i=index: F.embedding(make(device, 3, dtype=i), m(9, 4), padding_idx=99)
         for kw in (
             {},
             {"stride": 2, "padding": 1},

@@ -65,6 +65,8 @@ BY_DIVISOR = {
     "rfloordiv",
     "rmod",
 }
+# An index out of range, or a misaligned attention operand, would end the CUDA context.
+BREAKS_CUDA = BY_INDEX | {"nll_loss", "cross_entropy", "scaled_dot_product_attention"}
 VALUE_ERRORS = {
     **dict.fromkeys(BY_INDEX, ("out of bounds", "out of range")),
     **dict.fromkeys(BY_DIVISOR, ("ZeroDivisionError",)),
@@ -303,6 +305,8 @@ def judge_entry(judge, op, dtype):
         return
     limit = 60 if LONG else {torch.float32: 12, torch.int64: 6}.get(dtype, 2)
     variants = VARIANTS if LONG or dtype == torch.float32 else []
+    if DEVICE != "cpu" and op.name.removeprefix("nn.functional.") in BREAKS_CUDA:
+        variants = [transposed]
     for sample in itertools.islice(op.sample_inputs(DEVICE, dtype, requires_grad=False), limit):
         for spelling in spellings(op):
             for args, more, kwargs in versions(sample, variants):

@@ -147,8 +147,8 @@ static th_status pool(th_call *call, uint32_t rank, const image *m, window *w, u
     bool ceil_mode;
     int64_t shape[5];
     const th__tensor *x = &m->x;
-    DECLINE_IF(!th__has(call, 1));
     TRY(spatial(call, 1, rank, 1, w->kernel));
+    DECLINE_IF(w->kernel[0] == 0); /* none given */
     memcpy(w->stride, w->kernel, sizeof w->stride);
     TRY(spatial(call, 2, rank, 1, w->stride));
     TRY(spatial(call, 3, rank, 0, w->padding));

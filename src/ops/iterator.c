@@ -168,10 +168,10 @@ void th__iter_strides(const th__iter *it, int64_t *stride) {
         th__row_major(n, it->shape.at, stride);
         return;
     }
-    int64_t step = 1;
+    uint64_t step = 1;
     for (uint32_t i = 0; i < n; i++) { /* a size of 0 makes the strides outside of it 0 */
-        stride[order[i]] = step;
-        step *= it->shape.at[order[i]];
+        stride[order[i]] = (int64_t)step;
+        step *= (uint64_t)it->shape.at[order[i]];
     }
 }
 

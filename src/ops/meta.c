@@ -207,7 +207,10 @@ bool th__fits(const th_node_data *number, th_dtype dtype) {
     return number->u.i >= low && number->u.i < low + (INT64_C(1) << bits);
 }
 
-/* ---- shapes and strides ---- */
+/* ---- shapes and strides ----
+ *
+ * Products wrap: a shape too large to exist is refused when its type is made.
+ */
 
 int64_t th__numel(uint32_t ndim, const int64_t *shape) {
     int64_t count = 1;
@@ -220,12 +223,12 @@ int64_t th__numel(uint32_t ndim, const int64_t *shape) {
 
 /* Are strides those of a tensor without gaps whose dimensions are, from the innermost, `order`? */
 static bool packed(const int64_t *shape, const int64_t *stride, uint32_t n, const uint8_t *order) {
-    int64_t step = 1;
+    uint64_t step = 1;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t d = order[i];
         if (shape[d] == 1) continue;
-        if (stride[d] != step) return false;
-        step *= shape[d];
+        if (stride[d] != (int64_t)step) return false;
+        step *= (uint64_t)shape[d];
     }
     return true;
 }
@@ -248,7 +251,7 @@ bool th__suggests_channels_last(const th__tensor *x) {
         uint32_t d = order[i];
         if (x->shape[d] == 0 || x->stride[d] < least || (d == 0 && least == x->stride[1])) return false;
         least = x->stride[d];
-        if (x->shape[d] > 1) least *= x->shape[d];
+        if (x->shape[d] > 1) least = (int64_t)((uint64_t)least * (uint64_t)x->shape[d]);
     }
     return true;
 }
@@ -263,28 +266,28 @@ bool th__is_dense(uint32_t ndim, const int64_t *shape, const int64_t *stride) {
         for (; at > 0 && stride[order[at - 1]] > stride[i]; at--) order[at] = order[at - 1];
         order[at] = i;
     }
-    int64_t step = 1;
+    uint64_t step = 1;
     for (uint32_t i = 0; i < n; i++) {
-        if (stride[order[i]] != step) return false;
-        step *= shape[order[i]];
+        if (stride[order[i]] != (int64_t)step) return false;
+        step *= (uint64_t)shape[order[i]];
     }
     return true;
 }
 
 void th__row_major(uint32_t ndim, const int64_t *shape, int64_t *stride) {
-    int64_t step = 1;
+    uint64_t step = 1;
     for (uint32_t i = ndim; i-- > 0;) {
-        stride[i] = step;
-        if (shape[i] > 1) step *= shape[i];
+        stride[i] = (int64_t)step;
+        if (shape[i] > 1) step *= (uint64_t)shape[i];
     }
 }
 
 void th__channels_last(uint32_t ndim, const int64_t *shape, int64_t *stride) {
     const uint8_t *order = ndim == 4 ? order_2d : order_3d;
-    int64_t step = 1;
+    uint64_t step = 1;
     for (uint32_t i = 0; i < ndim; i++) {
-        stride[order[i]] = step;
-        step *= shape[order[i]];
+        stride[order[i]] = (int64_t)step;
+        step *= (uint64_t)shape[order[i]];
     }
 }
 
@@ -310,10 +313,10 @@ void th__dense_like(uint32_t ndim, const int64_t *shape, const int64_t *stride, 
             at = j;
         }
     }
-    int64_t step = 1;
+    uint64_t step = 1;
     for (uint32_t i = 0; i < ndim; i++) {
-        out[order[i]] = step;
-        if (shape[order[i]] > 1) step *= shape[order[i]];
+        out[order[i]] = (int64_t)step;
+        if (shape[order[i]] > 1) step *= (uint64_t)shape[order[i]];
     }
 }
 

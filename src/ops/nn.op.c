@@ -70,7 +70,7 @@ static th_status gelu(th_call *call) {
 static th_status logsigmoid(th_call *call) {
     th__tensor x;
     TRY(th__arg_tensor(call, 0, &x));
-    DECLINE_IF(!th__is_float(x.dtype) || !th__is_contiguous(&x));
+    DECLINE_IF(!th__is_float(x.dtype) || !th__is_contiguous(&x) || th__numel(x.ndim, x.shape) == 0);
     return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
 }
 

@@ -174,9 +174,9 @@ static th_status pad(th_call *call) {
     DECLINE_IF(pads.n % 2 != 0 || pads.n / 2 > x.ndim);
     memcpy(shape, x.shape, x.ndim * sizeof *shape);
     for (uint32_t i = 0; i < pads.n; i++) {
-        DECLINE_IF(pads.at[i] < 0);
+        int64_t *size = &shape[x.ndim - 1 - i / 2];
+        DECLINE_IF(pads.at[i] < 0 || __builtin_add_overflow(*size, pads.at[i], size));
         grows |= pads.at[i] > 0;
-        shape[x.ndim - 1 - i / 2] += pads.at[i];
     }
     if (!grows) return th__out_like(call, &x, x.dtype, x.device);
     bool channels_last = th__suggests_channels_last(&x);

@@ -300,7 +300,7 @@ static th_status unbind(th_call *call) {
 
 /* Parts of `size` along dim; the last may be shorter. */
 static th_status equal_parts(th_call *call, const th__tensor *x, uint32_t dim, int64_t size) {
-    int64_t length = x->shape[dim], count = length ? (length + size - 1) / size : 1;
+    int64_t length = x->shape[dim], count = length ? length / size + (length % size != 0) : 1;
     DECLINE_IF(count > TH_MAX_OUTS);
     call->outs_list = true;
     for (int64_t i = 0; i < count; i++) {
@@ -356,7 +356,7 @@ static th_status chunk(th_call *call) {
     TRY(split_dim(call, &x, &dim));
     TRY(th__arg_int(call, 1, 0, &chunks));
     DECLINE_IF(chunks <= 0 || x.shape[dim] == 0);
-    return equal_parts(call, &x, dim, (x.shape[dim] + chunks - 1) / chunks);
+    return equal_parts(call, &x, dim, x.shape[dim] / chunks + (x.shape[dim] % chunks != 0));
 }
 
 /* The main diagonal and its neighbours, as a new last dimension. */
@@ -368,7 +368,7 @@ static th_status diagonal(th_call *call) {
     TRY(th__arg_int(call, 1, 0, &offset));
     TRY(th__arg_int(call, 2, 0, &a));
     TRY(th__arg_int(call, 3, 1, &b));
-    DECLINE_IF(x.ndim < 2);
+    DECLINE_IF(x.ndim < 2 || offset > INT32_MAX || offset < -INT32_MAX);
     TRY(th__wrap(a, x.ndim, &d1));
     TRY(th__wrap(b, x.ndim, &d2));
     DECLINE_IF(d1 == d2);

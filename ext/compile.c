@@ -11,9 +11,11 @@ static double now_ms(void) {
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
-void thx_entry_free(thx *x, thx_entry *e) {
+void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
+    PyObject *type, *value, *trace;
     if (!e)
         return;
+    PyErr_Fetch(&type, &value, &trace);
     for (uint32_t i = 0; i < e->nargs; i++)
         thx_spec_fini(&e->args[i]);
     PyMem_Free(e->args);
@@ -38,6 +40,7 @@ void thx_entry_free(thx *x, thx_entry *e) {
         Py_DECREF(e->identical[i].tensor);
     PyMem_Free(e->identical);
     PyMem_Free(e);
+    PyErr_Restore(type, value, trace);
 }
 
 typedef struct compile {
@@ -409,10 +412,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
             return k.e;
     }
     if (rc < 0) {
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
         thx_entry_free(x, k.e);
-        PyErr_Restore(type, value, trace);
         return NULL;
     }
     return k.e;

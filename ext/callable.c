@@ -33,8 +33,7 @@ static int read_autocast(thx *x, thx_ambient *a) {
             continue;
         }
         *(i ? &a->autocast_gpu : &a->autocast_cpu) = on == Py_True;
-        if (on == Py_True)
-            *(i ? &a->gpu_dtype : &a->cpu_dtype) = dtype;
+        if (on == Py_True) *(i ? &a->gpu_dtype : &a->cpu_dtype) = dtype;
         Py_DECREF(on);
         Py_DECREF(dtype);
     }
@@ -57,18 +56,15 @@ static int read_ambient(thx *x, thx_ambient *a) {
     a->autocast = autocast;
     a->default_dtype = dtype;
     Py_DECREF(dtype);
-    if (autocast && read_autocast(x, a) < 0)
-        return -1;
+    if (autocast && read_autocast(x, a) < 0) return -1;
     return functions > 0 || dispatches > 0;
 }
 
 /* ---- matching ---- */
 
 static bool same_names(PyObject *a, PyObject *b) {
-    if (a == b)
-        return true;
-    if (!a || !b || PyTuple_GET_SIZE(a) != PyTuple_GET_SIZE(b))
-        return false;
+    if (a == b) return true;
+    if (!a || !b || PyTuple_GET_SIZE(a) != PyTuple_GET_SIZE(b)) return false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a); i++)
         if (PyTuple_GET_ITEM(a, i) != PyTuple_GET_ITEM(b, i) &&
             PyUnicode_Compare(PyTuple_GET_ITEM(a, i), PyTuple_GET_ITEM(b, i)) != 0)
@@ -83,22 +79,18 @@ void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves
         void *base = thx_storage_base(x, leaves->items[i]);
         out[i] = UINT32_MAX;
         for (uint32_t j = 0; base && j < i && out[i] == UINT32_MAX; j++)
-            if (thx_storage_base(x, leaves->items[j]) == base)
-                out[i] = j;
+            if (thx_storage_base(x, leaves->items[j]) == base) out[i] = j;
         for (uint32_t j = 0; base && j < n && out[i] == UINT32_MAX; j++)
-            if (thx_storage_base(x, live[j]) == base)
-                out[i] = leaves->count + j;
+            if (thx_storage_base(x, live[j]) == base) out[i] = leaves->count + j;
     }
 }
 
 static int same_sharing(thx *x, const thx_entry *e, const thx_leaves *leaves) {
     uint32_t fixed[32], *now = leaves->count <= 32 ? fixed : PyMem_Malloc(sizeof *now * leaves->count);
-    if (!now)
-        return PyErr_NoMemory(), -1;
+    if (!now) return PyErr_NoMemory(), -1;
     thx_find_sharing(x, e->guards, leaves, now);
     int same = memcmp(now, e->sharing, sizeof *now * leaves->count) == 0;
-    if (now != fixed)
-        PyMem_Free(now);
+    if (now != fixed) PyMem_Free(now);
     return same;
 }
 
@@ -111,19 +103,21 @@ static int entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient
     leaves->count = 0;
     for (uint32_t i = 0; i < e->nargs; i++) {
         int same = thx_spec_match(c->x, &e->args[i], args[i], leaves);
-        if (same != 1)
-            return same;
+        if (same != 1) return same;
     }
     for (uint32_t i = 0; i < e->nidentical; i++)
-        if (leaves->items[e->identical[i].leaf] != e->identical[i].tensor)
-            return 0;
+        if (leaves->items[e->identical[i].leaf] != e->identical[i].tensor) return 0;
     int holds = thx_guards_check(c->x, e->guards);
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }
 
 /* ---- running an entry ---- */
 
-typedef struct output { thx *x; const thx_entry *e; th_slot *slots; } output;
+typedef struct output {
+    thx *x;
+    const thx_entry *e;
+    th_slot *slots;
+} output;
 
 static PyObject *output_leaf(void *user, uint32_t leaf) {
     output *o = user;
@@ -134,8 +128,7 @@ static int replay_writes(thx *x, const thx_entry *e, th_slot *slots) {
     for (uint32_t i = 0; i < e->nwrites; i++) {
         const thx_write *w = &e->writes[i];
         PyObject *value = w->constant ? w->constant : thx_slot_object(x, &slots[w->slot]);
-        if (!value || PyDict_SetItem(w->dict, w->key, value) < 0)
-            return -1;
+        if (!value || PyDict_SetItem(w->dict, w->key, value) < 0) return -1;
     }
     return 0;
 }
@@ -157,12 +150,12 @@ static void add_line(thx *x, const thx_entry *e, const th_frame *f) {
     const th_op *op = &e->final->ops[o];
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    if (!type)
-        return thx_raise(x, TH_ERUN), (void)0;
+    if (!type) return thx_raise(x, TH_ERUN), (void)0;
     PyErr_NormalizeException(&type, &value, &trace);
     if (value && op->file) {
-        PyObject *text = PyUnicode_FromFormat("raised by compiled code for %s, line %u: %s", th_str_get(x->ctx, op->file),
-                                              op->line, op->callee ? th_str_get(x->ctx, op->callee) : "a function");
+        PyObject *text =
+            PyUnicode_FromFormat("raised by compiled code for %s, line %u: %s", th_str_get(x->ctx, op->file), op->line,
+                                 op->callee ? th_str_get(x->ctx, op->callee) : "a function");
         PyObject *done = text ? PyObject_CallMethod(value, "add_note", "O", text) : NULL;
         Py_XDECREF(done);
         Py_XDECREF(text);
@@ -173,8 +166,7 @@ static void add_line(thx *x, const thx_entry *e, const th_frame *f) {
 
 /* Is a result what the trace says? Strides of dimensions with at most one element do not matter. */
 static bool as_predicted(thx *x, th_slot *slot, const th_type *t) {
-    if ((!slot->handle && !slot->object) || t->kind != TH_TYPE_TENSOR)
-        return true;
+    if ((!slot->handle && !slot->object) || t->kind != TH_TYPE_TENSOR) return true;
     th_h h = thx_slot_handle(x, slot);
     int64_t ndim = -1, *sizes = NULL, *strides = NULL;
     int32_t dtype = -1;
@@ -188,14 +180,19 @@ static bool as_predicted(thx *x, th_slot *slot, const th_type *t) {
     return same;
 }
 
-typedef struct prediction { thx *x; const thx_entry *e; th_frame *frame; const th_instr *instr; bool holds; } prediction;
+typedef struct prediction {
+    thx *x;
+    const thx_entry *e;
+    th_frame *frame;
+    const th_instr *instr;
+    bool holds;
+} prediction;
 
 /* A result that nobody uses may be what it likes. */
 static bool dies_here(const prediction *p, uint32_t slot) {
     const uint32_t *dead = p->e->plan->frees + p->instr->frees;
     for (uint32_t i = 0; i < p->instr->nfrees; i++)
-        if (dead[i] == slot)
-            return true;
+        if (dead[i] == slot) return true;
     return false;
 }
 
@@ -203,7 +200,8 @@ static void check_out(void *user, th_val *value) {
     prediction *p = user;
     uint32_t slot = p->e->slot_of[*value];
     if (slot != UINT32_MAX && !dies_here(p, slot))
-        p->holds &= as_predicted(p->x, &p->frame->slots[slot], th_type_get(p->x->ctx, p->e->final->values[*value].type));
+        p->holds &=
+            as_predicted(p->x, &p->frame->slots[slot], th_type_get(p->x->ctx, p->e->final->values[*value].type));
 }
 
 /* As th_plan_run, comparing each result with the trace: 0, -1 error, 1 a result differs. */
@@ -212,15 +210,13 @@ static int run_checked(thx *x, const thx_entry *e, th_frame *f) {
     for (uint32_t i = 0; i < e->plan->ninstrs; i++) {
         const th_instr *instr = p.instr = &e->plan->instrs[i];
         int rc = instr->run(f, instr);
-        if (rc == 0 && instr->op)
-            th_op_each_out(e->final, instr->op, check_out, &p);
+        if (rc == 0 && instr->op) th_op_each_out(e->final, instr->op, check_out, &p);
         if (rc || !p.holds) {
             f->failed = i;
             th_plan_clear(e->plan, f);
             return rc ? -1 : 1;
         }
-        for (uint32_t j = 0; j < instr->nfrees; j++)
-            th_slot_drop(e->plan, &f->slots[e->plan->frees[instr->frees + j]]);
+        for (uint32_t j = 0; j < instr->nfrees; j++) th_slot_drop(e->plan, &f->slots[e->plan->frees[instr->frees + j]]);
     }
     return 0;
 }
@@ -231,8 +227,10 @@ static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves);
 static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, const th_frame *f) {
     const th_op *op = &e->final->ops[e->plan->instrs[f->failed].op];
     if (e->writes_inputs)
-        return PyErr_Format(PyExc_RuntimeError, "%s (%s, line %u) gave other strides than torch's fake kernel said, after inputs "
-                            "were written; please report this", th_str_get(x->ctx, op->callee), th_str_get(x->ctx, op->file), op->line);
+        return PyErr_Format(PyExc_RuntimeError,
+                            "%s (%s, line %u) gave other strides than torch's fake kernel said, after inputs "
+                            "were written; please report this",
+                            th_str_get(x->ctx, op->callee), th_str_get(x->ctx, op->file), op->line);
     return thx_entry_lower(x, e, true) < 0 ? NULL : run_plan(x, e, leaves);
 }
 
@@ -240,10 +238,8 @@ static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves) {
     enum { ON_STACK = 192 };
     th_slot fixed[ON_STACK], *slots = fixed;
     const th_plan *plan = e->plan;
-    if (plan->nslots > ON_STACK && !(slots = PyMem_Malloc(sizeof *slots * plan->nslots)))
-        return PyErr_NoMemory();
-    if (e->generation != thx_guards_generation(e->guards))
-        refresh_roots(x, e);
+    if (plan->nslots > ON_STACK && !(slots = PyMem_Malloc(sizeof *slots * plan->nslots))) return PyErr_NoMemory();
+    if (e->generation != thx_guards_generation(e->guards)) refresh_roots(x, e);
     memcpy(slots, e->roots, sizeof *slots * plan->nroots);
     memset(slots + plan->nroots, 0, sizeof *slots * (plan->nslots - plan->nroots));
     for (uint32_t i = 0; i < plan->nroots; i++)
@@ -262,12 +258,10 @@ static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves) {
         e->checked = true;
         output o = {x, e, slots};
         result = thx_spec_build(x, &e->result, output_leaf, &o);
-        if (result && e->nwrites && replay_writes(x, e, slots) < 0)
-            Py_CLEAR(result);
+        if (result && e->nwrites && replay_writes(x, e, slots) < 0) Py_CLEAR(result);
         th_plan_clear(plan, &frame);
     }
-    if (slots != fixed)
-        PyMem_Free(slots);
+    if (slots != fixed) PyMem_Free(slots);
     return result;
 }
 
@@ -281,8 +275,7 @@ static PyObject *run_without_autocast(thx *x, thx_entry *e, const thx_leaves *le
             done = PyObject_CallFunction(x->set_autocast, "sO", devices[i], Py_False);
             Py_XDECREF(done);
         }
-    if (!PyErr_Occurred())
-        result = run_plan(x, e, leaves);
+    if (!PyErr_Occurred()) result = run_plan(x, e, leaves);
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     for (int i = 0; i < 2; i++)
@@ -305,8 +298,7 @@ static PyObject *call_original(thx_callable_object *c, PyObject *const *args, si
 }
 
 static int tell(thx_callable_object *c, const char *event, PyObject *detail) {
-    if (!c->on_event)
-        return 0;
+    if (!c->on_event) return 0;
     PyObject *done = PyObject_CallFunction(c->on_event, "sO", event, detail ? detail : Py_None);
     Py_XDECREF(done);
     return done ? 0 : -1;
@@ -318,8 +310,7 @@ static bool any_requires_grad(thx *x, PyObject *const *objects, Py_ssize_t n) {
             PyObject *flag = x->requires_grad_get(objects[i], x->requires_grad_closure);
             PyErr_Clear();
             Py_XDECREF(flag);
-            if (flag == Py_True)
-                return true;
+            if (flag == Py_True) return true;
         }
     }
     return false;
@@ -359,7 +350,8 @@ static void keep(thx_callable_object *c, thx_entry *e) {
 static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *const *args, size_t nargsf,
                       PyObject *kwnames) {
     thx *x = c->x;
-    Py_ssize_t npositional = PyVectorcall_NARGS(nargsf), total = npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0);
+    Py_ssize_t npositional = PyVectorcall_NARGS(nargsf),
+               total = npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0);
     if (x->compiling) { /* another thread captures; this call does not wait for it */
         c->fallbacks++;
         return call_original(c, args, nargsf, kwnames);
@@ -368,8 +360,7 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
     x->compiling = true;
     thx_entry *e = thx_compile(c, a, args, npositional, kwnames);
     x->compiling = false;
-    if (!e)
-        return NULL;
+    if (!e) return NULL;
     if (e->eager) {
         int told = tell_eager(c, e);
         keep(c, e);
@@ -380,8 +371,7 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
     thx_leaves_init(&leaves);
     PyObject *result = NULL;
     int same = 1;
-    for (Py_ssize_t i = 0; i < total && same == 1; i++)
-        same = thx_spec_match(x, &e->args[i], args[i], &leaves);
+    for (Py_ssize_t i = 0; i < total && same == 1; i++) same = thx_spec_match(x, &e->args[i], args[i], &leaves);
     if (same == 1)
         result = run_entry(c, e, &leaves);
     else if (same == 0)
@@ -430,14 +420,14 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     thx *x = c->x;
     thx_ambient ambient;
     c->calls++;
-    if (x->active && x->active_thread == PyThread_get_thread_ident()) /* called inside another capture: its operations belong to that trace */
+    if (x->active &&
+        x->active_thread ==
+            PyThread_get_thread_ident()) /* called inside another capture: its operations belong to that trace */
         return call_original(c, args, nargsf, kwnames);
     int modes = read_ambient(x, &ambient);
-    if (modes < 0)
-        return NULL;
+    if (modes < 0) return NULL;
     if (modes) {
-        if (!c->warned_modes && (c->warned_modes = true, tell(c, "modes", NULL) < 0))
-            return NULL;
+        if (!c->warned_modes && (c->warned_modes = true, tell(c, "modes", NULL) < 0)) return NULL;
         c->fallbacks++;
         return call_original(c, args, nargsf, kwnames);
     }
@@ -454,8 +444,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
             thx_leaves_fini(&leaves);
             return NULL;
         }
-        if (!same)
-            continue;
+        if (!same) continue;
         bool grad = ambient.grad && e->eager < THX_EAGER_INSIDE &&
                     (any_requires_grad(x, leaves.items, leaves.count) || thx_guards_need_grad(x, e->guards));
         if (grad != (e->eager == THX_EAGER_GRAD)) { /* requires_grad of a parameter changed since */
@@ -477,8 +466,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         return result;
     }
     thx_leaves_fini(&leaves);
-    if (c->entry_count >= 64)
-        drop_dead(c);
+    if (c->entry_count >= 64) drop_dead(c);
     return miss(c, &ambient, args, nargsf, kwnames);
 }
 
@@ -491,8 +479,7 @@ static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipO", names, &fn, &module, &cache, &fallback, &on_event))
         return NULL;
     thx_callable_object *c = (thx_callable_object *)type->tp_alloc(type, 0);
-    if (!c)
-        return NULL;
+    if (!c) return NULL;
     c->vectorcall = vectorcall;
     c->x = PyType_GetModuleState(type);
     c->fn = Py_NewRef(fn);
@@ -527,8 +514,7 @@ static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg)
     Py_VISIT(c->dict);
     for (thx_entry *e = c->entries; e; e = e->next) {
         int rc = e->guards ? thx_guards_traverse(e->guards, visit, arg) : 0;
-        if (rc)
-            return rc;
+        if (rc) return rc;
     }
     return 0;
 }
@@ -536,8 +522,7 @@ static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg)
 static void callable_dealloc(thx_callable_object *c) {
     PyTypeObject *type = Py_TYPE(c);
     PyObject_GC_UnTrack(c);
-    if (c->weakrefs)
-        PyObject_ClearWeakRefs((PyObject *)c);
+    if (c->weakrefs) PyObject_ClearWeakRefs((PyObject *)c);
     callable_clear(c);
     type->tp_free((PyObject *)c);
     Py_DECREF(type);
@@ -550,26 +535,24 @@ static PyObject *callable_get(PyObject *self, PyObject *object, PyObject *type) 
 
 static PyObject *entry_stats(thx *x, const thx_entry *e) {
     (void)x;
-    return Py_BuildValue("{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "hits", e->hits, "capture_ms", e->capture_ms,
-                         "passes_ms", e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast,
-                         "recorded_by_torch", e->nslow, "queries", e->nqueries, "evaluated", e->nevals, "operations",
-                         e->final ? e->final->nops - 1 : 0, "instructions", e->plan ? e->plan->ninstrs : 0,
-                         "shim_instructions", e->nshim, "builtin_instructions", e->nbuiltin);
+    return Py_BuildValue(
+        "{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "hits", e->hits, "capture_ms", e->capture_ms, "passes_ms",
+        e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow, "queries",
+        e->nqueries, "evaluated", e->nevals, "operations", e->final ? e->final->nops - 1 : 0, "instructions",
+        e->plan ? e->plan->ninstrs : 0, "shim_instructions", e->nshim, "builtin_instructions", e->nbuiltin);
 }
 
 static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
     (void)unused;
     PyObject *list = PyList_New(0);
     for (thx_entry *e = c->entries; list && e; e = e->next) {
-        if (e->eager)
-            continue;
+        if (e->eager) continue;
         PyObject *stats = entry_stats(c->x, e);
-        if (!stats || PyList_Append(list, stats) < 0)
-            Py_CLEAR(list);
+        if (!stats || PyList_Append(list, stats) < 0) Py_CLEAR(list);
         Py_XDECREF(stats);
     }
-    return list ? Py_BuildValue("{s:K,s:K,s:K,s:K,s:N}", "calls", c->calls, "cache_hits", c->hits, "cache_misses", c->misses,
-                                "fallbacks", c->fallbacks, "entries", list)
+    return list ? Py_BuildValue("{s:K,s:K,s:K,s:K,s:N}", "calls", c->calls, "cache_hits", c->hits, "cache_misses",
+                                c->misses, "fallbacks", c->fallbacks, "entries", list)
                 : NULL;
 }
 
@@ -577,13 +560,10 @@ static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
 static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     (void)unused;
     const thx_entry *e = c->entries;
-    while (e && e->eager)
-        e = e->next;
-    if (!e)
-        Py_RETURN_NONE;
+    while (e && e->eager) e = e->next;
+    if (!e) Py_RETURN_NONE;
     th_trace *captured = NULL, *final = NULL;
-    if (thx_check(c->x, th_trace_clone(e->captured, &captured)) < 0)
-        return NULL;
+    if (thx_check(c->x, th_trace_clone(e->captured, &captured)) < 0) return NULL;
     if (thx_check(c->x, th_trace_clone(e->final, &final)) < 0) {
         th_trace_free(captured);
         return NULL;
@@ -619,9 +599,15 @@ static PyGetSetDef callable_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 static PyType_Slot callable_slots[] = {
-    {Py_tp_new, callable_new},         {Py_tp_dealloc, callable_dealloc}, {Py_tp_traverse, callable_traverse},
-    {Py_tp_clear, callable_clear},     {Py_tp_call, PyVectorcall_Call},   {Py_tp_descr_get, callable_get},
-    {Py_tp_methods, callable_methods}, {Py_tp_members, callable_members}, {Py_tp_getset, callable_getset},
+    {Py_tp_new, callable_new},
+    {Py_tp_dealloc, callable_dealloc},
+    {Py_tp_traverse, callable_traverse},
+    {Py_tp_clear, callable_clear},
+    {Py_tp_call, PyVectorcall_Call},
+    {Py_tp_descr_get, callable_get},
+    {Py_tp_methods, callable_methods},
+    {Py_tp_members, callable_members},
+    {Py_tp_getset, callable_getset},
     {Py_tp_doc, "A compiled callable, made by thunder.jit."},
     {0, NULL},
 };

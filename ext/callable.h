@@ -21,8 +21,8 @@ enum {
 };
 
 typedef struct thx_write { /* a write to the module tree, replayed after each run */
-    PyObject *dict, *key; /* owned */
-    PyObject *constant;   /* owned, or NULL: the value of an output */
+    PyObject *dict, *key;  /* owned */
+    PyObject *constant;    /* owned, or NULL: the value of an output */
     uint32_t slot;
 } thx_write;
 
@@ -31,30 +31,30 @@ typedef struct thx_entry { /* one compiled program of a callable */
     Py_ssize_t npositional;
     PyObject *kwnames; /* owned or NULL */
     uint32_t nargs;
-    thx_spec *args;    /* nargs */
+    thx_spec *args; /* nargs */
     thx_guards *guards;
     uint64_t generation; /* of the guards, when `roots` was filled */
     th_trace *captured, *final;
     th_plan *plan;
-    uint32_t *slot_of;   /* by value of `final` */
-    uint32_t nvalues;    /* outputs and tensors written to state */
-    bool checked;        /* a run has confirmed the sizes and strides that the trace states */
-    th_slot *roots;      /* nroots filled slots: the template of a frame */
-    int32_t *root_leaf;  /* by root: argument leaf, or -1 - index of a bound tensor */
+    uint32_t *slot_of;  /* by value of `final` */
+    uint32_t nvalues;   /* outputs and tensors written to state */
+    bool checked;       /* a run has confirmed the sizes and strides that the trace states */
+    th_slot *roots;     /* nroots filled slots: the template of a frame */
+    int32_t *root_leaf; /* by root: argument leaf, or -1 - index of a bound tensor */
     thx_spec result;
     uint32_t *result_slots; /* by output leaf */
     uint32_t nresults;
     struct {
         uint32_t leaf;
         PyObject *tensor; /* owned */
-    } *identical; /* arguments that are watched tensors (a parameter, say): only these very ones will do */
+    } *identical;         /* arguments that are watched tensors (a parameter, say): only these very ones will do */
     uint32_t nidentical;
     thx_write *writes;
     uint32_t nwrites;
-    bool writes_inputs;  /* then it matters which arguments share storage, with each other or with bound tensors: */
-    uint32_t *sharing;   /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody */
-    uint8_t eager;       /* THX_EAGER_*: not compiled, calls like this one run the original */
-    bool dead;           /* its guards failed for good */
+    bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
+    uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody */
+    uint8_t eager;      /* THX_EAGER_*: not compiled, calls like this one run the original */
+    bool dead;          /* its guards failed for good */
     uint64_t hits;
     double capture_ms, passes_ms, lower_ms;
     uint32_t nfast, nslow, nqueries, nevals, nshim, nbuiltin;
@@ -62,14 +62,13 @@ typedef struct thx_entry { /* one compiled program of a callable */
 } thx_entry;
 
 typedef struct thx_callable_object {
-    PyObject_HEAD
-    vectorcallfunc vectorcall;
+    PyObject_HEAD vectorcallfunc vectorcall;
     thx *x;
     PyObject *fn, *module, *weakrefs, *dict;
     PyObject *on_event; /* Python callable for rare things: warnings, fallback decisions */
     thx_entry *entries; /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
-    uint8_t cache;      /* 0 constant values, 1 no caching, 2 same input */
+    uint8_t cache; /* 0 constant values, 1 no caching, 2 same input */
     bool fallback_eager;
     bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */
@@ -77,8 +76,8 @@ typedef struct thx_callable_object {
 
 /* compile.c: capture, passes, lowering. NULL with an exception; an entry with `eager` set comes with the exception that
  * says why. */
-thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,
-                       PyObject *kwnames);
+thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args,
+                       Py_ssize_t npositional, PyObject *kwnames);
 /* Which of the leaves share storage, as thx_entry.sharing describes; out holds leaves->count numbers. */
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
 int thx_entry_lower(thx *x, thx_entry *entry, bool plain); /* plain: trust no predicted strides */

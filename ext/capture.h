@@ -23,8 +23,7 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
 } thx_root;
 
 typedef struct thx_recorder {
-    PyObject_HEAD
-    thx *x;
+    PyObject_HEAD thx *x;
     th_trace *t;
     thx_cell *cells;
     uint32_t ncells, cap_cells;
@@ -36,15 +35,15 @@ typedef struct thx_recorder {
     PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
     PyObject **inputs; /* tensors of the operation being recorded: fakes, or real ones that have none yet (borrowed) */
     uint32_t ninputs, cap_inputs;
-    bool real_inputs;  /* some of them came as real tensors */
+    bool real_inputs;   /* some of them came as real tensors */
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
-    bool forgivable; /* a CaptureError now is the user's to catch: only a message was to be made */
+    bool forgivable;    /* a CaptureError now is the user's to catch: only a message was to be made */
     bool saw_random;
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
-    PyObject *rng_last;  /* the generator's state when it was last looked at (owned) */
-    PyObject *rng_outer; /* list of states that belong to the caller's stream; the last one is where it stands now */
-    th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
-    int depth;         /* above 0: inside an operation that is recorded whole */
+    PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
+    PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
+    th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
+    int depth;              /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
     th_dev default_device;
     uint32_t nfast, nslow, nqueries, nevals;
@@ -62,7 +61,8 @@ int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind 
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);
 /* The real tensor of a value that depends on no input: borrowed; NULL without exception when it does depend on one. */
 PyObject *thx_recorder_constant(thx_recorder *r, th_val value);
-int thx_recorder_constant_root(thx_recorder *r, PyObject *real, th_val value); /* value: an input of the trace already */
+int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
+                               th_val value); /* value: an input of the trace already */
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
@@ -71,9 +71,10 @@ int thx_recorder_init(thx *x, PyObject *module);
 
 /* ---- observer.c ---- */
 PyObject *thx_torch_function(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs);
-PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t nargs);   /* of the fakes */
+PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t nargs); /* of the fakes */
 bool thx_read_of_fake_data(void); /* does the pending exception say that a kernel wanted a fake's memory? */
-PyObject *thx_watch_dispatch(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs); /* mode: notes random kernels */
+PyObject *thx_watch_dispatch(PyObject *recorder, PyObject *const *args,
+                             Py_ssize_t nargs); /* mode: notes random kernels */
 
 /* ---- random.c: seeding inside captured code ---- */
 int thx_random_begin(thx_recorder *r);

@@ -13,11 +13,9 @@ static double now_ms(void) {
 
 void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     PyObject *type, *value, *trace;
-    if (!e)
-        return;
+    if (!e) return;
     PyErr_Fetch(&type, &value, &trace);
-    for (uint32_t i = 0; i < e->nargs; i++)
-        thx_spec_fini(&e->args[i]);
+    for (uint32_t i = 0; i < e->nargs; i++) thx_spec_fini(&e->args[i]);
     PyMem_Free(e->args);
     Py_XDECREF(e->kwnames);
     thx_guards_free(x, e->guards);
@@ -36,8 +34,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
         Py_XDECREF(e->writes[i].constant);
     }
     PyMem_Free(e->writes);
-    for (uint32_t i = 0; i < e->nidentical; i++)
-        Py_DECREF(e->identical[i].tensor);
+    for (uint32_t i = 0; i < e->nidentical; i++) Py_DECREF(e->identical[i].tensor);
     PyMem_Free(e->identical);
     PyMem_Free(e);
     PyErr_Restore(type, value, trace);
@@ -48,13 +45,13 @@ typedef struct compile {
     thx *x;
     thx_entry *e;
     thx_recorder *r;
-    thx_leaves leaves;   /* real tensors of the arguments */
+    thx_leaves leaves; /* real tensors of the arguments */
     PyObject *fake_args, *fake_kwargs;
-    PyObject *result;    /* what the user's code returned */
-    thx_leaves outputs;  /* tensors in it */
-    th_val *values;      /* values of outputs, then of writes */
+    PyObject *result;   /* what the user's code returned */
+    thx_leaves outputs; /* tensors in it */
+    th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
-    bool capturing;      /* the user's code has been run */
+    bool capturing; /* the user's code has been run */
 } compile;
 
 /* ---- arguments ---- */
@@ -65,11 +62,9 @@ static int describe_args(compile *k, PyObject *const *args, Py_ssize_t nposition
     e->kwnames = Py_XNewRef(kwnames);
     e->nargs = (uint32_t)(npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0));
     e->args = PyMem_Calloc(e->nargs + 1, sizeof *e->args);
-    if (!e->args)
-        return PyErr_NoMemory(), -1;
+    if (!e->args) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < e->nargs; i++)
-        if (thx_spec_init(k->x, &e->args[i], args[i], true, &k->leaves) < 0)
-            return -1;
+        if (thx_spec_init(k->x, &e->args[i], args[i], true, &k->leaves) < 0) return -1;
     return 0;
 }
 
@@ -78,8 +73,7 @@ static bool wants_grad(compile *k) {
         PyObject *flag = k->x->requires_grad_get(k->leaves.items[i], k->x->requires_grad_closure);
         PyErr_Clear();
         Py_XDECREF(flag);
-        if (flag == Py_True)
-            return true;
+        if (flag == Py_True) return true;
     }
     return thx_guards_need_grad(k->x, k->e->guards);
 }
@@ -93,19 +87,16 @@ static int build_fake_args(compile *k) {
     thx_entry *e = k->e;
     k->fake_args = PyTuple_New(e->npositional);
     k->fake_kwargs = PyDict_New();
-    if (!k->fake_args || !k->fake_kwargs)
-        return -1;
+    if (!k->fake_args || !k->fake_kwargs) return -1;
     for (uint32_t i = 0; i < e->nargs; i++) {
         PyObject *o = thx_spec_build(k->x, &e->args[i], fake_leaf, k);
-        if (!o)
-            return -1;
+        if (!o) return -1;
         if (i < e->npositional) {
             PyTuple_SET_ITEM(k->fake_args, i, o);
         } else {
             int rc = PyDict_SetItem(k->fake_kwargs, PyTuple_GET_ITEM(e->kwnames, i - e->npositional), o);
             Py_DECREF(o);
-            if (rc < 0)
-                return -1;
+            if (rc < 0) return -1;
         }
     }
     return 0;
@@ -116,8 +107,7 @@ static int build_fake_args(compile *k) {
 static int add_write(compile *k, PyObject *dict, PyObject *key, PyObject *constant, th_val value) {
     thx_entry *e = k->e;
     thx_write *writes = PyMem_Realloc(e->writes, sizeof *writes * (e->nwrites + 1));
-    if (!writes)
-        return PyErr_NoMemory(), -1;
+    if (!writes) return PyErr_NoMemory(), -1;
     e->writes = writes;
     writes[e->nwrites++] = (thx_write){Py_NewRef(dict), Py_NewRef(key), Py_XNewRef(constant), value};
     return 0;
@@ -136,18 +126,17 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
     Py_XDECREF(name);
     (void)before;
     if (!dict || !PyDict_Check(dict))
-        return thx_capture_error(k->r, dict ? "a change of a list or set" : "a write to a variable of an enclosing function",
+        return thx_capture_error(k->r,
+                                 dict ? "a change of a list or set" : "a write to a variable of an enclosing function",
                                  "this change of state cannot be replayed",
                                  "keep such state outside the compiled function, or pass it in and return it");
     if (after && thx_is_tensor(k->x, after)) {
         thx_cell *cell = thx_recorder_cell(k->r, after);
-        if (!cell)
-            return -1;
+        if (!cell) return -1;
         th_val value = cell->value;
         return add_write(k, dict, key, NULL, value);
     }
-    if (after && is_plain(after))
-        return add_write(k, dict, key, after, 0);
+    if (after && is_plain(after)) return add_write(k, dict, key, after, 0);
     return thx_capture_error(k->r, text, "this change of the module's state cannot be replayed",
                              "keep such state outside forward, or pass it in and return it");
 }
@@ -156,27 +145,21 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
 
 static int collect_outputs(compile *k) {
     thx_entry *e = k->e;
-    if (thx_spec_init(k->x, &e->result, k->result, false, &k->outputs) < 0)
-        return -1;
+    if (thx_spec_init(k->x, &e->result, k->result, false, &k->outputs) < 0) return -1;
     e->nresults = k->outputs.count;
     k->values = PyMem_Calloc(e->nresults + e->nwrites + 1, sizeof *k->values);
-    if (!k->values)
-        return PyErr_NoMemory(), -1;
+    if (!k->values) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < e->nresults; i++) {
         thx_cell *cell = thx_recorder_cell(k->r, k->outputs.items[i]);
-        if (!cell)
-            return -1;
+        if (!cell) return -1;
         k->values[k->nvalues++] = cell->value;
     }
     for (uint32_t i = 0; i < e->nwrites; i++)
-        if (!e->writes[i].constant)
-            k->values[k->nvalues++] = e->writes[i].slot; /* still a value */
+        if (!e->writes[i].constant) k->values[k->nvalues++] = e->writes[i].slot; /* still a value */
     th_trace *t = k->r->t;
     th_node *nodes = PyMem_Calloc(k->nvalues + 1, sizeof *nodes);
-    if (!nodes)
-        return PyErr_NoMemory(), -1;
-    for (uint32_t i = 0; i < k->nvalues; i++)
-        nodes[i] = th_node_value(t, k->values[i]);
+    if (!nodes) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < k->nvalues; i++) nodes[i] = th_node_value(t, k->values[i]);
     t->result = k->nvalues == 1 ? nodes[0] : th_node_seq(t, TH_N_TUPLE, k->nvalues, nodes);
     PyMem_Free(nodes);
     return thx_check(k->x, th_trace_status(t));
@@ -204,8 +187,7 @@ static int check_arguments_unchanged(compile *k) {
 static int find_identical(compile *k) {
     thx_entry *e = k->e;
     e->identical = PyMem_Calloc(k->leaves.count + 1, sizeof *e->identical);
-    if (!e->identical)
-        return PyErr_NoMemory(), -1;
+    if (!e->identical) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < k->leaves.count; i++) {
         if (thx_guards_holds(e->guards, k->leaves.items[i])) {
             e->identical[e->nidentical].leaf = i;
@@ -218,20 +200,17 @@ static int find_identical(compile *k) {
 static int capture(compile *k) {
     thx *x = k->x;
     PyObject *params = k->c->module ? thx_guards_params(x, k->c->module) : NULL;
-    if (k->c->module && !params)
-        return -1;
+    if (k->c->module && !params) return -1;
     if (find_identical(k) < 0) {
         Py_XDECREF(params);
         return -1;
     }
     k->r = thx_recorder_new(x, params);
     Py_XDECREF(params);
-    if (!k->r || build_fake_args(k) < 0)
-        return -1;
+    if (!k->r || build_fake_args(k) < 0) return -1;
     int rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
     PyObject *type = NULL, *value = NULL, *trace = NULL;
-    if (rc < 0)
-        PyErr_Fetch(&type, &value, &trace);
+    if (rc < 0) PyErr_Fetch(&type, &value, &trace);
     int undone = thx_guards_restore(x, k->e->guards, rc < 0 ? NULL : on_change, k);
     if (rc < 0) {
         PyErr_Clear();
@@ -251,21 +230,17 @@ static int bind_roots(compile *k) {
     uint32_t bound = 0;
     e->roots = PyMem_Calloc(t->ninputs + 1, sizeof *e->roots);
     e->root_leaf = PyMem_Calloc(t->ninputs + 1, sizeof *e->root_leaf);
-    if (!e->roots || !e->root_leaf)
-        return PyErr_NoMemory(), -1;
+    if (!e->roots || !e->root_leaf) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < t->ninputs; i++) {
         const thx_root *root = NULL; /* passes keep the inputs and their order */
         for (uint32_t j = 0; j < k->r->nroots && !root; j++)
-            if (k->r->roots[j].value == t->inputs[i])
-                root = &k->r->roots[j];
-        if (!root)
-            return thx_raise(x, TH_EINTERNAL), -1;
+            if (k->r->roots[j].value == t->inputs[i]) root = &k->r->roots[j];
+        if (!root) return thx_raise(x, TH_EINTERNAL), -1;
         if (root->leaf >= 0) {
             e->root_leaf[i] = root->leaf;
             continue;
         }
-        if (thx_guards_bind(x, e->guards, root->real, root->dict, root->key) < 0)
-            return -1;
+        if (thx_guards_bind(x, e->guards, root->real, root->dict, root->key) < 0) return -1;
         e->root_leaf[i] = -1 - (int32_t)bound++;
         e->roots[i].object = root->real;
         e->roots[i].handle = x->abi.on ? thx_borrow(&x->abi, root->real) : NULL;
@@ -277,11 +252,9 @@ static bool writes_inputs(const th_trace *t) {
     for (th_opref o = 1; o < t->nops; o++)
         for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
             const th_value *v = &t->values[t->kids[t->ops[o].writes + i]];
-            if (!v->def)
-                return true;
+            if (!v->def) return true;
             for (uint32_t j = 0; v->alias && j < t->ninputs; j++)
-                if (t->values[t->inputs[j]].alias == v->alias)
-                    return true;
+                if (t->values[t->inputs[j]].alias == v->alias) return true;
         }
     return false;
 }
@@ -296,14 +269,12 @@ static int find_results(thx *x, thx_entry *e) {
     for (uint32_t i = 0; i < e->nvalues; i++) {
         th_node node = e->nvalues == 1 ? t->result : t->kids[result->u.kids + i];
         uint32_t slot = e->slot_of[t->nodes[node].u.ref];
-        if (t->nodes[node].kind != TH_N_VALUE || slot == UINT32_MAX)
-            return thx_raise(x, TH_EINTERNAL), -1;
+        if (t->nodes[node].kind != TH_N_VALUE || slot == UINT32_MAX) return thx_raise(x, TH_EINTERNAL), -1;
         if (i < e->nresults) {
             e->result_slots[i] = slot;
             continue;
         }
-        while (e->writes[at].constant)
-            at++;
+        while (e->writes[at].constant) at++;
         e->writes[at++].slot = slot;
     }
     return 0;
@@ -314,8 +285,7 @@ int thx_entry_lower(thx *x, thx_entry *e, bool plain) {
     PyMem_Free(e->slot_of);
     e->slot_of = NULL;
     e->plan = thx_lower(x, e->final, plain, &e->slot_of, &e->nshim, &e->nbuiltin);
-    if (!e->plan)
-        return -1;
+    if (!e->plan) return -1;
     if (!e->result_slots && !(e->result_slots = PyMem_Calloc(e->nresults + 1, sizeof *e->result_slots)))
         return PyErr_NoMemory(), -1;
     e->checked = !e->nshim;
@@ -331,37 +301,32 @@ static int lower(compile *k) {
 static th_status between_passes(void *user, th_trace *t, const char *pass, double ms) {
     compile *k = user;
     (void)ms;
-    if (strcmp(pass, "fold") != 0 || k->e->ambient.autocast)
-        return TH_OK;
+    if (strcmp(pass, "fold") != 0 || k->e->ambient.autocast) return TH_OK;
     return thx_fold_constants(k->x, k->r, t) < 0 ? TH_ERUN : TH_OK;
 }
 
 static int run_passes(compile *k) {
     thx_entry *e = k->e;
-    if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0)
-        return -1;
+    if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0) return -1;
     e->final = k->r->t;
     k->r->t = NULL;
     th_fuel fuel = {.left = -1};
     return thx_check(k->x, th_pipeline_run(e->final, k->x->passes, &fuel, TH_VERIFY_PASSES, between_passes, k));
 }
 
-thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args, Py_ssize_t npositional,
-                       PyObject *kwnames) {
+thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args,
+                       Py_ssize_t npositional, PyObject *kwnames) {
     thx *x = c->x;
     compile k = {.c = c, .x = x, .e = PyMem_Calloc(1, sizeof(thx_entry))};
-    if (!k.e)
-        return (thx_entry *)PyErr_NoMemory();
+    if (!k.e) return (thx_entry *)PyErr_NoMemory();
     k.e->ambient = *ambient;
     thx_leaves_init(&k.leaves);
     thx_leaves_init(&k.outputs);
     double start = now_ms(), captured = 0, passed = 0;
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k, args, npositional, kwnames);
-    if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module, c->fn)))
-        rc = -1;
-    for (uint32_t i = 0; rc == 0 && i < k.e->nargs; i++)
-        rc = thx_guards_watch(x, k.e->guards, args[i]);
+    if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module, c->fn))) rc = -1;
+    for (uint32_t i = 0; rc == 0 && i < k.e->nargs; i++) rc = thx_guards_watch(x, k.e->guards, args[i]);
     if (rc == 0 && ambient->grad && wants_grad(&k)) {
         PyErr_SetString(x->GradNeeded, "gradients are needed");
         rc = -1;
@@ -371,11 +336,9 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
         rc = capture(&k);
     }
     captured = now_ms();
-    if (rc == 0)
-        rc = run_passes(&k);
+    if (rc == 0) rc = run_passes(&k);
     passed = now_ms();
-    if (rc == 0)
-        rc = lower(&k);
+    if (rc == 0) rc = lower(&k);
     if (rc == 0) {
         thx_entry *e = k.e;
         e->writes_inputs = writes_inputs(e->final);
@@ -401,8 +364,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);
     Py_XDECREF((PyObject *)k.r);
-    if (collecting)
-        PyGC_Enable();
+    if (collecting) PyGC_Enable();
     if (rc < 0 && k.e->guards && !k.e->eager) {
         if (PyErr_ExceptionMatches(x->GradNeeded))
             k.e->eager = captured > 0 && k.capturing ? THX_EAGER_INSIDE : THX_EAGER_GRAD;

@@ -4,7 +4,8 @@
  *     t1 = torch.Tensor.unsqueeze(t0, 0)       evaluated: becomes an input of the trace that holds a constant
  *     t2 = torch.Tensor.le(t1, x)              stays
  *
- * Not for random operations, not where the storage is written later or returned: a call must return a tensor of its own.
+ * Not for random operations, not where the storage is written later or returned: a call must return a tensor of its
+ * own.
  */
 #include "capture.h"
 
@@ -42,41 +43,39 @@ static PyObject *made_value(void *user, th_val v) { return Py_NewRef(((folding *
 static bool keep_results(folding *f, th_node outs, PyObject *result) {
     const th_node_data *d = &f->t->nodes[outs];
     if (d->kind == TH_N_VALUE) {
-        if (!thx_is_tensor(f->x, result))
-            return false;
+        if (!thx_is_tensor(f->x, result)) return false;
         Py_XSETREF(f->made[d->u.ref], Py_NewRef(result));
         return true;
     }
-    if (d->kind != TH_N_TUPLE)
-        return true;
+    if (d->kind != TH_N_TUPLE) return true;
     if ((!PyTuple_Check(result) && !PyList_Check(result)) || (uint32_t)PySequence_Fast_GET_SIZE(result) != d->count)
         return false;
     for (uint32_t i = 0; i < d->count; i++)
-        if (!keep_results(f, f->t->kids[f->t->nodes[outs].u.kids + i], PySequence_Fast_ITEMS(result)[i]))
-            return false;
+        if (!keep_results(f, f->t->kids[f->t->nodes[outs].u.kids + i], PySequence_Fast_ITEMS(result)[i])) return false;
     return true;
 }
 
-/* 1 evaluated and replaceable, 0 stays, -1 error. What is returned stays too, but what follows from it can be constant. */
+/* 1 evaluated and replaceable, 0 stays, -1 error. What is returned stays too, but what follows from it can be constant.
+ */
 static int evaluate(folding *f, th_opref o) {
     const th_op *op = &f->t->ops[o];
-    if (op->kind != TH_OP_CALL || op->effects || !op->outs || op->callee_opaque)
-        return 0;
+    if (op->kind != TH_OP_CALL || op->effects || !op->outs || op->callee_opaque) return 0;
     f->ok = true;
     f->returned = false;
     th_op_each_use(f->t, o, check_use, f);
     th_op_each_out(f->t, o, check_out, f);
-    if (!f->ok)
-        return 0;
+    if (!f->ok) return 0;
     PyObject *result = thx_eval_op(f->x, f->t, op, made_value, f);
-    if (!result)
-        return -1;
+    if (!result) return -1;
     bool kept = keep_results(f, op->outs, result);
     Py_DECREF(result);
     return kept && !f->returned;
 }
 
-typedef struct frontier { folding *f; th__rewrite *r; } frontier;
+typedef struct frontier {
+    folding *f;
+    th__rewrite *r;
+} frontier;
 
 /* A constant that a remaining operation uses becomes an input. */
 static void to_input(void *user, th_val *v) {
@@ -90,8 +89,7 @@ static void to_input(void *user, th_val *v) {
     th_val input = th_trace_input(f->t, th_intern_z(f->x->ctx, name), f->t->values[*v].type);
     f->t->values[input].offset = f->t->values[*v].offset;
     b->r->value[*v] = input;
-    if (thx_recorder_constant_root(f->r, f->made[*v], input) < 0)
-        f->ok = false;
+    if (thx_recorder_constant_root(f->r, f->made[*v], input) < 0) f->ok = false;
 }
 
 static int rewrite(folding *f, const bool *gone) {
@@ -100,13 +98,10 @@ static int rewrite(folding *f, const bool *gone) {
     frontier b = {f, &r};
     f->ok = true;
     for (uint32_t o = 1; status == TH_OK && o < r.nops; o++) {
-        if (gone[o])
-            continue;
+        if (gone[o]) continue;
         th_node_each_value(f->t, r.ops[o].args, to_input, &b);
-        if (r.ops[o].kwargs)
-            th_node_each_value(f->t, r.ops[o].kwargs, to_input, &b);
-        if (!th__rewrite_copy(&r, &r.ops[o]))
-            status = th_trace_status(f->t);
+        if (r.ops[o].kwargs) th_node_each_value(f->t, r.ops[o].kwargs, to_input, &b);
+        if (!th__rewrite_copy(&r, &r.ops[o])) status = th_trace_status(f->t);
     }
     return thx_check(f->x, th__rewrite_end(&r, status)) < 0 || !f->ok ? -1 : 0;
 }
@@ -114,7 +109,8 @@ static int rewrite(folding *f, const bool *gone) {
 int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t) {
     uint32_t nops = t->nops, nvalues = t->nvalues;
     th__scratch scratch = {.ctx = x->ctx};
-    folding f = {.x = x, .r = r, .t = t, .made = PyMem_Calloc(nvalues, sizeof *f.made), .group = th__groups(t, &scratch)};
+    folding f = {
+        .x = x, .r = r, .t = t, .made = PyMem_Calloc(nvalues, sizeof *f.made), .group = th__groups(t, &scratch)};
     bool *gone = PyMem_Calloc(nops, sizeof *gone);
     int rc = f.made && f.group && gone ? 0 : -1;
     uint32_t count = 0;
@@ -124,12 +120,9 @@ int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t) {
         count += done == 1;
         rc = done < 0 ? -1 : 0;
     }
-    if (rc == 0 && count)
-        rc = rewrite(&f, gone);
-    if (rc < 0 && !PyErr_Occurred())
-        PyErr_NoMemory();
-    for (uint32_t v = 0; f.made && v < nvalues; v++)
-        Py_XDECREF(f.made[v]);
+    if (rc == 0 && count) rc = rewrite(&f, gone);
+    if (rc < 0 && !PyErr_Occurred()) PyErr_NoMemory();
+    for (uint32_t v = 0; f.made && v < nvalues; v++) Py_XDECREF(f.made[v]);
     PyMem_Free(f.made);
     PyMem_Free(gone);
     th__scratch_fini(&scratch);

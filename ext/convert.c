@@ -11,10 +11,8 @@ th_dev thx_device_ref(thx *x, PyObject *device) {
     if (type && index) {
         const char *name = PyUnicode_AsUTF8(type);
         long number = index == Py_None ? -1 : PyLong_AsLong(index);
-        if (name && !PyErr_Occurred())
-            ref = th_device(x->ctx, name, (int32_t)number);
-        if (!ref && !PyErr_Occurred())
-            PyErr_NoMemory();
+        if (name && !PyErr_Occurred()) ref = th_device(x->ctx, name, (int32_t)number);
+        if (!ref && !PyErr_Occurred()) PyErr_NoMemory();
     }
     Py_XDECREF(type);
     Py_XDECREF(index);
@@ -24,11 +22,9 @@ th_dev thx_device_ref(thx *x, PyObject *device) {
 static PyObject *make_device(thx *x, th_dev device);
 
 PyObject *thx_device_object(thx *x, th_dev device) {
-    if (device < THX_DEVICES && x->devices[device].device)
-        return Py_NewRef(x->devices[device].device);
+    if (device < THX_DEVICES && x->devices[device].device) return Py_NewRef(x->devices[device].device);
     PyObject *object = make_device(x, device);
-    if (object && device < THX_DEVICES)
-        x->devices[device].device = Py_NewRef(object);
+    if (object && device < THX_DEVICES) x->devices[device].device = Py_NewRef(object);
     return object;
 }
 
@@ -40,27 +36,23 @@ static th_dev read_device(thx *x, PyObject *tensor) {
         !x->abi.aoti_torch_get_device_index(thx_borrow(&x->abi, tensor), &index) && type >= 0 && type < THX_DEVICES &&
         index >= -1 && index + 1 < THX_DEVICES)
         cached = &x->device_of[type][index + 1];
-    if (cached && *cached)
-        return *cached;
+    if (cached && *cached) return *cached;
     PyObject *device = PyObject_GetAttr(tensor, x->n.device);
     th_dev ref = device ? thx_device_ref(x, device) : 0;
     Py_XDECREF(device);
-    if (cached)
-        *cached = ref;
+    if (cached) *cached = ref;
     return ref;
 }
 
 static PyObject *make_device(thx *x, th_dev device) {
     int32_t index = th_device_index(x->ctx, device);
-    if (index < 0)
-        return PyObject_CallFunction((PyObject *)x->Device, "s", th_device_type(x->ctx, device));
+    if (index < 0) return PyObject_CallFunction((PyObject *)x->Device, "s", th_device_type(x->ctx, device));
     return PyObject_CallFunction((PyObject *)x->Device, "si", th_device_type(x->ctx, device), (int)index);
 }
 
 th_dtype thx_dtype_ref(thx *x, PyObject *dtype) {
     for (int d = 1; d < TH_DTYPE_COUNT; d++)
-        if (x->dtype_objects[d] == dtype)
-            return (th_dtype)d;
+        if (x->dtype_objects[d] == dtype) return (th_dtype)d;
     return TH_DTYPE_NONE;
 }
 
@@ -72,8 +64,7 @@ static int read_ints(PyObject *tuple, int64_t *out, int64_t *count) {
         PyErr_SetString(PyExc_ValueError, "tensor rank above 64");
         return -1;
     }
-    for (Py_ssize_t i = 0; i < n; i++)
-        out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+    for (Py_ssize_t i = 0; i < n; i++) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
     *count = n;
     return PyErr_Occurred() ? -1 : 0;
 }
@@ -84,7 +75,8 @@ static PyObject *get_attr(PyObject *o, const char *name) { return PyObject_GetAt
 static int read_meta_slow(thx *x, PyObject *tensor, thx_meta *m) {
     int64_t count = 0;
     PyObject *shape = get_attr(tensor, "shape"), *stride = PyObject_CallMethod(tensor, "stride", NULL);
-    PyObject *offset = PyObject_CallMethod(tensor, "storage_offset", NULL), *dtype = PyObject_GetAttr(tensor, x->n.dtype);
+    PyObject *offset = PyObject_CallMethod(tensor, "storage_offset", NULL),
+             *dtype = PyObject_GetAttr(tensor, x->n.dtype);
     int rc = -1;
     if (shape && stride && offset && dtype && read_ints(shape, m->shape, &m->ndim) == 0 &&
         read_ints(stride, m->stride, &count) == 0) {
@@ -128,11 +120,9 @@ int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *m) {
     } else {
         m->device = read_device(x, tensor);
     }
-    if (!m->device)
-        return -1;
+    if (!m->device) return -1;
     PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
-    if (!flag)
-        return -1;
+    if (!flag) return -1;
     m->requires_grad = flag == Py_True;
     Py_DECREF(flag);
     return 0;
@@ -161,8 +151,7 @@ void *thx_storage_base(thx *x, PyObject *tensor) {
 th_typeref thx_meta_type(thx *x, const thx_meta *m) {
     th_typeref type = th_type_tensor(x->ctx, m->dtype, m->device, (uint32_t)m->ndim, m->shape, m->stride,
                                      m->requires_grad ? TH_TYPE_REQUIRES_GRAD : 0);
-    if (!type)
-        PyErr_NoMemory();
+    if (!type) PyErr_NoMemory();
     return type;
 }
 
@@ -174,30 +163,24 @@ const th_opaque_vtable thx_opaque_vtable = {opaque_retain, opaque_release};
 
 static th_node sequence_node(thx *x, th_trace *t, PyObject **items, Py_ssize_t n, th_node_kind kind,
                              thx_tensor_fn tensor, void *user) {
-    th_node fixed[32], *kids = n <= 32 ? fixed : PyMem_Malloc(sizeof(th_node) * (size_t)n);
-    if (!kids)
-        return PyErr_NoMemory(), 0;
+    th_node fixed[32] = {0}, *kids = n <= 32 ? fixed : PyMem_Malloc(sizeof(th_node) * (size_t)n);
+    if (!kids) return PyErr_NoMemory(), 0;
     th_node result = 0;
     Py_ssize_t i = 0;
     for (; i < n; i++) {
         kids[i] = thx_to_node(x, t, items[i], tensor, user);
-        if (!kids[i])
-            break;
+        if (!kids[i]) break;
     }
-    if (i == n)
-        result = th_node_seq(t, kind, (uint32_t)n, kids);
-    if (kids != fixed)
-        PyMem_Free(kids);
-    if (!result && !PyErr_Occurred())
-        PyErr_NoMemory();
+    if (i == n) result = th_node_seq(t, kind, (uint32_t)n, kids);
+    if (kids != fixed) PyMem_Free(kids);
+    if (!result && !PyErr_Occurred()) PyErr_NoMemory();
     return result;
 }
 
 static th_node dict_node(thx *x, th_trace *t, PyObject *dict, thx_tensor_fn tensor, void *user) {
     Py_ssize_t n = PyDict_GET_SIZE(dict), at = 0, i = 0;
     PyObject **items = PyMem_Malloc(sizeof(PyObject *) * (size_t)(2 * n + 1)), *key, *value;
-    if (!items)
-        return PyErr_NoMemory(), 0;
+    if (!items) return PyErr_NoMemory(), 0;
     while (PyDict_Next(dict, &at, &key, &value) && i < 2 * n) {
         items[i++] = key;
         items[i++] = value;
@@ -222,8 +205,7 @@ th_node thx_to_node(thx *x, th_trace *t, PyObject *o, thx_tensor_fn tensor, void
         node = th_node_none(t);
     } else if (thx_is_tensor(x, o)) {
         th_val v = tensor(user, o);
-        if (!v)
-            return 0;
+        if (!v) return 0;
         node = th_node_value(t, v);
     } else if (type == &PyBool_Type) {
         node = th_node_bool(t, o == Py_True);
@@ -238,8 +220,7 @@ th_node thx_to_node(thx *x, th_trace *t, PyObject *o, thx_tensor_fn tensor, void
     } else if (type == &PyUnicode_Type) {
         Py_ssize_t length;
         const char *text = PyUnicode_AsUTF8AndSize(o, &length);
-        if (!text)
-            return 0;
+        if (!text) return 0;
         node = th_node_str(t, th_intern(x->ctx, text, (size_t)length));
     } else if (type == &PyTuple_Type || type == x->Size || (PyTuple_Check(o) && PyObject_HasAttr(o, x->n.fields))) {
         return sequence_node(x, t, ((PyTupleObject *)o)->ob_item, PyTuple_GET_SIZE(o), TH_N_TUPLE, tensor, user);
@@ -258,16 +239,14 @@ th_node thx_to_node(thx *x, th_trace *t, PyObject *o, thx_tensor_fn tensor, void
         node = d ? th_node_dtype(t, d) : symbol_of(x, t, o);
     } else if (type == x->Device) {
         th_dev d = thx_device_ref(x, o);
-        if (!d)
-            return 0;
+        if (!d) return 0;
         node = th_node_device(t, d);
     } else if (type == x->Layout || type == x->MemoryFormat) {
         node = symbol_of(x, t, o);
     } else {
         node = th_node_opaque(t, "obj", o);
     }
-    if (!node && !PyErr_Occurred())
-        PyErr_NoMemory();
+    if (!node && !PyErr_Occurred()) PyErr_NoMemory();
     return node;
 }
 
@@ -300,8 +279,7 @@ static PyObject *resolve(thx *x, const char *dotted) {
 static PyObject *resolve_cached(thx *x, th_str dotted) { /* borrowed */
     const char *text = th_str_get(x->ctx, dotted);
     PyObject *found = PyDict_GetItemString(x->callables, text);
-    if (found)
-        return found;
+    if (found) return found;
     PyObject *object = resolve(x, text);
     if (!object || PyDict_SetItemString(x->callables, text, object) < 0) {
         Py_XDECREF(object);
@@ -312,8 +290,7 @@ static PyObject *resolve_cached(thx *x, th_str dotted) { /* borrowed */
 }
 
 PyObject *thx_callable(thx *x, const th_trace *t, const th_op *op) {
-    if (!op->callee_opaque)
-        return resolve_cached(x, op->callee);
+    if (!op->callee_opaque) return resolve_cached(x, op->callee);
     PyObject *object = t->opaques[op->callee_opaque].object;
     if (!object)
         PyErr_Format(PyExc_NameError, "'%s' is a Python object that this trace's text does not hold",
@@ -340,8 +317,7 @@ static PyObject *dict_object(thx *x, const th_trace *t, const th_node_data *d, t
     for (uint32_t i = 0; dict && i + 1 < d->count; i += 2) {
         PyObject *key = thx_from_node(x, t, t->kids[d->u.kids + i], value, user);
         PyObject *item = key ? thx_from_node(x, t, t->kids[d->u.kids + i + 1], value, user) : NULL;
-        if (!item || PyDict_SetItem(dict, key, item) < 0)
-            Py_CLEAR(dict);
+        if (!item || PyDict_SetItem(dict, key, item) < 0) Py_CLEAR(dict);
         Py_XDECREF(key);
         Py_XDECREF(item);
     }
@@ -351,54 +327,37 @@ static PyObject *dict_object(thx *x, const th_trace *t, const th_node_data *d, t
 static PyObject *slice_object(thx *x, const th_trace *t, const th_node_data *d, thx_value_fn value, void *user) {
     PyObject *part[3] = {NULL, NULL, NULL}, *slice = NULL;
     for (uint32_t i = 0; i < 3; i++)
-        if (!(part[i] = thx_from_node(x, t, t->kids[d->u.kids + i], value, user)))
-            goto done;
+        if (!(part[i] = thx_from_node(x, t, t->kids[d->u.kids + i], value, user))) goto done;
     slice = PySlice_New(part[0], part[1], part[2]);
 done:
-    for (int i = 0; i < 3; i++)
-        Py_XDECREF(part[i]);
+    for (int i = 0; i < 3; i++) Py_XDECREF(part[i]);
     return slice;
 }
 
 PyObject *thx_from_node(thx *x, const th_trace *t, th_node node, thx_value_fn value, void *user) {
     const th_node_data *d = &t->nodes[node];
     switch ((th_node_kind)d->kind) {
-    case TH_N_NONE:
-        Py_RETURN_NONE;
-    case TH_N_BOOL:
-        return PyBool_FromLong(d->u.i != 0);
-    case TH_N_INT:
-        return PyLong_FromLongLong(d->u.i);
-    case TH_N_FLOAT:
-        return PyFloat_FromDouble(d->u.f);
-    case TH_N_COMPLEX:
-        return PyComplex_FromDoubles(d->u.f, d->f2);
+    case TH_N_NONE: Py_RETURN_NONE;
+    case TH_N_BOOL: return PyBool_FromLong(d->u.i != 0);
+    case TH_N_INT: return PyLong_FromLongLong(d->u.i);
+    case TH_N_FLOAT: return PyFloat_FromDouble(d->u.f);
+    case TH_N_COMPLEX: return PyComplex_FromDoubles(d->u.f, d->f2);
     case TH_N_STR:
         return PyUnicode_FromStringAndSize(th_str_get(x->ctx, d->u.ref), (Py_ssize_t)th_str_len(x->ctx, d->u.ref));
-    case TH_N_DTYPE:
-        return Py_NewRef(x->dtype_objects[d->u.ref]);
-    case TH_N_DEVICE:
-        return thx_device_object(x, d->u.ref);
-    case TH_N_SYMBOL:
-        return Py_XNewRef(resolve_cached(x, d->u.ref));
-    case TH_N_VALUE:
-        return value(user, d->u.ref);
+    case TH_N_DTYPE: return Py_NewRef(x->dtype_objects[d->u.ref]);
+    case TH_N_DEVICE: return thx_device_object(x, d->u.ref);
+    case TH_N_SYMBOL: return Py_XNewRef(resolve_cached(x, d->u.ref));
+    case TH_N_VALUE: return value(user, d->u.ref);
     case TH_N_TUPLE:
-    case TH_N_LIST:
-        return sequence_object(x, t, d, value, user);
-    case TH_N_DICT:
-        return dict_object(x, t, d, value, user);
-    case TH_N_SLICE:
-        return slice_object(x, t, d, value, user);
-    case TH_N_ELLIPSIS:
-        return Py_NewRef(Py_Ellipsis);
+    case TH_N_LIST: return sequence_object(x, t, d, value, user);
+    case TH_N_DICT: return dict_object(x, t, d, value, user);
+    case TH_N_SLICE: return slice_object(x, t, d, value, user);
+    case TH_N_ELLIPSIS: return Py_NewRef(Py_Ellipsis);
     case TH_N_OPAQUE:
-        if (t->opaques[d->u.ref].object)
-            return Py_NewRef((PyObject *)t->opaques[d->u.ref].object);
+        if (t->opaques[d->u.ref].object) return Py_NewRef((PyObject *)t->opaques[d->u.ref].object);
         return PyErr_Format(PyExc_NameError, "'%s' is a Python object that this trace's text does not hold",
                             th_str_get(x->ctx, t->opaques[d->u.ref].name));
-    case TH_N_ABSENT:
-        break;
+    case TH_N_ABSENT: break;
     }
     return thx_raise(x, TH_EINTERNAL);
 }

@@ -36,9 +36,9 @@ typedef struct thx_func { /* what is known about a torch function object: funcs.
 } thx_func;
 
 typedef struct thx_code { /* of the cache of code objects: recorder.c */
-    PyObject *code; /* owned */
-    th_str file;    /* base name */
-    bool torch;     /* torch's own code: not what a user calls a line */
+    PyObject *code;       /* owned */
+    th_str file;          /* base name */
+    bool torch;           /* torch's own code: not what a user calls a line */
 } thx_code;
 
 enum { THX_CODES = 256, THX_DEVICES = 32 }; /* of the caches below; others take the slower road */
@@ -55,43 +55,46 @@ typedef struct thx {
     th_catalog *catalog;
     thx_names n;
     PyObject *torch, *torch_c, *functional;
-    PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat, *NnModule, *NumpyGeneric, *MethodWrapper;
+    PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
+        *NnModule, *NumpyGeneric, *MethodWrapper;
     PyTypeObject *Callable, *Trace, *Observer, *Recorder;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *dtype_objects[TH_DTYPE_COUNT];
-    PyObject *fake_classes;  /* dict: device -> subclass of FakeTensor */
+    PyObject *fake_classes; /* dict: device -> subclass of FakeTensor */
     struct {
         PyObject *device, *fake_class; /* by th_dev, made when first needed (owned) */
     } devices[THX_DEVICES];
     th_dev device_of[THX_DEVICES][THX_DEVICES]; /* by torch's device type and index + 1 */
-    PyObject *fake_mode;     /* the FakeTensorMode, made when first needed */
+    PyObject *fake_mode;                        /* the FakeTensorMode, made when first needed */
     PyObject *make_subclass, *empty_strided, *fake_kwnames, *elem_kwnames, *meta_device;
     PyObject *callables; /* dict: dotted name -> callable, for plans and evaluation */
-    thx_func *funcs; /* by identity of the function object: funcs.c */
+    thx_func *funcs;     /* by identity of the function object: funcs.c */
     uint32_t nfuncs, cap_funcs;
     thx_func transient; /* description of a function without importable name; valid until the next look-up */
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
-    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *get_rng_state, *set_rng_state, *equal, *rand;
+    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *get_rng_state, *set_rng_state, *equal,
+        *rand;
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
     getter version_get, requires_grad_get;
     void *version_closure, *requires_grad_closure;
-    PyObject *active;     /* the Recorder of the capture in progress, or NULL (borrowed) */
+    PyObject *active; /* the Recorder of the capture in progress, or NULL (borrowed) */
     unsigned long active_thread;
-    bool compiling;       /* some thread captures: others run the original meanwhile */
-    PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch, *forbid_data_ptr, *functorch_level;
+    bool compiling; /* some thread captures: others run the original meanwhile */
+    PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch,
+        *forbid_data_ptr, *functorch_level;
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
     int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];
-    uint32_t facts; /* TH_FACT_*: what meta rules may rely on */
+    uint32_t facts;     /* TH_FACT_*: what meta rules may rely on */
     const char *passes; /* the pipeline; NULL: the default one */
 } thx;
 
 /* ---- raise.c: the only room that turns a core error into an exception ---- */
-PyObject *thx_raise(thx *x, th_status status);         /* always NULL */
-int thx_check(thx *x, th_status status);               /* 0, or -1 with the exception */
+PyObject *thx_raise(thx *x, th_status status); /* always NULL */
+int thx_check(thx *x, th_status status);       /* 0, or -1 with the exception */
 
 /* ---- convert.c ---- */
 enum { THX_MAX_RANK = 64 };
@@ -120,12 +123,11 @@ PyObject *thx_callable(thx *x, const th_trace *t, const th_op *op); /* borrowed 
 extern const th_opaque_vtable thx_opaque_vtable;
 
 /* ---- fake.c ---- */
-PyObject *thx_fake(thx *x, th_typeref type);       /* a fresh fake of that type */
+PyObject *thx_fake(thx *x, th_typeref type);        /* a fresh fake of that type */
 PyObject *thx_fake_class(thx *x, PyObject *device); /* borrowed */
-PyObject *thx_fake_adopt(thx *x, PyObject *fake);   /* give a plain FakeTensor our class; borrowed argument, 0/-1 style */
+PyObject *thx_fake_adopt(thx *x, PyObject *fake); /* give a plain FakeTensor our class; borrowed argument, 0/-1 style */
 bool thx_is_fake(const thx *x, PyObject *o);
 PyObject *thx_fake_mode(thx *x); /* borrowed */
 int thx_fake_init(thx *x, PyObject *module);
-
 
 #endif

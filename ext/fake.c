@@ -13,9 +13,9 @@ PyObject *thx_fake_mode(thx *x) {
     if (!x->fake_mode) {
         PyObject *module = PyImport_ImportModule("torch._subclasses.fake_tensor");
         PyObject *cls = module ? PyObject_GetAttrString(module, "FakeTensorMode") : NULL;
-        PyObject *args = PyTuple_New(0), *kwargs = Py_BuildValue("{s:O,s:O}", "allow_non_fake_inputs", Py_True, "static_shapes", Py_True);
-        if (cls && args && kwargs)
-            x->fake_mode = PyObject_Call(cls, args, kwargs);
+        PyObject *args = PyTuple_New(0),
+                 *kwargs = Py_BuildValue("{s:O,s:O}", "allow_non_fake_inputs", Py_True, "static_shapes", Py_True);
+        if (cls && args && kwargs) x->fake_mode = PyObject_Call(cls, args, kwargs);
         Py_XDECREF(kwargs);
         Py_XDECREF(args);
         Py_XDECREF(cls);
@@ -34,10 +34,8 @@ static PyObject *get_device(PyObject *module, PyObject *fake) {
     if (x->fake_mode) {
         PyObject *inside = PyObject_GetAttrString(x->fake_mode, "in_kernel_invocation");
         Py_XDECREF(inside);
-        if (!inside)
-            return NULL;
-        if (inside == Py_True)
-            return Py_NewRef(x->meta_device);
+        if (!inside) return NULL;
+        if (inside == Py_True) return Py_NewRef(x->meta_device);
     }
     return PyObject_GetAttr(fake, x->n.fake_device);
 }
@@ -59,20 +57,31 @@ static int set_property(PyObject *dict, PyMethodDef *def, PyObject *module) {
 }
 
 static PyObject *make_class(thx *x, PyObject *device) {
-    static const char *const none_fields[] = {"constant", "real_tensor", "pytype", "dispatch_keys", "_nonzero_memo",
-                                              "_item_memo", "_unique_memo", "_unique_consecutive_memo",
-                                              "_nested_int_memo", "_nonzero_memo_vc", "_item_memo_vc",
-                                              "_unique_memo_vc", "_unique_consecutive_memo_vc", "_nested_int_memo_vc",
-                                              "_nonzero_memo_epoch", "_item_memo_epoch", "_unique_memo_epoch",
-                                              "_unique_consecutive_memo_epoch", "_nested_int_memo_epoch"};
+    static const char *const none_fields[] = {"constant",
+                                              "real_tensor",
+                                              "pytype",
+                                              "dispatch_keys",
+                                              "_nonzero_memo",
+                                              "_item_memo",
+                                              "_unique_memo",
+                                              "_unique_consecutive_memo",
+                                              "_nested_int_memo",
+                                              "_nonzero_memo_vc",
+                                              "_item_memo_vc",
+                                              "_unique_memo_vc",
+                                              "_unique_consecutive_memo_vc",
+                                              "_nested_int_memo_vc",
+                                              "_nonzero_memo_epoch",
+                                              "_item_memo_epoch",
+                                              "_unique_memo_epoch",
+                                              "_unique_consecutive_memo_epoch",
+                                              "_nested_int_memo_epoch"};
     PyObject *dict = PyDict_New(), *bases = PyTuple_Pack(1, x->FakeTensor), *cls = NULL;
     PyObject *off = PyObject_GetAttrString(x->torch_c, "_disabled_torch_function_impl");
     PyObject *dispatch = PyCFunction_New(&fake_methods[2], x->module);
-    if (!dict || !bases || !off || !dispatch)
-        goto done;
+    if (!dict || !bases || !off || !dispatch) goto done;
     for (size_t i = 0; i < sizeof none_fields / sizeof *none_fields; i++)
-        if (PyDict_SetItemString(dict, none_fields[i], Py_None) < 0)
-            goto done;
+        if (PyDict_SetItemString(dict, none_fields[i], Py_None) < 0) goto done;
     /* torch 2.13 answers `fake_device` from `_fake_device`; before, it is an attribute itself. */
     if (!PyObject_HasAttr((PyObject *)x->FakeTensor, x->n.fake_device) &&
         PyDict_SetItem(dict, x->n.fake_device, device) < 0)
@@ -96,8 +105,7 @@ done:
 
 PyObject *thx_fake_class(thx *x, PyObject *device) {
     PyObject *cls = PyDict_GetItemWithError(x->fake_classes, device);
-    if (cls || PyErr_Occurred())
-        return cls;
+    if (cls || PyErr_Occurred()) return cls;
     cls = make_class(x, device);
     if (!cls || PyDict_SetItem(x->fake_classes, device, cls) < 0) {
         Py_XDECREF(cls);
@@ -111,8 +119,7 @@ PyObject *thx_fake_adopt(thx *x, PyObject *fake) {
     PyObject *device = PyObject_GetAttr(fake, x->n.fake_device);
     PyObject *cls = device ? thx_fake_class(x, device) : NULL;
     Py_XDECREF(device);
-    if (!cls || ((PyObject *)Py_TYPE(fake) != cls && PyObject_SetAttr(fake, x->n.class_, cls) < 0))
-        return NULL;
+    if (!cls || ((PyObject *)Py_TYPE(fake) != cls && PyObject_SetAttr(fake, x->n.class_, cls) < 0)) return NULL;
     return fake;
 }
 
@@ -164,8 +171,7 @@ PyObject *thx_fake(thx *x, th_typeref ref) {
     Py_XDECREF(device);
     if (fake) { /* a kernel that asks for the memory of a fake gets an error, not address 0 */
         PyObject *done = PyObject_CallOneArg(x->forbid_data_ptr, fake);
-        if (!done)
-            Py_CLEAR(fake);
+        if (!done) Py_CLEAR(fake);
         Py_XDECREF(done);
     }
     return fake;

@@ -9,38 +9,149 @@
 
 static bool listed(const char *const *list, const char *name) {
     for (; *list; list++)
-        if (strcmp(*list, name) == 0)
-            return true;
+        if (strcmp(*list, name) == 0) return true;
     return false;
 }
 
-static const char *const queries[] = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "is_contiguous",
-    "element_size", "get_device", "__len__", "is_signed", "type", "is_inference", "is_pinned", "is_conj",
-    "is_neg", "is_same_size", "has_names", "is_shared", "is_set_to", "is_distributed", "is_coalesced", "sparse_dim",
-    "dense_dim", "dim_order", "can_cast", "promote_types", "result_type", "is_tensor", "is_storage", "is_nonzero_query",
-    "_is_view", "is_variable", "broadcast_shapes", "__hash__", "__dir__", "_nnz", "is_vulkan_available",
-    "__reduce_ex_query__", "get_default_dtype", "_dimI", "_dimV", NULL};
-static const char *const query_properties[] = {
-    "shape",     "dtype",     "device",   "ndim",     "layout",   "is_cuda",      "is_cpu",     "is_xpu", "is_mps",
-    "is_meta",   "is_sparse", "is_leaf",  "grad_fn",  "names",    "is_quantized", "is_mkldnn",  "is_ipu", "is_maia",
-    "itemsize",  "nbytes",    "_version", "is_nested", "name",    "output_nr",    "is_sparse_csr", "is_xla",
-    "is_vulkan", "is_mtia",   "is_hpu",   "requires_grad", "retains_grad", "_backward_hooks", "_post_accumulate_grad_hooks", NULL};
-static const char *const data[] = {"item",   "__bool__",  "__int__",    "__float__", "__index__", "__complex__",
-                                   "tolist", "numpy",     "__array__",  "equal",     "allclose",  "is_nonzero",
-                                   "__contains__", "__repr__", "__str__", "__format__", "__nonzero__", "__long__", NULL};
+static const char *const queries[] = {"size",
+                                      "dim",
+                                      "ndimension",
+                                      "numel",
+                                      "nelement",
+                                      "stride",
+                                      "is_floating_point",
+                                      "is_complex",
+                                      "is_contiguous",
+                                      "element_size",
+                                      "get_device",
+                                      "__len__",
+                                      "is_signed",
+                                      "type",
+                                      "is_inference",
+                                      "is_pinned",
+                                      "is_conj",
+                                      "is_neg",
+                                      "is_same_size",
+                                      "has_names",
+                                      "is_shared",
+                                      "is_set_to",
+                                      "is_distributed",
+                                      "is_coalesced",
+                                      "sparse_dim",
+                                      "dense_dim",
+                                      "dim_order",
+                                      "can_cast",
+                                      "promote_types",
+                                      "result_type",
+                                      "is_tensor",
+                                      "is_storage",
+                                      "is_nonzero_query",
+                                      "_is_view",
+                                      "is_variable",
+                                      "broadcast_shapes",
+                                      "__hash__",
+                                      "__dir__",
+                                      "_nnz",
+                                      "is_vulkan_available",
+                                      "__reduce_ex_query__",
+                                      "get_default_dtype",
+                                      "_dimI",
+                                      "_dimV",
+                                      NULL};
+static const char *const query_properties[] = {"shape",
+                                               "dtype",
+                                               "device",
+                                               "ndim",
+                                               "layout",
+                                               "is_cuda",
+                                               "is_cpu",
+                                               "is_xpu",
+                                               "is_mps",
+                                               "is_meta",
+                                               "is_sparse",
+                                               "is_leaf",
+                                               "grad_fn",
+                                               "names",
+                                               "is_quantized",
+                                               "is_mkldnn",
+                                               "is_ipu",
+                                               "is_maia",
+                                               "itemsize",
+                                               "nbytes",
+                                               "_version",
+                                               "is_nested",
+                                               "name",
+                                               "output_nr",
+                                               "is_sparse_csr",
+                                               "is_xla",
+                                               "is_vulkan",
+                                               "is_mtia",
+                                               "is_hpu",
+                                               "requires_grad",
+                                               "retains_grad",
+                                               "_backward_hooks",
+                                               "_post_accumulate_grad_hooks",
+                                               NULL};
+static const char *const data[] = {"item",        "__bool__",    "__int__",      "__float__", "__index__",
+                                   "__complex__", "tolist",      "numpy",        "__array__", "equal",
+                                   "allclose",    "is_nonzero",  "__contains__", "__repr__",  "__str__",
+                                   "__format__",  "__nonzero__", "__long__",     NULL};
 static const char *const skipped[] = {"_set_grad_enabled", "set_grad_enabled", "set_default_tensor_type",
                                       "__get_properties__", NULL};
-static const char *const refused[] = {"register_hook", "retain_grad", "backward", "register_post_accumulate_grad_hook",
-                                      "data_ptr", "share_memory_", "__reduce_ex__", "__setstate__", "__deepcopy__", "to_dense_",
-                                      "untyped_storage", "storage", "_typed_storage", "__dlpack__", "pin_memory",
-                                      "record_stream", "__cuda_array_interface__", "set_", "storage_offset", NULL};
-static const char *const random_names[] = {
-    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_",
-    "multinomial", "normal", "normal_", "uniform_", "random_", "poisson", "exponential_", "cauchy_", "log_normal_",
-    "geometric_", "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
-    "feature_alpha_dropout", "rrelu", "rrelu_", "gumbel_softmax", "native_dropout", "fractional_max_pool2d",
-    "fractional_max_pool3d", NULL};
+static const char *const refused[] = {"register_hook",
+                                      "retain_grad",
+                                      "backward",
+                                      "register_post_accumulate_grad_hook",
+                                      "data_ptr",
+                                      "share_memory_",
+                                      "__reduce_ex__",
+                                      "__setstate__",
+                                      "__deepcopy__",
+                                      "to_dense_",
+                                      "untyped_storage",
+                                      "storage",
+                                      "_typed_storage",
+                                      "__dlpack__",
+                                      "pin_memory",
+                                      "record_stream",
+                                      "__cuda_array_interface__",
+                                      "set_",
+                                      "storage_offset",
+                                      NULL};
+static const char *const random_names[] = {"rand",
+                                           "randn",
+                                           "randint",
+                                           "randperm",
+                                           "rand_like",
+                                           "randn_like",
+                                           "randint_like",
+                                           "bernoulli",
+                                           "bernoulli_",
+                                           "multinomial",
+                                           "normal",
+                                           "normal_",
+                                           "uniform_",
+                                           "random_",
+                                           "poisson",
+                                           "exponential_",
+                                           "cauchy_",
+                                           "log_normal_",
+                                           "geometric_",
+                                           "dropout",
+                                           "dropout_",
+                                           "dropout1d",
+                                           "dropout2d",
+                                           "dropout3d",
+                                           "alpha_dropout",
+                                           "feature_dropout",
+                                           "feature_alpha_dropout",
+                                           "rrelu",
+                                           "rrelu_",
+                                           "gumbel_softmax",
+                                           "native_dropout",
+                                           "fractional_max_pool2d",
+                                           "fractional_max_pool3d",
+                                           NULL};
 
 /* ---- names ---- */
 
@@ -72,8 +183,7 @@ static th_str dotted_name(thx *x, PyObject *function, const char *name) {
             PyObject *owner = PyDict_GetItemString(PyImport_GetModuleDict(), PyUnicode_AsUTF8(module));
             PyObject *found = owner ? PyObject_GetAttr(owner, qualname) : NULL;
             PyErr_Clear();
-            if (found == function)
-                result = th_intern_z(x->ctx, text);
+            if (found == function) result = th_intern_z(x->ctx, text);
             Py_XDECREF(found);
         }
     }
@@ -82,11 +192,11 @@ static th_str dotted_name(thx *x, PyObject *function, const char *name) {
     return result;
 }
 
-/* torch.ops.aten.add.Tensor for an OpOverload, torch.ops.aten.add for a packet: str() of the object is "aten.add.Tensor". */
+/* torch.ops.aten.add.Tensor for an OpOverload, torch.ops.aten.add for a packet: str() of the object is
+ * "aten.add.Tensor". */
 static th_str op_name(thx *x, PyObject *function) {
     const char *type = Py_TYPE(function)->tp_name;
-    if (strcmp(type, "OpOverload") != 0 && strcmp(type, "OpOverloadPacket") != 0)
-        return 0;
+    if (strcmp(type, "OpOverload") != 0 && strcmp(type, "OpOverloadPacket") != 0) return 0;
     PyObject *text = PyObject_Str(function);
     const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
     char dotted[256];
@@ -101,14 +211,10 @@ static th_str op_name(thx *x, PyObject *function) {
 }
 
 static uint8_t kind_of(const char *callee, const char *name) {
-    if (listed(queries, name))
-        return THX_FUNC_QUERY;
-    if (listed(data, name))
-        return THX_FUNC_DATA;
-    if (listed(skipped, name))
-        return THX_FUNC_SKIP;
-    if (listed(refused, name))
-        return THX_FUNC_REFUSE;
+    if (listed(queries, name)) return THX_FUNC_QUERY;
+    if (listed(data, name)) return THX_FUNC_DATA;
+    if (listed(skipped, name)) return THX_FUNC_SKIP;
+    if (listed(refused, name)) return THX_FUNC_REFUSE;
     (void)callee;
     return THX_FUNC_RECORD;
 }
@@ -126,7 +232,8 @@ static int describe_property(thx *x, PyObject *wrapper, PyObject *descriptor, th
         if (get)
             f->kind = listed(query_properties, name) ? THX_FUNC_QUERY : THX_FUNC_RECORD;
         else
-            f->kind = strcmp(name, "requires_grad") == 0 || strcmp(name, "names") == 0 ? THX_FUNC_SKIP : THX_FUNC_REFUSE;
+            f->kind =
+                strcmp(name, "requires_grad") == 0 || strcmp(name, "names") == 0 ? THX_FUNC_SKIP : THX_FUNC_REFUSE;
         f->def = th_catalog_find(x->catalog, f->callee);
         rc = 0;
     }
@@ -141,12 +248,10 @@ static int describe(thx *x, PyObject *function, thx_func *f) {
     PyObject *name = PyObject_GetAttr(function, x->n.name);
     PyErr_Clear();
     const char *utf8 = name && PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : "";
-    if (!f->callee && utf8[0])
-        f->callee = dotted_name(x, function, utf8);
+    if (!f->callee && utf8[0]) f->callee = dotted_name(x, function, utf8);
     f->kind = kind_of(f->callee ? th_str_get(x->ctx, f->callee) : "", utf8);
     f->random = listed(random_names, utf8);
-    if (f->callee)
-        f->def = th_catalog_find(x->catalog, f->callee);
+    if (f->callee) f->def = th_catalog_find(x->catalog, f->callee);
     Py_XDECREF(name);
     return 0;
 }
@@ -155,19 +260,16 @@ static int describe(thx *x, PyObject *function, thx_func *f) {
 
 static thx_func *slot_of(thx_func *table, uint32_t cap, PyObject *key) {
     uint32_t at = (uint32_t)(((uintptr_t)key >> 4) * 2654435761u) & (cap - 1);
-    while (table[at].key && table[at].key != key)
-        at = (at + 1) & (cap - 1);
+    while (table[at].key && table[at].key != key) at = (at + 1) & (cap - 1);
     return &table[at];
 }
 
 static int grow(thx *x) {
     uint32_t cap = x->cap_funcs ? x->cap_funcs * 2 : 1024;
     thx_func *table = PyMem_Calloc(cap, sizeof *table);
-    if (!table)
-        return PyErr_NoMemory(), -1;
+    if (!table) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < x->cap_funcs; i++)
-        if (x->funcs[i].key)
-            *slot_of(table, cap, x->funcs[i].key) = x->funcs[i];
+        if (x->funcs[i].key) *slot_of(table, cap, x->funcs[i].key) = x->funcs[i];
     PyMem_Free(x->funcs);
     x->funcs = table;
     x->cap_funcs = cap;
@@ -178,14 +280,12 @@ const thx_func *thx_func_find(thx *x, PyObject *function) {
     PyObject *key = function, *wrapped = NULL;
     if (Py_TYPE(function) == x->MethodWrapper) { /* made anew at each access: its descriptor is the identity */
         wrapped = PyObject_GetAttr(function, x->n.self);
-        if (!wrapped)
-            return NULL;
+        if (!wrapped) return NULL;
         key = wrapped;
         PyObject *name = PyObject_GetAttr(function, x->n.name);
         bool get = name && PyUnicode_CompareWithASCIIString(name, "__get__") == 0;
         Py_XDECREF(name);
-        if (!get)
-            key = function; /* __set__ and __delete__: described anew, never kept */
+        if (!get) key = function; /* __set__ and __delete__: described anew, never kept */
     }
     if (x->nfuncs * 2 >= x->cap_funcs && grow(x) < 0) {
         Py_XDECREF(wrapped);
@@ -211,8 +311,7 @@ const thx_func *thx_func_find(thx *x, PyObject *function) {
 }
 
 void thx_funcs_free(thx *x) {
-    for (uint32_t i = 0; i < x->cap_funcs; i++)
-        Py_XDECREF(x->funcs[i].key);
+    for (uint32_t i = 0; i < x->cap_funcs; i++) Py_XDECREF(x->funcs[i].key);
     PyMem_Free(x->funcs);
     x->funcs = NULL;
     x->nfuncs = x->cap_funcs = 0;

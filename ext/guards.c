@@ -31,7 +31,7 @@ typedef struct watch_object {
     PyTypeObject *type;
 } watch_object;
 
-typedef struct watch_place { /* a closure cell, or a global name that the code mentions */
+typedef struct watch_place {       /* a closure cell, or a global name that the code mentions */
     PyObject *owner, *key, *value; /* owned; key NULL: owner is a cell; value NULL: empty or absent */
 } watch_place;
 
@@ -42,7 +42,11 @@ typedef struct bound {
     bool requires_grad;
 } bound;
 
-#define VEC(type) struct { type *items; uint32_t count, cap; }
+#define VEC(type)            \
+    struct {                 \
+        type *items;         \
+        uint32_t count, cap; \
+    }
 
 struct thx_guards {
     VEC(watch_dict) dicts;
@@ -57,12 +61,10 @@ struct thx_guards {
 };
 
 static int reserve(void **items, uint32_t *cap, uint32_t count, size_t size) {
-    if (count < *cap)
-        return 0;
+    if (count < *cap) return 0;
     uint32_t wanted = *cap ? *cap * 2 : 32;
     void *grown = PyMem_Realloc(*items, wanted * size);
-    if (!grown)
-        return PyErr_NoMemory(), -1;
+    if (!grown) return PyErr_NoMemory(), -1;
     *items = grown;
     *cap = wanted;
     return 0;
@@ -100,21 +102,18 @@ static int watch(thx *x, PyObject *dict) {
         x->dict_watcher = Py_Version == 0x030D00F0 ? -1 : PyDict_AddWatcher(on_event);
         PyErr_Clear();
     }
-    if (x->dict_watcher < 0)
-        return 0;
+    if (x->dict_watcher < 0) return 0;
     int count = count_watch(x, dict, 1);
     return count < 0 ? -1 : count == 1 ? PyDict_Watch(x->dict_watcher, dict) : 0;
 }
 
 static void unwatch(thx *x, PyObject *dict) {
-    if (x->dict_watcher >= 0 && count_watch(x, dict, -1) == 0)
-        (void)PyDict_Unwatch(x->dict_watcher, dict);
+    if (x->dict_watcher >= 0 && count_watch(x, dict, -1) == 0) (void)PyDict_Unwatch(x->dict_watcher, dict);
     PyErr_Clear();
 }
 
 void thx_guards_fini(thx *x) {
-    if (x->dict_watcher >= 0)
-        (void)PyDict_ClearWatcher(x->dict_watcher);
+    if (x->dict_watcher >= 0) (void)PyDict_ClearWatcher(x->dict_watcher);
     PyErr_Clear();
 }
 #endif
@@ -130,8 +129,7 @@ static bool is_leaf(thx *x, PyObject *o) {
 
 /* Classes of torch other than modules, loggers and locks hold nothing that a forward's result depends on. */
 static bool is_foreign(thx *x, PyObject *o) {
-    if (PyObject_TypeCheck(o, x->NnModule))
-        return false;
+    if (PyObject_TypeCheck(o, x->NnModule)) return false;
     PyObject *module = PyObject_GetAttr((PyObject *)Py_TYPE(o), x->n.module);
     const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
     bool foreign = strncmp(name, "torch.", 6) == 0 || strcmp(name, "torch") == 0 || strcmp(name, "logging") == 0 ||
@@ -152,8 +150,7 @@ typedef struct walker {
 
 static void **seen_place(void **table, uint32_t cap, void *key) {
     uint32_t at = (uint32_t)(((uintptr_t)key >> 4) * 2654435761u) & (cap - 1);
-    while (table[at] && table[at] != key)
-        at = (at + 1) & (cap - 1);
+    while (table[at] && table[at] != key) at = (at + 1) & (cap - 1);
     return &table[at];
 }
 
@@ -162,18 +159,15 @@ static int first_visit(walker *w, PyObject *o) {
     if (w->nseen * 2 >= w->cap_seen) {
         uint32_t cap = w->cap_seen ? w->cap_seen * 2 : 1024;
         void **table = PyMem_Calloc(cap, sizeof *table);
-        if (!table)
-            return PyErr_NoMemory(), -1;
+        if (!table) return PyErr_NoMemory(), -1;
         for (uint32_t i = 0; i < w->cap_seen; i++)
-            if (w->seen[i])
-                *seen_place(table, cap, w->seen[i]) = w->seen[i];
+            if (w->seen[i]) *seen_place(table, cap, w->seen[i]) = w->seen[i];
         PyMem_Free(w->seen);
         w->seen = table;
         w->cap_seen = cap;
     }
     void **place = seen_place(w->seen, w->cap_seen, o);
-    if (*place)
-        return 0;
+    if (*place) return 0;
     *place = o;
     w->nseen++;
     return 1;
@@ -193,54 +187,42 @@ static int walk(walker *w, PyObject *o, int depth);
 
 static int walk_dict(walker *w, PyObject *dict, int depth) {
     thx_guards *g = w->g;
-    if (RESERVE(g->dicts) < 0 || watch(w->x, dict) < 0)
-        return -1;
+    if (RESERVE(g->dicts) < 0 || watch(w->x, dict) < 0) return -1;
     PyObject *copy = PyDict_Copy(dict), *key, *value;
-    if (!copy)
-        return -1;
+    if (!copy) return -1;
     g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), copy, tag_of(dict)};
     for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);)
-        if (walk(w, value, depth + 1) < 0)
-            return -1;
+        if (walk(w, value, depth + 1) < 0) return -1;
     return 0;
 }
 
 static int walk_sequence(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     PyObject *copy = PyAnySet_Check(o) ? PyFrozenSet_New(o) : PySequence_Tuple(o);
-    if (!copy || RESERVE(g->sequences) < 0)
-        return -1;
+    if (!copy || RESERVE(g->sequences) < 0) return -1;
     if (PyTuple_Check(o))
         Py_DECREF(copy);
     else
         g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy};
-    if (PyAnySet_Check(o))
-        return 0;
+    if (PyAnySet_Check(o)) return 0;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); i++)
-        if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0)
-            return -1;
+        if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0) return -1;
     return 0;
 }
 
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
-    if (is_leaf(w->x, o) || depth > 64)
-        return 0;
+    if (is_leaf(w->x, o) || depth > 64) return 0;
     int fresh = first_visit(w, o);
-    if (fresh <= 0)
-        return fresh;
+    if (fresh <= 0) return fresh;
     if (thx_is_tensor(w->x, o)) {
-        if (RESERVE(g->tensors) < 0)
-            return -1;
+        if (RESERVE(g->tensors) < 0) return -1;
         g->tensors.items[g->tensors.count++] = Py_NewRef(o);
         return 0;
     }
-    if (PyDict_Check(o) && walk_dict(w, o, depth) < 0)
-        return -1;
-    if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o))
-        return walk_sequence(w, o, depth);
-    if (is_foreign_cached(w, o))
-        return 0;
+    if (PyDict_Check(o) && walk_dict(w, o, depth) < 0) return -1;
+    if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o)) return walk_sequence(w, o, depth);
+    if (is_foreign_cached(w, o)) return 0;
     PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
     if (!dict || !PyDict_Check(dict)) {
         PyErr_Clear();
@@ -267,17 +249,16 @@ static int walk_callable(walker *w, PyObject *o, int depth);
 
 static int walk_place(walker *w, PyObject *owner, PyObject *key, int depth) {
     thx_guards *g = w->g;
-    if (RESERVE(g->places) < 0)
-        return -1;
+    if (RESERVE(g->places) < 0) return -1;
     watch_place p = {owner, key, NULL};
     PyObject *value = place_value(&p);
     Py_INCREF(owner);
     Py_XINCREF(key);
     p.value = Py_XNewRef(value);
     g->places.items[g->places.count++] = p;
-    if (!value)
-        return 0;
-    return PyFunction_Check(value) || PyMethod_Check(value) ? walk_callable(w, value, depth + 1) : walk(w, value, depth + 1);
+    if (!value) return 0;
+    return PyFunction_Check(value) || PyMethod_Check(value) ? walk_callable(w, value, depth + 1)
+                                                            : walk(w, value, depth + 1);
 }
 
 static bool is_torch_function(thx *x, PyObject *function) {
@@ -292,17 +273,14 @@ static bool is_torch_function(thx *x, PyObject *function) {
 /* Closure cells, and the globals whose names the code mentions; functions among them likewise. */
 static int walk_function(walker *w, PyObject *function, int depth) {
     int fresh = depth > 16 || is_torch_function(w->x, function) ? 0 : first_visit(w, function);
-    if (fresh <= 0)
-        return fresh;
+    if (fresh <= 0) return fresh;
     PyCodeObject *code = (PyCodeObject *)PyFunction_GET_CODE(function);
     PyObject *closure = PyFunction_GET_CLOSURE(function), *globals = PyFunction_GET_GLOBALS(function);
     for (Py_ssize_t i = 0; closure && i < PyTuple_GET_SIZE(closure); i++)
-        if (walk_place(w, PyTuple_GET_ITEM(closure, i), NULL, depth) < 0)
-            return -1;
+        if (walk_place(w, PyTuple_GET_ITEM(closure, i), NULL, depth) < 0) return -1;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); i++) {
         PyObject *name = PyTuple_GET_ITEM(code->co_names, i);
-        if (PyDict_GetItemWithError(globals, name) && walk_place(w, globals, name, depth) < 0)
-            return -1;
+        if (PyDict_GetItemWithError(globals, name) && walk_place(w, globals, name, depth) < 0) return -1;
     }
     return PyErr_Occurred() ? -1 : 0;
 }
@@ -317,19 +295,16 @@ static int walk_attribute(walker *w, PyObject *o, const char *name, int depth) {
 
 /* A function, a bound method, a partial, or an object with __call__. */
 static int walk_callable(walker *w, PyObject *o, int depth) {
-    if (PyFunction_Check(o))
-        return walk_function(w, o, depth);
+    if (PyFunction_Check(o)) return walk_function(w, o, depth);
     if (PyMethod_Check(o))
         return walk(w, PyMethod_GET_SELF(o), depth) < 0 ? -1 : walk_callable(w, PyMethod_GET_FUNCTION(o), depth + 1);
-    if (depth > 16 || is_leaf(w->x, o) || PyObject_TypeCheck(o, w->x->NnModule))
-        return walk(w, o, depth);
+    if (depth > 16 || is_leaf(w->x, o) || PyObject_TypeCheck(o, w->x->NnModule)) return walk(w, o, depth);
     if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
         return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0 ||
                        walk_attribute(w, o, "keywords", depth) < 0
                    ? -1
                    : 0;
-    if (walk(w, o, depth) < 0)
-        return -1;
+    if (walk(w, o, depth) < 0) return -1;
     PyObject *call = PyObject_GetAttrString((PyObject *)Py_TYPE(o), "__call__");
     PyErr_Clear();
     int rc = call && PyFunction_Check(call) ? walk_function(w, call, depth + 1) : 0;
@@ -338,17 +313,16 @@ static int walk_callable(walker *w, PyObject *o, int depth) {
 }
 
 static int walk_global_hooks(walker *w) {
-    static const char *const names[] = {"_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-                                        "_global_backward_pre_hooks", "_global_forward_hooks_always_called", NULL};
+    static const char *const names[] = {
+        "_global_forward_hooks",      "_global_forward_pre_hooks",           "_global_backward_hooks",
+        "_global_backward_pre_hooks", "_global_forward_hooks_always_called", NULL};
     PyObject *module = PyImport_ImportModule("torch.nn.modules.module");
-    if (!module)
-        return -1;
+    if (!module) return -1;
     int rc = 0;
     for (int i = 0; names[i] && rc == 0; i++) {
         PyObject *hooks = PyObject_GetAttrString(module, names[i]);
         PyErr_Clear();
-        if (hooks && PyDict_Check(hooks) && first_visit(w, hooks) == 1)
-            rc = walk_dict(w, hooks, 0);
+        if (hooks && PyDict_Check(hooks) && first_visit(w, hooks) == 1) rc = walk_dict(w, hooks, 0);
         Py_XDECREF(hooks);
     }
     Py_DECREF(module);
@@ -358,16 +332,15 @@ static int walk_global_hooks(walker *w) {
 thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn) {
     thx_guards *g = PyMem_Calloc(1, sizeof *g);
     walker w = {.x = x, .g = g};
-    if (!g || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0) || (fn != root && walk_callable(&w, fn, 0) < 0)) {
-        if (!PyErr_Occurred())
-            PyErr_NoMemory();
+    if (!g || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0) ||
+        (fn != root && walk_callable(&w, fn, 0) < 0)) {
+        if (!PyErr_Occurred()) PyErr_NoMemory();
         thx_guards_free(x, g);
         g = NULL;
     }
     PyMem_Free(w.seen);
 #if !HAVE_VERSION_TAGS
-    if (g)
-        g->events = dict_events;
+    if (g) g->events = dict_events;
 #endif
     return g;
 }
@@ -383,8 +356,7 @@ int thx_guards_watch(thx *x, thx_guards *g, PyObject *argument) {
 }
 
 void thx_guards_free(thx *x, thx_guards *g) {
-    if (!g)
-        return;
+    if (!g) return;
     for (uint32_t i = 0; i < g->dicts.count; i++) {
         unwatch(x, g->dicts.items[i].dict);
         Py_DECREF(g->dicts.items[i].dict);
@@ -394,10 +366,8 @@ void thx_guards_free(thx *x, thx_guards *g) {
         Py_DECREF(g->sequences.items[i].object);
         Py_DECREF(g->sequences.items[i].copy);
     }
-    for (uint32_t i = 0; i < g->objects.count; i++)
-        Py_DECREF(g->objects.items[i].object);
-    for (uint32_t i = 0; i < g->tensors.count; i++)
-        Py_DECREF(g->tensors.items[i]);
+    for (uint32_t i = 0; i < g->objects.count; i++) Py_DECREF(g->objects.items[i].object);
+    for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->places.count; i++) {
         Py_DECREF(g->places.items[i].owner);
         Py_XDECREF(g->places.items[i].key);
@@ -428,10 +398,8 @@ int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg) {
         Py_VISIT(g->sequences.items[i].object);
         Py_VISIT(g->sequences.items[i].copy);
     }
-    for (uint32_t i = 0; i < g->objects.count; i++)
-        Py_VISIT(g->objects.items[i].object);
-    for (uint32_t i = 0; i < g->tensors.count; i++)
-        Py_VISIT(g->tensors.items[i]);
+    for (uint32_t i = 0; i < g->objects.count; i++) Py_VISIT(g->objects.items[i].object);
+    for (uint32_t i = 0; i < g->tensors.count; i++) Py_VISIT(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->places.count; i++) {
         Py_VISIT(g->places.items[i].owner);
         Py_VISIT(g->places.items[i].key);
@@ -451,16 +419,14 @@ int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg) {
 static int add_places(thx *x, PyObject *places, PyObject *prefix, PyObject *dict) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
-        if (!thx_is_tensor(x, value))
-            continue;
+        if (!thx_is_tensor(x, value)) continue;
         PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
         PyObject *place = name ? PyTuple_Pack(3, dict, key, name) : NULL, *id = PyLong_FromVoidPtr(value);
         bool ok = place && id && PyDict_SetDefault(places, id, place);
         Py_XDECREF(id);
         Py_XDECREF(place);
         Py_XDECREF(name);
-        if (!ok)
-            return -1;
+        if (!ok) return -1;
     }
     return 0;
 }
@@ -468,19 +434,16 @@ static int add_places(thx *x, PyObject *places, PyObject *prefix, PyObject *dict
 static int walk_places(walker *w, PyObject *places, PyObject *prefix, PyObject *module, int depth) {
     int fresh = depth > 64 ? 0 : first_visit(w, module);
     PyObject *dict = fresh == 1 ? PyObject_GetAttr(module, w->x->n.dict) : NULL, *key, *child;
-    if (!dict)
-        return fresh == 1 ? -1 : fresh;
+    if (!dict) return fresh == 1 ? -1 : fresh;
     int rc = 0;
     static const char *const kinds[] = {"_parameters", "_buffers"};
     for (int k = 0; k < 2 && rc == 0; k++) {
         PyObject *tensors = PyDict_GetItemString(dict, kinds[k]);
-        if (tensors && PyDict_Check(tensors))
-            rc = add_places(w->x, places, prefix, tensors);
+        if (tensors && PyDict_Check(tensors)) rc = add_places(w->x, places, prefix, tensors);
     }
     PyObject *modules = PyDict_GetItemString(dict, "_modules");
     for (Py_ssize_t at = 0; rc == 0 && modules && PyDict_Check(modules) && PyDict_Next(modules, &at, &key, &child);) {
-        if (!PyObject_TypeCheck(child, w->x->NnModule))
-            continue;
+        if (!PyObject_TypeCheck(child, w->x->NnModule)) continue;
         PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
         rc = name ? walk_places(w, places, name, child, depth + 1) : -1;
         Py_XDECREF(name);
@@ -492,8 +455,7 @@ static int walk_places(walker *w, PyObject *places, PyObject *prefix, PyObject *
 PyObject *thx_guards_params(thx *x, PyObject *root) {
     PyObject *places = PyDict_New(), *prefix = PyUnicode_FromString("");
     walker w = {.x = x};
-    if (!places || !prefix || walk_places(&w, places, prefix, root, 0) < 0)
-        Py_CLEAR(places);
+    if (!places || !prefix || walk_places(&w, places, prefix, root, 0) < 0) Py_CLEAR(places);
     PyMem_Free(w.seen);
     Py_XDECREF(prefix);
     return places;
@@ -503,13 +465,11 @@ PyObject *thx_guards_params(thx *x, PyObject *root) {
 
 static int read_bound(thx *x, PyObject *tensor, bound *b) {
     thx_meta m;
-    if (thx_read_meta(x, tensor, false, &m) < 0)
-        return -1;
+    if (thx_read_meta(x, tensor, false, &m) < 0) return -1;
     b->ndim = m.ndim;
     b->requires_grad = m.requires_grad;
     b->dims = PyMem_Malloc(sizeof(int64_t) * (size_t)(2 * m.ndim + 1));
-    if (!b->dims)
-        return PyErr_NoMemory(), -1;
+    if (!b->dims) return PyErr_NoMemory(), -1;
     memcpy(b->dims, m.shape, sizeof(int64_t) * (size_t)m.ndim);
     memcpy(b->dims + m.ndim, m.stride, sizeof(int64_t) * (size_t)m.ndim);
     b->dtype = (int32_t)m.dtype;
@@ -544,22 +504,18 @@ static bool bound_holds(thx *x, PyObject *tensor, const bound *b) {
         return false;
     int64_t *want = b->dims;
     for (int64_t i = 0; i < ndim; i++)
-        if (sizes[i] != want[i] || strides[i] != want[ndim + i])
-            return false;
+        if (sizes[i] != want[i] || strides[i] != want[ndim + i]) return false;
     int grad = thx_requires_grad(abi, tensor);
     return (grad > 0) == b->requires_grad || grad < 0;
 }
 
 int thx_guards_bind(thx *x, thx_guards *g, PyObject *tensor, PyObject *dict, PyObject *key) {
-    if (RESERVE(g->bounds) < 0)
-        return -1;
+    if (RESERVE(g->bounds) < 0) return -1;
     PyObject **live = PyMem_Realloc(g->live, sizeof *live * (g->bounds.count + 1));
-    if (!live)
-        return PyErr_NoMemory(), -1;
+    if (!live) return PyErr_NoMemory(), -1;
     g->live = live;
     bound b = {.dict = NULL};
-    if (read_bound(x, tensor, &b) < 0)
-        return -1;
+    if (read_bound(x, tensor, &b) < 0) return -1;
     b.dict = Py_XNewRef(dict);
     b.key = Py_XNewRef(key);
     live[g->bounds.count] = Py_NewRef(tensor);
@@ -576,8 +532,7 @@ const char *thx_guards_reason(const thx_guards *g) { return g->reason; }
 
 bool thx_guards_holds(const thx_guards *g, PyObject *tensor) {
     for (uint32_t i = 0; i < g->tensors.count; i++)
-        if (g->tensors.items[i] == tensor)
-            return true;
+        if (g->tensors.items[i] == tensor) return true;
     return false;
 }
 
@@ -589,8 +544,7 @@ bool thx_guards_need_grad(const thx *x, const thx_guards *g) {
             grad = flag == Py_True;
             Py_XDECREF(flag);
         }
-        if (grad)
-            return true;
+        if (grad) return true;
     }
     return false;
 }
@@ -598,35 +552,30 @@ bool thx_guards_need_grad(const thx *x, const thx_guards *g) {
 /* ---- checking ---- */
 
 static bool same_value(PyObject *a, PyObject *b) {
-    if (a == b)
-        return true;
+    if (a == b) return true;
     PyTypeObject *t = Py_TYPE(a);
-    if (t != Py_TYPE(b))
-        return false;
+    if (t != Py_TYPE(b)) return false;
     if (t == &PyFloat_Type) {
         double p = PyFloat_AS_DOUBLE(a), q = PyFloat_AS_DOUBLE(b);
         return memcmp(&p, &q, sizeof p) == 0;
     }
-    return (t == &PyLong_Type || t == &PyUnicode_Type || t == &PyBytes_Type) && PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+    return (t == &PyLong_Type || t == &PyUnicode_Type || t == &PyBytes_Type) &&
+           PyObject_RichCompareBool(a, b, Py_EQ) == 1;
 }
 
 /* A tensor bound from dict[key] was replaced: take the new one when it is of the same kind. */
 static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObject *old, PyObject *now) {
-    if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old))
-        return false;
+    if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old)) return false;
     bool found = false;
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         bound *b = &g->bounds.items[i];
-        if (g->live[i] != old)
-            continue;
-        if (b->dict != dict || !same_value(b->key, key) || !bound_holds(x, now, b))
-            return false;
+        if (g->live[i] != old) continue;
+        if (b->dict != dict || !same_value(b->key, key) || !bound_holds(x, now, b)) return false;
         Py_SETREF(g->live[i], Py_NewRef(now));
         found = true;
     }
     for (uint32_t i = 0; found && i < g->tensors.count; i++)
-        if (g->tensors.items[i] == old)
-            Py_SETREF(g->tensors.items[i], Py_NewRef(now));
+        if (g->tensors.items[i] == old) Py_SETREF(g->tensors.items[i], Py_NewRef(now));
     g->generation += found;
     return found;
 }
@@ -637,8 +586,7 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
         Py_ssize_t at = 0;
         while (PyDict_Next(w->copy, &at, &key, &old)) {
             PyObject *now = PyDict_GetItemWithError(w->dict, key);
-            if (!now || (!same_value(old, now) && !rebind(x, g, w->dict, key, old, now)))
-                break;
+            if (!now || (!same_value(old, now) && !rebind(x, g, w->dict, key, old, now))) break;
             if (now != old) {
                 Py_INCREF(now);
                 PyDict_SetItem(w->copy, key, now); /* same keys: the iteration stays valid */
@@ -669,25 +617,21 @@ static bool sequence_holds(const watch_sequence *w) {
         return n == PySet_GET_SIZE(w->copy) && (!n || PyObject_RichCompareBool(w->object, w->copy, Py_EQ) == 1);
     }
     Py_ssize_t n = PySequence_Fast_GET_SIZE(w->object);
-    if (n != PyTuple_GET_SIZE(w->copy))
-        return false;
+    if (n != PyTuple_GET_SIZE(w->copy)) return false;
     for (Py_ssize_t i = 0; i < n; i++)
-        if (!same_value(PySequence_Fast_ITEMS(w->object)[i], PyTuple_GET_ITEM(w->copy, i)))
-            return false;
+        if (!same_value(PySequence_Fast_ITEMS(w->object)[i], PyTuple_GET_ITEM(w->copy, i))) return false;
     return true;
 }
 
 int thx_guards_check(thx *x, thx_guards *g) {
 #if HAVE_VERSION_TAGS
     for (uint32_t i = 0; i < g->dicts.count; i++)
-        if (tag_of(g->dicts.items[i].dict) != g->dicts.items[i].tag && !dict_holds(x, g, &g->dicts.items[i]))
-            return 0;
+        if (tag_of(g->dicts.items[i].dict) != g->dicts.items[i].tag && !dict_holds(x, g, &g->dicts.items[i])) return 0;
 #else
     if (x->dict_watcher < 0 || g->events != dict_events) {
         uint64_t events = dict_events;
         for (uint32_t i = 0; i < g->dicts.count; i++)
-            if (!dict_holds(x, g, &g->dicts.items[i]))
-                return 0;
+            if (!dict_holds(x, g, &g->dicts.items[i])) return 0;
         g->events = events;
     }
 #endif
@@ -713,8 +657,9 @@ int thx_guards_check(thx *x, thx_guards *g) {
     }
     for (uint32_t i = 0; i < g->bounds.count; i++)
         if (!bound_holds(x, g->live[i], &g->bounds.items[i])) {
-            snprintf(g->reason, sizeof g->reason, "a parameter or buffer changed its shape, strides, dtype, device or "
-                                                  "requires_grad");
+            snprintf(g->reason, sizeof g->reason,
+                     "a parameter or buffer changed its shape, strides, dtype, device or "
+                     "requires_grad");
             return 0;
         }
     return 1;
@@ -725,24 +670,20 @@ int thx_guards_check(thx *x, thx_guards *g) {
 static int tell_changes(const watch_dict *w, thx_change_fn changed, void *user) {
     PyObject *key, *now, *old;
     PyObject *after = PyDict_Copy(w->dict);
-    if (!after)
-        return -1;
+    if (!after) return -1;
     int rc = 0;
     for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(after, &at, &key, &now);) {
         old = PyDict_GetItemWithError(w->copy, key);
-        if (old != now && !(old && same_value(old, now)))
-            rc = changed(user, w->dict, key, old, now);
+        if (old != now && !(old && same_value(old, now))) rc = changed(user, w->dict, key, old, now);
     }
     for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(w->copy, &at, &key, &old);)
-        if (!PyDict_GetItemWithError(after, key))
-            rc = changed(user, w->dict, key, old, NULL);
+        if (!PyDict_GetItemWithError(after, key)) rc = changed(user, w->dict, key, old, NULL);
     Py_DECREF(after);
     return rc;
 }
 
 static int put_back_sequence(const watch_sequence *w) {
-    if (PyList_Check(w->object))
-        return PyList_SetSlice(w->object, 0, PyList_GET_SIZE(w->object), w->copy);
+    if (PyList_Check(w->object)) return PyList_SetSlice(w->object, 0, PyList_GET_SIZE(w->object), w->copy);
     PyObject *done = PyObject_CallMethod(w->object, "clear", NULL);
     Py_XDECREF(done);
     done = done ? PyObject_CallMethod(w->object, "update", "O", w->copy) : NULL;
@@ -754,30 +695,26 @@ int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user)
     int rc = 0;
     for (uint32_t i = 0; i < g->dicts.count; i++) {
         watch_dict *w = &g->dicts.items[i];
-        if (HAVE_VERSION_TAGS && tag_of(w->dict) == w->tag)
-            continue;
+        if (HAVE_VERSION_TAGS && tag_of(w->dict) == w->tag) continue;
         bool differs = PyDict_GET_SIZE(w->dict) != PyDict_GET_SIZE(w->copy);
         PyObject *key, *old;
         for (Py_ssize_t at = 0; !differs && PyDict_Next(w->copy, &at, &key, &old);) {
             PyObject *now = PyDict_GetItemWithError(w->dict, key);
             differs = !now || !same_value(old, now);
         }
-        if (differs && changed && rc == 0)
-            rc = tell_changes(w, changed, user);
+        if (differs && changed && rc == 0) rc = tell_changes(w, changed, user);
         if (differs) {
             PyObject *type, *value, *trace;
             PyErr_Fetch(&type, &value, &trace);
             PyDict_Clear(w->dict);
-            if (PyDict_Update(w->dict, w->copy) < 0)
-                PyErr_Clear();
+            if (PyDict_Update(w->dict, w->copy) < 0) PyErr_Clear();
             PyErr_Restore(type, value, trace);
         }
         w->tag = tag_of(w->dict);
     }
     for (uint32_t i = 0; i < g->sequences.count; i++) {
         const watch_sequence *w = &g->sequences.items[i];
-        if (sequence_holds(w))
-            continue;
+        if (sequence_holds(w)) continue;
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
         PyObject *after = PyList_Check(w->object) ? PySequence_Tuple(w->object) : PyFrozenSet_New(w->object);
@@ -785,22 +722,19 @@ int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user)
         put_back_sequence(w);
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
-        if (changed && rc == 0)
-            rc = changed(user, w->object, Py_None, w->copy, after);
+        if (changed && rc == 0) rc = changed(user, w->object, Py_None, w->copy, after);
         Py_XDECREF(after);
     }
     for (uint32_t i = 0; i < g->places.count; i++) {
         const watch_place *p = &g->places.items[i];
         PyObject *now = place_value(p);
-        if (now == p->value || (now && p->value && same_value(p->value, now)))
-            continue;
+        if (now == p->value || (now && p->value && same_value(p->value, now))) continue;
         Py_XINCREF(now);
         if (!p->key)
             PyCell_Set(p->owner, p->value);
         else if (p->value)
             PyDict_SetItem(p->owner, p->key, p->value);
-        if (changed && rc == 0)
-            rc = changed(user, p->key ? p->owner : NULL, p->key ? p->key : Py_None, p->value, now);
+        if (changed && rc == 0) rc = changed(user, p->key ? p->owner : NULL, p->key ? p->key : Py_None, p->value, now);
         Py_XDECREF(now);
     }
     (void)x;

@@ -6,9 +6,9 @@
 
 typedef struct thx_guards thx_guards;
 
-/* Watch everything reachable from root (an nn.Module or NULL), torch's global module hooks, and what fn's closure and the
- * globals it names hold.
- * Roots of the trace that live in a watched dictionary are re-bound when they are replaced by an equal kind. */
+/* Watch everything reachable from root (an nn.Module or NULL), torch's global module hooks, and what fn's closure and
+ * the globals it names hold. Roots of the trace that live in a watched dictionary are re-bound when they are replaced
+ * by an equal kind. */
 thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn);
 void thx_guards_free(thx *x, thx_guards *g);
 int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg); /* for the garbage collector: what is owned */

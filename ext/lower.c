@@ -30,13 +30,11 @@ typedef struct call_data {
 /* ---- slots ---- */
 
 PyObject *thx_slot_object(thx *x, th_slot *slot) {
-    if (slot->object)
-        return slot->object;
+    if (slot->object) return slot->object;
     PyObject *o = thx_wrap(&x->abi, slot->handle);
     slot->owns_handle = false;
     slot->handle = NULL;
-    if (!o)
-        return NULL;
+    if (!o) return NULL;
     slot->object = o;
     slot->owns_object = true;
     return o;
@@ -46,39 +44,31 @@ static void release(void *user, void *handle, void *object) {
     thx *x = user;
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     bool raised = PyErr_Occurred() != NULL; /* freeing a tensor may run code that clears it */
-    if (raised)
-        PyErr_Fetch(&type, &value, &trace);
+    if (raised) PyErr_Fetch(&type, &value, &trace);
     Py_XDECREF((PyObject *)object);
-    if (handle)
-        x->abi.aoti_torch_delete_tensor_object(handle);
-    if (raised)
-        PyErr_Restore(type, value, trace);
+    if (handle) x->abi.aoti_torch_delete_tensor_object(handle);
+    if (raised) PyErr_Restore(type, value, trace);
 }
 
 uint32_t thx_slot_for(thx_lowering *l, th_val value) {
-    if (l->slots[value] == UINT32_MAX)
-        l->slots[value] = l->nfree ? l->free_slots[--l->nfree] : l->next_slot++;
+    if (l->slots[value] == UINT32_MAX) l->slots[value] = l->nfree ? l->free_slots[--l->nfree] : l->next_slot++;
     return l->slots[value];
 }
 
 /* ---- argument templates ---- */
 
 static void arg_fini(arg *a) {
-    for (uint32_t i = 0; i < a->nkids; i++)
-        arg_fini(&a->kids[i]);
+    for (uint32_t i = 0; i < a->nkids; i++) arg_fini(&a->kids[i]);
     PyMem_Free(a->kids);
     Py_XDECREF(a->object);
 }
 
 static bool has_value(const th_trace *t, th_node node) {
     const th_node_data *d = &t->nodes[node];
-    if (d->kind == TH_N_VALUE)
-        return true;
-    if (d->kind < TH_N_TUPLE || d->kind > TH_N_SLICE)
-        return false;
+    if (d->kind == TH_N_VALUE) return true;
+    if (d->kind < TH_N_TUPLE || d->kind > TH_N_SLICE) return false;
     for (uint32_t i = 0; i < d->count; i++)
-        if (has_value(t, t->kids[d->u.kids + i]))
-            return true;
+        if (has_value(t, t->kids[d->u.kids + i])) return true;
     return false;
 }
 
@@ -101,28 +91,26 @@ static int arg_init(thx_lowering *l, arg *a, th_node node) {
         a->object = thx_from_node(l->x, l->t, node, no_value, NULL);
         return a->object ? 0 : -1;
     }
-    a->kind = d->kind == TH_N_TUPLE ? ARG_TUPLE : d->kind == TH_N_LIST ? ARG_LIST : d->kind == TH_N_DICT ? ARG_DICT : ARG_SLICE;
+    a->kind = d->kind == TH_N_TUPLE  ? ARG_TUPLE
+              : d->kind == TH_N_LIST ? ARG_LIST
+              : d->kind == TH_N_DICT ? ARG_DICT
+                                     : ARG_SLICE;
     a->kids = PyMem_Calloc(d->count + 1, sizeof(arg));
-    if (!a->kids)
-        return PyErr_NoMemory(), -1;
+    if (!a->kids) return PyErr_NoMemory(), -1;
     a->nkids = d->count;
     for (uint32_t i = 0; i < d->count; i++)
-        if (arg_init(l, &a->kids[i], l->t->kids[l->t->nodes[node].u.kids + i]) < 0)
-            return -1;
+        if (arg_init(l, &a->kids[i], l->t->kids[l->t->nodes[node].u.kids + i]) < 0) return -1;
     return 0;
 }
 
 static PyObject *arg_object(thx *x, th_frame *f, const arg *a) { /* new reference */
-    if (a->kind == ARG_CONST)
-        return Py_NewRef(a->object);
-    if (a->kind == ARG_SLOT)
-        return Py_XNewRef(thx_slot_object(x, &f->slots[a->slot]));
+    if (a->kind == ARG_CONST) return Py_NewRef(a->object);
+    if (a->kind == ARG_SLOT) return Py_XNewRef(thx_slot_object(x, &f->slots[a->slot]));
     if (a->kind == ARG_DICT) {
         PyObject *dict = PyDict_New();
         for (uint32_t i = 0; dict && i + 1 < a->nkids; i += 2) {
             PyObject *key = arg_object(x, f, &a->kids[i]), *value = key ? arg_object(x, f, &a->kids[i + 1]) : NULL;
-            if (!value || PyDict_SetItem(dict, key, value) < 0)
-                Py_CLEAR(dict);
+            if (!value || PyDict_SetItem(dict, key, value) < 0) Py_CLEAR(dict);
             Py_XDECREF(key);
             Py_XDECREF(value);
         }
@@ -138,8 +126,7 @@ static PyObject *arg_object(thx *x, th_frame *f, const arg *a) { /* new referenc
         else
             PyTuple_SET_ITEM(items, i, item);
     }
-    if (!items || a->kind != ARG_SLICE)
-        return items;
+    if (!items || a->kind != ARG_SLICE) return items;
     PyObject *slice = PySlice_New(PyTuple_GET_ITEM(items, 0), PyTuple_GET_ITEM(items, 1), PyTuple_GET_ITEM(items, 2));
     Py_DECREF(items);
     return slice;
@@ -156,23 +143,20 @@ static int store(th_frame *f, const arg *out, PyObject *result) {
         slot->owns_handle = false;
         return 0;
     }
-    if (out->kind != ARG_TUPLE)
-        return 0;
-    if ((!PyTuple_Check(result) && !PyList_Check(result)) ||
-        (uint32_t)PySequence_Fast_GET_SIZE(result) != out->nkids) {
-        PyErr_SetString(PyExc_RuntimeError, "an operation returned another number of results than when it was captured");
+    if (out->kind != ARG_TUPLE) return 0;
+    if ((!PyTuple_Check(result) && !PyList_Check(result)) || (uint32_t)PySequence_Fast_GET_SIZE(result) != out->nkids) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "an operation returned another number of results than when it was captured");
         return -1;
     }
     for (uint32_t i = 0; i < out->nkids; i++)
-        if (store(f, &out->kids[i], PySequence_Fast_ITEMS(result)[i]) < 0)
-            return -1;
+        if (store(f, &out->kids[i], PySequence_Fast_ITEMS(result)[i]) < 0) return -1;
     return 0;
 }
 
 static PyObject *call_vector(thx *x, th_frame *f, const call_data *c) {
     PyObject *fixed[20], **argv = c->nargs + 1 <= 20 ? fixed : PyMem_Malloc(sizeof *argv * (c->nargs + 1));
-    if (!argv)
-        return PyErr_NoMemory();
+    if (!argv) return PyErr_NoMemory();
     PyObject *temporary[20], *result = NULL;
     uint32_t ntemporary = 0, i = 0;
     for (; i < c->nargs; i++) {
@@ -184,19 +168,15 @@ static PyObject *call_vector(thx *x, th_frame *f, const call_data *c) {
             o = thx_slot_object(x, &f->slots[a->slot]);
         } else {
             o = ntemporary < 20 ? arg_object(x, f, a) : NULL;
-            if (o)
-                temporary[ntemporary++] = o;
+            if (o) temporary[ntemporary++] = o;
         }
-        if (!o)
-            break;
+        if (!o) break;
         argv[i + 1] = o;
     }
     if (i == c->nargs)
         result = PyObject_Vectorcall(c->callee, argv + 1, c->npositional | PY_VECTORCALL_ARGUMENTS_OFFSET, c->kwnames);
-    while (ntemporary)
-        Py_DECREF(temporary[--ntemporary]);
-    if (argv != fixed)
-        PyMem_Free(argv);
+    while (ntemporary) Py_DECREF(temporary[--ntemporary]);
+    if (argv != fixed) PyMem_Free(argv);
     return result;
 }
 
@@ -206,8 +186,7 @@ static PyObject *call_item(thx *x, th_frame *f, const call_data *c) {
         result = PyObject_GetItem(self, key);
     } else if (key) {
         PyObject *value = arg_object(x, f, &c->args[2]);
-        if (value && PyObject_SetItem(self, key, value) == 0)
-            result = Py_NewRef(Py_None);
+        if (value && PyObject_SetItem(self, key, value) == 0) result = Py_NewRef(Py_None);
         Py_XDECREF(value);
     }
     Py_XDECREF(self);
@@ -219,8 +198,7 @@ static int run_call(th_frame *f, const th_instr *instr) {
     const call_data *c = instr->data;
     thx *x = f->user;
     PyObject *result = c->kind == CALL_VECTOR ? call_vector(x, f, c) : call_item(x, f, c);
-    if (!result)
-        return -1;
+    if (!result) return -1;
     int rc = store(f, &c->outs, result);
     Py_DECREF(result);
     return rc;
@@ -232,8 +210,7 @@ static void free_call(void *data) {
     call_data *c = data;
     Py_XDECREF(c->callee);
     Py_XDECREF(c->kwnames);
-    for (uint32_t i = 0; i < c->nargs; i++)
-        arg_fini(&c->args[i]);
+    for (uint32_t i = 0; i < c->nargs; i++) arg_fini(&c->args[i]);
     PyMem_Free(c->args);
     arg_fini(&c->outs);
     PyMem_Free(c);
@@ -246,37 +223,29 @@ static int call_init(thx_lowering *l, call_data *c, const th_op *op) {
     c->npositional = args->count;
     c->args = PyMem_Calloc(args->count + nkw + 1, sizeof(arg));
     c->kwnames = nkw ? PyTuple_New(nkw) : NULL;
-    if (!c->args || (nkw && !c->kwnames))
-        return PyErr_NoMemory(), -1;
+    if (!c->args || (nkw && !c->kwnames)) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < t->nodes[op->args].count; i++, c->nargs++)
-        if (arg_init(l, &c->args[i], t->kids[t->nodes[op->args].u.kids + i]) < 0)
-            return c->nargs++, -1;
+        if (arg_init(l, &c->args[i], t->kids[t->nodes[op->args].u.kids + i]) < 0) return c->nargs++, -1;
     for (uint32_t i = 0; i < nkw; i++, c->nargs++) {
         uint32_t at = t->nodes[op->kwargs].u.kids + 2 * i;
         PyObject *key = thx_from_node(l->x, t, t->kids[at], no_value, NULL);
-        if (!key)
-            return -1;
+        if (!key) return -1;
         PyUnicode_InternInPlace(&key);
         PyTuple_SET_ITEM(c->kwnames, i, key);
-        if (arg_init(l, &c->args[c->nargs], t->kids[at + 1]) < 0)
-            return c->nargs++, -1;
+        if (arg_init(l, &c->args[c->nargs], t->kids[at + 1]) < 0) return c->nargs++, -1;
     }
     const char *name = th_str_get(l->x->ctx, op->callee);
     c->kind = CALL_VECTOR;
-    if (name && strcmp(name, "torch.Tensor.__getitem__") == 0 && c->nargs == 2)
-        c->kind = CALL_GETITEM;
-    if (name && strcmp(name, "torch.Tensor.__setitem__") == 0 && c->nargs == 3)
-        c->kind = CALL_SETITEM;
+    if (name && strcmp(name, "torch.Tensor.__getitem__") == 0 && c->nargs == 2) c->kind = CALL_GETITEM;
+    if (name && strcmp(name, "torch.Tensor.__setitem__") == 0 && c->nargs == 3) c->kind = CALL_SETITEM;
     c->callee = Py_XNewRef(thx_callable(l->x, t, op));
-    if (!c->callee)
-        return -1;
+    if (!c->callee) return -1;
     return op->outs && has_value(t, op->outs) ? arg_init(l, &c->outs, op->outs) : 0;
 }
 
 static int lower_builtin(thx_lowering *l, th_opref o) {
     call_data *c = PyMem_Calloc(1, sizeof *c);
-    if (!c)
-        return PyErr_NoMemory(), -1;
+    if (!c) return PyErr_NoMemory(), -1;
     c->head.free = free_call;
     if (call_init(l, c, &l->t->ops[o]) < 0) {
         free_call(c);
@@ -293,26 +262,20 @@ static int lower_del(thx_lowering *l, const th_op *op) {
     const th_node_data *args = &l->t->nodes[op->args];
     for (uint32_t i = 0; i < args->count; i++) {
         const th_node_data *d = &l->t->nodes[l->t->kids[args->u.kids + i]];
-        if (d->kind != TH_N_VALUE || l->slots[d->u.ref] == UINT32_MAX || l->slots[d->u.ref] < l->plan->nroots)
-            continue;
-        if (thx_check(l->x, th_plan_kill(l->plan, l->slots[d->u.ref])) < 0)
-            return -1;
+        if (d->kind != TH_N_VALUE || l->slots[d->u.ref] == UINT32_MAX || l->slots[d->u.ref] < l->plan->nroots) continue;
+        if (thx_check(l->x, th_plan_kill(l->plan, l->slots[d->u.ref])) < 0) return -1;
         l->free_slots[l->nfree++] = l->slots[d->u.ref];
     }
     return 0;
 }
 
-
 static int lower_ops(thx_lowering *l) {
     for (th_opref o = 1; o < l->t->nops; o++) {
         const th_op *op = &l->t->ops[o];
         int rc = op->kind == TH_OP_DEL ? lower_del(l, op) : thx_lower_shim(l, o);
-        if (rc == 0 && op->kind != TH_OP_DEL)
-            rc = thx_lower_dispatch(l, o);
-        if (rc == 0 && op->kind != TH_OP_DEL)
-            rc = lower_builtin(l, o);
-        if (rc < 0)
-            return -1;
+        if (rc == 0 && op->kind != TH_OP_DEL) rc = thx_lower_dispatch(l, o);
+        if (rc == 0 && op->kind != TH_OP_DEL) rc = lower_builtin(l, o);
+        if (rc < 0) return -1;
     }
     return 0;
 }
@@ -327,10 +290,8 @@ th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, ui
         goto fail;
     }
     memset(l.slots, 0xff, sizeof(uint32_t) * t->nvalues);
-    for (uint32_t i = 0; i < t->ninputs; i++)
-        l.slots[t->inputs[i]] = l.next_slot++;
-    if (lower_ops(&l) < 0)
-        goto fail;
+    for (uint32_t i = 0; i < t->ninputs; i++) l.slots[t->inputs[i]] = l.next_slot++;
+    if (lower_ops(&l) < 0) goto fail;
     l.plan->nslots = l.next_slot;
     PyMem_Free(l.free_slots);
     *slot_of = l.slots;

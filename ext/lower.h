@@ -20,15 +20,15 @@ typedef struct thx_lowering {
     bool plain;               /* builtins only: nothing that trusts predicted strides */
 } thx_lowering;
 
-/* Slots of trace inputs are 0 .. ninputs-1 in order. slot_of: by value, for the results (caller frees with PyMem_Free). */
+/* Slots of trace inputs are 0 .. ninputs-1 in order. slot_of: by value, for the results (caller frees with PyMem_Free).
+ */
 th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin);
 uint32_t thx_slot_for(thx_lowering *l, th_val value); /* the slot of a value, assigned when it has none */
 
 /* What a slot holds, as a tensor object (borrowed) or handle (borrowed). */
 PyObject *thx_slot_object(thx *x, th_slot *slot);
 static inline th_h thx_slot_handle(thx *x, th_slot *slot) {
-    if (!slot->handle)
-        slot->handle = thx_borrow(&x->abi, slot->object);
+    if (!slot->handle) slot->handle = thx_borrow(&x->abi, slot->object);
     return slot->handle;
 }
 

@@ -32,8 +32,7 @@ static int get_type(PyObject *root, const char *path, PyTypeObject **out) {
 
 static int get_getter(thx *x, const char *name, getter *get, void **closure) {
     PyObject *descriptor = PyObject_GetAttrString((PyObject *)x->TensorBase, name);
-    if (!descriptor)
-        return -1;
+    if (!descriptor) return -1;
     int rc = -1;
     if (Py_TYPE(descriptor) == &PyGetSetDescr_Type) {
         PyGetSetDef *def = ((PyGetSetDescrObject *)descriptor)->d_getset;
@@ -57,8 +56,7 @@ static int load_types(thx *x) {
         get_getter(x, "requires_grad", &x->requires_grad_get, &x->requires_grad_closure) < 0)
         return -1;
     PyObject *wrapper = get_path((PyObject *)x->Tensor, "shape.__get__");
-    if (!wrapper)
-        return -1;
+    if (!wrapper) return -1;
     x->MethodWrapper = (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(wrapper));
     Py_DECREF(wrapper);
     PyObject *fakes = PyImport_ImportModule("torch._subclasses.fake_tensor");
@@ -109,12 +107,10 @@ static int load_functions(thx *x) {
         {&x->random_tag, x->torch, "Tag.nondeterministic_seeded"},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
-        if (!(*wanted[i].place = get_path(wanted[i].root, wanted[i].path)))
-            return -1;
+        if (!(*wanted[i].place = get_path(wanted[i].root, wanted[i].path))) return -1;
     for (int d = 1; d < TH_DTYPE_COUNT; d++) {
         x->dtype_objects[d] = PyObject_GetAttrString(x->torch, th_dtype_get((th_dtype)d)->torch_name);
-        if (!x->dtype_objects[d])
-            PyErr_Clear(); /* a torch without that dtype */
+        if (!x->dtype_objects[d]) PyErr_Clear(); /* a torch without that dtype */
     }
     return 0;
 }
@@ -124,15 +120,25 @@ static int load_names(thx *x) {
         PyObject **place;
         const char *text;
     } names[] = {
-        {&x->n.torch_dispatch, "__torch_dispatch__"}, {&x->n.dict, "__dict__"}, {&x->n.class_, "__class__"},
-        {&x->n.device, "device"}, {&x->n.enter, "__enter__"}, {&x->n.exit, "__exit__"}, {&x->n.self, "__self__"},
-        {&x->n.name, "__name__"}, {&x->n.module, "__module__"}, {&x->n.qualname, "__qualname__"},
-        {&x->n.fields, "_fields"}, {&x->n.fake_device, "fake_device"}, {&x->n.type, "type"}, {&x->n.index, "index"},
-        {&x->n.dtype, "dtype"}, {&x->n.tags, "tags"},
+        {&x->n.torch_dispatch, "__torch_dispatch__"},
+        {&x->n.dict, "__dict__"},
+        {&x->n.class_, "__class__"},
+        {&x->n.device, "device"},
+        {&x->n.enter, "__enter__"},
+        {&x->n.exit, "__exit__"},
+        {&x->n.self, "__self__"},
+        {&x->n.name, "__name__"},
+        {&x->n.module, "__module__"},
+        {&x->n.qualname, "__qualname__"},
+        {&x->n.fields, "_fields"},
+        {&x->n.fake_device, "fake_device"},
+        {&x->n.type, "type"},
+        {&x->n.index, "index"},
+        {&x->n.dtype, "dtype"},
+        {&x->n.tags, "tags"},
     };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (!(*names[i].place = PyUnicode_InternFromString(names[i].text)))
-            return -1;
+        if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return -1;
     return 0;
 }
 
@@ -151,8 +157,9 @@ static PyObject *torch_abi(PyObject *module, PyObject *unused) {
     thx *x = PyModule_GetState(module);
     return Py_BuildValue("{s:O,s:O,s:O,s:O,s:O,s:K,s:O}", "handles", x->abi.on ? Py_True : Py_False, "dispatcher",
                          x->abi.dispatcher ? Py_True : Py_False, "shims", x->abi.shims ? Py_True : Py_False, "wrap",
-                         x->abi.wrap ? Py_True : Py_False, "requires_grad", x->abi.autograd_meta >= 0 ? Py_True : Py_False,
-                         "version", (unsigned long long)x->abi.version, "off", x->abi.report);
+                         x->abi.wrap ? Py_True : Py_False, "requires_grad",
+                         x->abi.autograd_meta >= 0 ? Py_True : Py_False, "version", (unsigned long long)x->abi.version,
+                         "off", x->abi.report);
 }
 
 static PyObject *passes(PyObject *module, PyObject *unused) {
@@ -160,8 +167,7 @@ static PyObject *passes(PyObject *module, PyObject *unused) {
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list && th_pass_name(i); i++) {
         PyObject *name = PyUnicode_FromString(th_pass_name(i));
-        if (!name || PyList_Append(list, name) < 0)
-            Py_CLEAR(list);
+        if (!name || PyList_Append(list, name) < 0) Py_CLEAR(list);
         Py_XDECREF(name);
     }
     return list;
@@ -171,22 +177,17 @@ static PyObject *passes(PyObject *module, PyObject *unused) {
 static PyObject *meta_rule(PyObject *module, PyObject *a) {
     thx *x = PyModule_GetState(module);
     PyObject *function, *args, *kwargs;
-    if (!PyArg_ParseTuple(a, "OO!O!", &function, &PyTuple_Type, &args, &PyDict_Type, &kwargs))
-        return NULL;
+    if (!PyArg_ParseTuple(a, "OO!O!", &function, &PyTuple_Type, &args, &PyDict_Type, &kwargs)) return NULL;
     const thx_func *f = thx_func_find(x, function);
-    if (!f)
-        return NULL;
-    if (!f->def || !f->def->meta)
-        Py_RETURN_NOTIMPLEMENTED;
+    if (!f) return NULL;
+    if (!f->def || !f->def->meta) Py_RETURN_NOTIMPLEMENTED;
     const th_opdef *def = f->def;
     thx_recorder *r = thx_recorder_new(x, NULL);
-    if (!r)
-        return NULL;
+    if (!r) return NULL;
     th_node an = thx_to_node(x, r->t, args, thx_recorder_value, r);
     th_node kn = an && PyDict_GET_SIZE(kwargs) ? thx_to_node(x, r->t, kwargs, thx_recorder_value, r) : 0;
     PyObject *result = NULL;
-    if (!an || (PyDict_GET_SIZE(kwargs) && !kn))
-        goto done;
+    if (!an || (PyDict_GET_SIZE(kwargs) && !kn)) goto done;
     th_call call = {.default_dtype = r->default_dtype, .default_device = r->default_device};
     bool ok = th_call_bind(&call, def, r->t, an, kn) == TH_OK;
     call.default_dtype = r->default_dtype;
@@ -201,18 +202,18 @@ static PyObject *meta_rule(PyObject *module, PyObject *a) {
         char text[1024];
         th_type_print(x->ctx, call.outs[i].type, text, sizeof text);
         const th_type *t = th_type_get(x->ctx, call.outs[i].type);
-        PyObject *shape = PyTuple_New(t->ndim), *stride = PyTuple_New(t->ndim), *device = thx_device_object(x, t->device);
+        PyObject *shape = PyTuple_New(t->ndim), *stride = PyTuple_New(t->ndim),
+                 *device = thx_device_object(x, t->device);
         for (uint32_t j = 0; j < t->ndim; j++) {
             PyTuple_SET_ITEM(shape, j, PyLong_FromLongLong(t->shape[j]));
             PyTuple_SET_ITEM(stride, j, PyLong_FromLongLong(t->stride[j]));
         }
-        PyObject *item = Py_BuildValue("{s:N,s:N,s:O,s:N,s:s,s:O,s:L,s:O,s:O}", "shape", shape, "stride", stride, "dtype",
-                                       x->dtype_objects[t->dtype], "device", device, "text", text, "same",
-                                       call.outs[i].same ? Py_True : Py_False, "offset", (long long)call.outs[i].offset,
-                                       "alias", call.outs[i].alias_of ? Py_True : Py_False, "list",
-                                       call.outs_list ? Py_True : Py_False);
-        if (!item || PyList_Append(result, item) < 0)
-            Py_CLEAR(result);
+        PyObject *item =
+            Py_BuildValue("{s:N,s:N,s:O,s:N,s:s,s:O,s:L,s:O,s:O}", "shape", shape, "stride", stride, "dtype",
+                          x->dtype_objects[t->dtype], "device", device, "text", text, "same",
+                          call.outs[i].same ? Py_True : Py_False, "offset", (long long)call.outs[i].offset, "alias",
+                          call.outs[i].alias_of ? Py_True : Py_False, "list", call.outs_list ? Py_True : Py_False);
+        if (!item || PyList_Append(result, item) < 0) Py_CLEAR(result);
         Py_XDECREF(item);
     }
 done:
@@ -227,8 +228,7 @@ static PyObject *catalog(PyObject *module, PyObject *unused) {
         const th_opdef *d = th_catalog_get(i);
         PyObject *item = Py_BuildValue("{s:s,s:s,s:s,s:i,s:i}", "name", d->name, "params", d->params, "names", d->names,
                                        "effects", (int)d->effects, "fusion", (int)d->fusion);
-        if (!item || PyList_Append(list, item) < 0)
-            Py_CLEAR(list);
+        if (!item || PyList_Append(list, item) < 0) Py_CLEAR(list);
         Py_XDECREF(item);
     }
     return list;
@@ -241,11 +241,13 @@ static PyObject *is_capturing(PyObject *module, PyObject *unused) {
 }
 
 static PyMethodDef functions[] = {
-    {"torch_abi", torch_abi, METH_NOARGS, "Which features of torch's C ABI are in use, and why others are off: a dict."},
+    {"torch_abi", torch_abi, METH_NOARGS,
+     "Which features of torch's C ABI are in use, and why others are off: a dict."},
     {"passes", passes, METH_NOARGS, "Names of the passes."},
     {"catalog", catalog, METH_NOARGS, "The catalogued operators: a list of dicts."},
-    {"meta_rule", meta_rule, METH_VARARGS, "meta_rule(function, args, kwargs) -> list of results, None when declined, or "
-                                           "NotImplemented when the function is not catalogued."},
+    {"meta_rule", meta_rule, METH_VARARGS,
+     "meta_rule(function, args, kwargs) -> list of results, None when declined, or "
+     "NotImplemented when the function is not catalogued."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},
 };
@@ -280,10 +282,8 @@ static int module_exec(PyObject *module) {
     x->watch_counts = PyDict_New();
     x->callables = PyDict_New();
     x->ctx = th_ctx_new(NULL, NULL);
-    if (!x->ctx || !x->callables || !x->watch_counts)
-        return PyErr_NoMemory(), -1;
-    if (thx_check(x, th_catalog_new(x->ctx, &x->catalog)) < 0)
-        return -1;
+    if (!x->ctx || !x->callables || !x->watch_counts) return PyErr_NoMemory(), -1;
+    if (thx_check(x, th_catalog_new(x->ctx, &x->catalog)) < 0) return -1;
     x->torch = PyImport_ImportModule("torch");
     x->torch_c = x->torch ? PyObject_GetAttrString(x->torch, "_C") : NULL;
     x->functional = x->torch ? get_path(x->torch, "nn.functional") : NULL;
@@ -297,8 +297,7 @@ static int module_exec(PyObject *module) {
 
 static void module_free(void *module) {
     thx *x = PyModule_GetState(module);
-    if (!x || !x->ctx)
-        return;
+    if (!x || !x->ctx) return;
     thx_guards_fini(x);
     thx_funcs_free(x);
     thx_abi_fini(&x->abi);
@@ -314,7 +313,14 @@ static PyModuleDef_Slot module_slots[] = {
 #endif
     {0, NULL},
 };
-static struct PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "thunder._C", "The C side of thunder.", sizeof(thx),
-                                        functions, module_slots, NULL, NULL, module_free};
+static struct PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
+                                        "thunder._C",
+                                        "The C side of thunder.",
+                                        sizeof(thx),
+                                        functions,
+                                        module_slots,
+                                        NULL,
+                                        NULL,
+                                        module_free};
 
 PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&module_def); }

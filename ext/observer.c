@@ -1,9 +1,10 @@
 /* The two observers of a capture.
  *
- * Layer 1 sits on torch's function-mode stack and sees each API-level call (torch.relu, F.linear, Tensor.view, operators,
- * properties) whole. Its results come from our own meta rule, or from torch's fake kernels when there is none.
- * Layer 2 is the fakes' __torch_dispatch__: it sees ATen operations that layer 1 was not asked about: TorchScript code,
- * legacy constructors, code under functorch, and everything under autocast (where the ATen level holds the casts).
+ * Layer 1 sits on torch's function-mode stack and sees each API-level call (torch.relu, F.linear, Tensor.view,
+ * operators, properties) whole. Its results come from our own meta rule, or from torch's fake kernels when there is
+ * none. Layer 2 is the fakes' __torch_dispatch__: it sees ATen operations that layer 1 was not asked about: TorchScript
+ * code, legacy constructors, code under functorch, and everything under autocast (where the ATen level holds the
+ * casts).
  */
 #include "capture.h"
 
@@ -55,8 +56,7 @@ static PyObject *fakeify_dict(thx_recorder *r, PyObject *o) {
     Py_ssize_t at = 0;
     while (result && PyDict_Next(o, &at, &key, &value)) {
         PyObject *item = fakeify(r, value);
-        if (!item || PyDict_SetItem(result, key, item) < 0)
-            Py_CLEAR(result);
+        if (!item || PyDict_SetItem(result, key, item) < 0) Py_CLEAR(result);
         Py_XDECREF(item);
     }
     return result;
@@ -66,10 +66,8 @@ static PyObject *fakeify(thx_recorder *r, PyObject *o) {
     if (thx_is_tensor(r->x, o)) {
         return Py_XNewRef(thx_recorder_fake(r, o));
     }
-    if (PyTuple_CheckExact(o) || PyList_CheckExact(o))
-        return fakeify_sequence(r, o);
-    if (PyDict_CheckExact(o))
-        return fakeify_dict(r, o);
+    if (PyTuple_CheckExact(o) || PyList_CheckExact(o)) return fakeify_sequence(r, o);
+    if (PyDict_CheckExact(o)) return fakeify_dict(r, o);
     if (PySlice_Check(o)) {
         PySliceObject *s = (PySliceObject *)o;
         PyObject *a = fakeify(r, s->start), *b = a ? fakeify(r, s->stop) : NULL, *c = b ? fakeify(r, s->step) : NULL;
@@ -85,8 +83,7 @@ static PyObject *fakeify(thx_recorder *r, PyObject *o) {
 /* ---- results become values ---- */
 
 static uint32_t alias_group(th_trace *t, th_val v) {
-    if (!t->values[v].alias)
-        t->values[v].alias = th_trace_alias(t);
+    if (!t->values[v].alias) t->values[v].alias = th_trace_alias(t);
     return t->values[v].alias;
 }
 
@@ -96,15 +93,12 @@ static int find_alias(thx_recorder *r, PyObject *out, th_val value, const thx_me
     for (uint32_t i = 0; i < r->ninputs; i++) {
         PyObject *pair[] = {NULL, out, r->inputs[i]};
         PyObject *yes = PyObject_Vectorcall(x->is_alias_of, pair + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-        if (!yes)
-            return -1;
+        if (!yes) return -1;
         Py_DECREF(yes);
-        if (yes != Py_True)
-            continue;
+        if (yes != Py_True) continue;
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
         thx_meta base;
-        if (!cell || thx_read_meta(x, r->inputs[i], true, &base) < 0)
-            return -1;
+        if (!cell || thx_read_meta(x, r->inputs[i], true, &base) < 0) return -1;
         th_value *source = &r->t->values[cell->value];
         r->t->values[value].offset = meta->offset - base.offset + source->offset;
         r->t->values[value].alias = alias_group(r->t, cell->value);
@@ -115,8 +109,7 @@ static int find_alias(thx_recorder *r, PyObject *out, th_val value, const thx_me
 
 static bool is_input(const thx_recorder *r, PyObject *o) {
     for (uint32_t i = 0; i < r->ninputs; i++)
-        if (r->inputs[i] == o)
-            return true;
+        if (r->inputs[i] == o) return true;
     return false;
 }
 
@@ -131,29 +124,25 @@ static th_node out_tensor(thx_recorder *r, PyObject *out) {
     PyObject *layout = PyObject_GetAttrString(out, "layout");
     Py_XDECREF(layout);
     if (layout != x->strided) {
-        thx_capture_error(r, "an operation with a sparse result", "its layout has no strides", "call it outside the compiled function");
+        thx_capture_error(r, "an operation with a sparse result", "its layout has no strides",
+                          "call it outside the compiled function");
         return 0;
     }
-    if (!thx_fake_adopt(x, out))
-        return 0;
+    if (!thx_fake_adopt(x, out)) return 0;
     thx_meta meta;
-    if (thx_read_meta(x, out, true, &meta) < 0)
-        return 0;
+    if (thx_read_meta(x, out, true, &meta) < 0) return 0;
     th_typeref type = thx_meta_type(x, &meta);
-    if (!type)
-        return 0;
+    if (!type) return 0;
     th_val value = th_trace_value(r->t, 0, type);
     if (is_input(r, out)) { /* the operation returns an input object: a new value for the same tensor */
         thx_cell *cell = thx_recorder_cell(r, out);
-        if (!cell)
-            return 0;
+        if (!cell) return 0;
         r->t->values[value].alias = alias_group(r->t, cell->value);
         r->t->values[value].offset = r->t->values[cell->value].offset;
     } else if (find_alias(r, out, value, &meta) < 0) {
         return 0;
     }
-    if (thx_recorder_define(r, out, value) < 0)
-        return 0;
+    if (thx_recorder_define(r, out, value) < 0) return 0;
     return th_node_value(r->t, value);
 }
 
@@ -167,10 +156,8 @@ static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors) {
         th_node *kids = PyMem_Malloc(sizeof(th_node) * (size_t)(n + 1)), result = 0;
         Py_ssize_t i = 0;
         for (; kids && i < n; i++)
-            if (!(kids[i] = out_node(r, PySequence_Fast_ITEMS(out)[i], tensors)))
-                break;
-        if (kids && i == n)
-            result = th_node_seq(r->t, TH_N_TUPLE, (uint32_t)n, kids);
+            if (!(kids[i] = out_node(r, PySequence_Fast_ITEMS(out)[i], tensors))) break;
+        if (kids && i == n) result = th_node_seq(r->t, TH_N_TUPLE, (uint32_t)n, kids);
         PyMem_Free(kids);
         return result;
     }
@@ -180,19 +167,23 @@ static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors) {
 int thx_emit(thx_recorder *r, const th_op_args *op) {
     th_op_args here = *op;
     thx_user_line(r->x, &here.file, &here.line);
-    if (!th_trace_op(r->t, &here))
-        return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
+    if (!th_trace_op(r->t, &here)) return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
     return 0;
 }
 
 static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes, uint32_t nwrites) {
     thx_recorder *r = c->r;
-    th_op_args op = {.kind = TH_OP_CALL, .callee = c->callee, .args = c->anode, .kwargs = c->knode, .outs = outs,
-                     .outs_list = outs_list, .effects = effects, .writes = writes, .nwrites = nwrites};
-    if (!c->callee)
-        op.callee_opaque = th_trace_opaque(r->t, "fn", c->func);
-    if (!(effects & TH_FX_RANDOM))
-        return thx_emit(r, &op);
+    th_op_args op = {.kind = TH_OP_CALL,
+                     .callee = c->callee,
+                     .args = c->anode,
+                     .kwargs = c->knode,
+                     .outs = outs,
+                     .outs_list = outs_list,
+                     .effects = effects,
+                     .writes = writes,
+                     .nwrites = nwrites};
+    if (!c->callee) op.callee_opaque = th_trace_opaque(r->t, "fn", c->func);
+    if (!(effects & TH_FX_RANDOM)) return thx_emit(r, &op);
     return thx_random_before(r) < 0 || thx_emit(r, &op) < 0 || thx_random_after(r) < 0 ? -1 : 0;
 }
 
@@ -201,15 +192,13 @@ static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th
 static PyObject *fast_out(thx_recorder *r, const th_out *out, th_node *node) {
     th_val value = th_trace_value(r->t, 0, out->type);
     PyObject *fake = thx_fake(r->x, out->type);
-    if (!fake)
-        return NULL;
+    if (!fake) return NULL;
     if (out->alias_of) {
         r->t->values[value].alias = alias_group(r->t, out->alias_of);
         r->t->values[value].offset = out->offset;
     }
     *node = th_node_value(r->t, value);
-    if (thx_recorder_define(r, fake, value) < 0)
-        Py_CLEAR(fake);
+    if (thx_recorder_define(r, fake, value) < 0) Py_CLEAR(fake);
     return fake;
 }
 
@@ -218,14 +207,12 @@ static PyObject *fast_inplace(call *c, const th_call *rule) {
     thx_recorder *r = c->r;
     PyObject *self = r->inputs[0];
     thx_cell *cell = thx_recorder_cell(r, self);
-    if (!cell || rule->outs[0].type != r->t->values[cell->value].type)
-        return NULL;
+    if (!cell || rule->outs[0].type != r->t->values[cell->value].type) return NULL;
     th_val before = cell->value, value = th_trace_value(r->t, 0, rule->outs[0].type);
     r->t->values[value].alias = alias_group(r->t, before);
     r->t->values[value].offset = r->t->values[before].offset;
     uint8_t effects = TH_FX_WRITES | (c->random ? TH_FX_RANDOM : 0);
-    if (thx_recorder_define(r, self, value) < 0 ||
-        emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
+    if (thx_recorder_define(r, self, value) < 0 || emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
         return NULL;
     return Py_NewRef(self);
 }
@@ -234,26 +221,20 @@ static PyObject *fast_inplace(call *c, const th_call *rule) {
 static PyObject *fast(call *c) {
     thx_recorder *r = c->r;
     th_call rule = {.default_dtype = r->default_dtype, .default_device = r->default_device};
-    if (th_call_bind(&rule, c->def, r->t, c->anode, c->knode) != TH_OK)
-        return NULL;
+    if (th_call_bind(&rule, c->def, r->t, c->anode, c->knode) != TH_OK) return NULL;
     rule.default_dtype = r->default_dtype;
     rule.default_device = r->default_device;
     rule.facts = r->x->facts;
-    if (c->def->meta(&rule) != TH_OK)
-        return NULL;
-    if (!rule.outs_list && rule.nouts == 1 && rule.outs[0].same && r->ninputs)
-        return Py_NewRef(r->inputs[0]);
-    if (c->def->effects & TH_OPDEF_INPLACE)
-        return r->ninputs ? fast_inplace(c, &rule) : NULL;
+    if (c->def->meta(&rule) != TH_OK) return NULL;
+    if (!rule.outs_list && rule.nouts == 1 && rule.outs[0].same && r->ninputs) return Py_NewRef(r->inputs[0]);
+    if (c->def->effects & TH_OPDEF_INPLACE) return r->ninputs ? fast_inplace(c, &rule) : NULL;
     for (uint32_t i = 0; i < rule.nouts; i++)
-        if (rule.outs[i].same)
-            return NULL;
+        if (rule.outs[i].same) return NULL;
     uint8_t effects = c->random || (c->def->effects & TH_FX_RANDOM) ? TH_FX_RANDOM : 0;
     if (!rule.outs_list && rule.nouts == 1) {
         th_node node = 0;
         PyObject *fake = fast_out(r, &rule.outs[0], &node);
-        if (fake && emit(c, node, false, effects, NULL, 0) < 0)
-            Py_CLEAR(fake);
+        if (fake && emit(c, node, false, effects, NULL, 0) < 0) Py_CLEAR(fake);
         return fake;
     }
     th_node nodes[TH_MAX_OUTS];
@@ -265,8 +246,7 @@ static PyObject *fast(call *c) {
         else
             PyTuple_SET_ITEM(tuple, i, fake);
     }
-    if (tuple && emit(c, th_node_seq(r->t, TH_N_TUPLE, rule.nouts, nodes), true, effects, NULL, 0) < 0)
-        Py_CLEAR(tuple);
+    if (tuple && emit(c, th_node_seq(r->t, TH_N_TUPLE, rule.nouts, nodes), true, effects, NULL, 0) < 0) Py_CLEAR(tuple);
     return tuple;
 }
 
@@ -275,8 +255,7 @@ static PyObject *fast(call *c) {
 static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     PyObject *mode = thx_fake_mode(x), *entered = mode ? PyObject_CallMethodNoArgs(mode, x->n.enter) : NULL;
-    if (!entered)
-        return NULL;
+    if (!entered) return NULL;
     Py_DECREF(entered);
     PyObject *result = NULL, *pushed = PyObject_CallOneArg(x->push_dispatch, (PyObject *)r);
     if (pushed) {
@@ -286,8 +265,7 @@ static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject 
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
         PyObject *popped = PyObject_CallOneArg(x->pop_dispatch, Py_None);
-        if (!popped)
-            PyErr_Clear();
+        if (!popped) PyErr_Clear();
         Py_XDECREF(popped);
         PyErr_Restore(type, value, trace);
         Py_DECREF(pushed);
@@ -295,8 +273,7 @@ static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject 
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     PyObject *left = PyObject_CallMethodObjArgs(mode, x->n.exit, Py_None, Py_None, Py_None, NULL);
-    if (!left)
-        PyErr_Clear();
+    if (!left) PyErr_Clear();
     Py_XDECREF(left);
     PyErr_Restore(type, value, trace);
     return result;
@@ -305,8 +282,7 @@ static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject 
 static bool raised(const char *const *names) {
     PyObject *type = PyErr_Occurred();
     for (; type && *names; names++)
-        if (strcmp(((PyTypeObject *)type)->tp_name, *names) == 0)
-            return true;
+        if (strcmp(((PyTypeObject *)type)->tp_name, *names) == 0) return true;
     return false;
 }
 
@@ -314,16 +290,16 @@ static const char *const data_dependent[] = {"DataDependentOutputException", "Dy
                                              "GuardOnDataDependentSymNode", NULL};
 /* What torch says when a kernel wants to read a fake's memory. */
 bool thx_read_of_fake_data(void) {
-    static const char *const texts[] = {"data is not allocated yet", "Cannot copy out of meta tensor",
-                                        "cannot be called on meta tensors", "data pointer of Tensor that doesn't have storage",
-                                        "Cannot access data pointer of", NULL};
+    static const char *const texts[] = {
+        "data is not allocated yet",        "Cannot copy out of meta tensor",
+        "cannot be called on meta tensors", "data pointer of Tensor that doesn't have storage",
+        "Cannot access data pointer of",    NULL};
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     PyObject *string = value ? PyObject_Str(value) : NULL;
     const char *utf8 = string ? PyUnicode_AsUTF8(string) : NULL;
     bool found = false;
-    for (int i = 0; utf8 && texts[i] && !found; i++)
-        found = strstr(utf8, texts[i]) != NULL;
+    for (int i = 0; utf8 && texts[i] && !found; i++) found = strstr(utf8, texts[i]) != NULL;
     Py_XDECREF(string);
     PyErr_Clear();
     PyErr_Restore(type, value, trace);
@@ -335,8 +311,7 @@ static const char *const fake_limits[] = {"UnsupportedFakeTensorException", "Uns
 
 static PyObject *const_object(void *user, th_val value) {
     PyObject *real = thx_recorder_constant(user, value);
-    if (!real && !PyErr_Occurred())
-        PyErr_SetString(PyExc_RuntimeError, "not a constant");
+    if (!real && !PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "not a constant");
     return Py_XNewRef(real);
 }
 
@@ -345,8 +320,7 @@ static PyObject *evaluate(call *c) {
     thx_recorder *r = c->r;
     for (uint32_t i = 0; i < r->ninputs; i++) {
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
-        if (!cell || !thx_recorder_constant(r, cell->value))
-            return NULL;
+        if (!cell || !thx_recorder_constant(r, cell->value)) return NULL;
     }
     PyObject *args = thx_from_node(r->x, r->t, c->anode, const_object, r);
     PyObject *kwargs = args && c->knode ? thx_from_node(r->x, r->t, c->knode, const_object, r) : NULL;
@@ -384,7 +358,8 @@ static bool lacks_fake(void) { /* a custom operator without a shape function */
     return found;
 }
 
-/* A copy of the arguments with scalar tensors that depend on no input as numbers: x[:n], torch.narrow(x, 0, start, 2). */
+/* A copy of the arguments with scalar tensors that depend on no input as numbers: x[:n], torch.narrow(x, 0, start, 2).
+ */
 static PyObject *concretise(thx_recorder *r, PyObject *o, bool *changed) {
     if (thx_is_tensor(r->x, o)) {
         thx_cell *cell = thx_recorder_cell(r, o);
@@ -421,13 +396,12 @@ static PyObject *concretise(thx_recorder *r, PyObject *o, bool *changed) {
 
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
 
-/* Record the call again with constants as numbers, all but the first argument, which is what is operated on. NULL without
- * an exception when there are none. */
+/* Record the call again with constants as numbers, all but the first argument, which is what is operated on. NULL
+ * without an exception when there are none. */
 static PyObject *retry_concrete(call *c) {
     Py_ssize_t n = PyTuple_GET_SIZE(c->args);
     bool changed = false;
-    if (!c->f || n < 2)
-        return NULL;
+    if (!c->f || n < 2) return NULL;
     PyObject *head = PyTuple_GetSlice(c->args, 0, 1), *tail = PyTuple_GetSlice(c->args, 1, n);
     PyObject *concrete = tail ? concretise(c->r, tail, &changed) : NULL, *args = NULL, *result = NULL;
     if (head && concrete && changed && (args = PySequence_Concat(head, concrete))) {
@@ -449,10 +423,8 @@ static PyObject *explain_failure(call *c) {
         Py_XDECREF(type);
         Py_XDECREF(value);
         Py_XDECREF(trace);
-        if (result)
-            return adopt_real_results(c->r, result);
-        if (!PyErr_Occurred())
-            result = retry_concrete(c);
+        if (result) return adopt_real_results(c->r, result);
+        if (!PyErr_Occurred()) result = retry_concrete(c);
         return result || PyErr_Occurred() ? result : data_error(c);
     }
     if (raised(fake_limits) || PyErr_ExceptionMatches(PyExc_NotImplementedError) || lacks_fake()) {
@@ -479,31 +451,25 @@ static int emit_slow(call *c, PyObject **result, const long *versions) {
     uint32_t nwrites = 0, tensors = 0;
     for (uint32_t i = 0; i < r->ninputs; i++) {
         bool by_schema = i < 64 && r->schema_writes >> i & 1;
-        if (!by_schema && version_of(r->x, r->inputs[i]) == versions[i])
-            continue;
+        if (!by_schema && version_of(r->x, r->inputs[i]) == versions[i]) continue;
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
-        if (cell && nwrites < 64)
-            writes[nwrites++] = cell->value;
+        if (cell && nwrites < 64) writes[nwrites++] = cell->value;
     }
     if (!nwrites && thx_is_tensor(r->x, *result) && is_input(r, *result))
         return 0; /* returned its input untouched: nothing happened */
     th_node outs = out_node(r, *result, &tensors);
     if (!outs) {
-        if (!PyErr_Occurred())
-            PyErr_NoMemory();
+        if (!PyErr_Occurred()) PyErr_NoMemory();
         return -1;
     }
     if (!tensors && !nwrites && !r->saw_random) {
         r->nqueries++;
         return 0;
     }
-    if (!tensors)
-        outs = 0;
+    if (!tensors) outs = 0;
     uint8_t effects = (nwrites ? TH_FX_WRITES : 0) | (r->saw_random || c->random ? TH_FX_RANDOM : 0);
-    if (emit(c, outs, !thx_is_tensor(r->x, *result), effects, writes, nwrites) < 0)
-        return -1;
-    for (uint32_t i = 0; i < nwrites; i++)
-        alias_group(r->t, writes[i]);
+    if (emit(c, outs, !thx_is_tensor(r->x, *result), effects, writes, nwrites) < 0) return -1;
+    for (uint32_t i = 0; i < nwrites; i++) alias_group(r->t, writes[i]);
     if (thx_is_tensor(r->x, *result) && !thx_is_fake(r->x, *result)) {
         PyObject *fake = fakeify(r, *result);
         Py_SETREF(*result, fake);
@@ -527,8 +493,7 @@ static PyObject *slow(call *c) {
         }
     long fixed[64], *versions = r->ninputs <= 64 ? fixed : PyMem_Malloc(sizeof(long) * r->ninputs);
     uint32_t count = r->ninputs;
-    for (uint32_t i = 0; i < count; i++)
-        versions[i] = version_of(r->x, r->inputs[i]);
+    for (uint32_t i = 0; i < count; i++) versions[i] = version_of(r->x, r->inputs[i]);
     r->saw_random = false;
     r->schema_writes = 0;
     PyObject *result = call_under_fake_mode(r, c->func, args, kwargs);
@@ -537,8 +502,7 @@ static PyObject *slow(call *c) {
         result = explain_failure(c);
     else if (emit_slow(c, &result, versions) < 0)
         Py_CLEAR(result);
-    if (versions != fixed)
-        PyMem_Free(versions);
+    if (versions != fixed) PyMem_Free(versions);
     Py_DECREF(args);
     Py_XDECREF(kwargs);
     return result;
@@ -554,8 +518,7 @@ static bool autocast_on(thx *x) {
 }
 
 static int needs_grad(thx_recorder *r) {
-    if (!r->x->abi.on || !r->x->abi.aoti_torch_grad_mode_is_enabled())
-        return 0;
+    if (!r->x->abi.on || !r->x->abi.aoti_torch_grad_mode_is_enabled()) return 0;
     for (uint32_t i = 0; i < r->ninputs; i++) {
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
         if (cell && th_type_get(r->x->ctx, r->t->values[cell->value].type)->flags & TH_TYPE_REQUIRES_GRAD) {
@@ -577,8 +540,7 @@ static bool under_functorch(thx *x) {
 static int check_default_dtype(thx_recorder *r) {
     PyObject *dtype = PyObject_CallNoArgs(r->x->default_dtype);
     Py_XDECREF(dtype); /* a singleton of torch */
-    if (!dtype || dtype == r->x->dtype_objects[r->default_dtype])
-        return dtype ? 0 : -1;
+    if (!dtype || dtype == r->x->dtype_objects[r->default_dtype]) return dtype ? 0 : -1;
     return thx_capture_error(r, "torch.set_default_dtype", "the default dtype changed while the function ran",
                              "set it outside the compiled function, or pass dtype= to each operation");
 }
@@ -586,11 +548,11 @@ static int check_default_dtype(thx_recorder *r) {
 /* x.requires_grad_(): from here on gradients matter. */
 static int asks_for_grad(thx *x, const thx_func *f, PyObject *args, PyObject *kwargs) {
     const char *name = f->callee ? th_str_get(x->ctx, f->callee) : "";
-    if (strcmp(name, "torch.Tensor.requires_grad_") != 0)
-        return 0;
-    PyObject *flag = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1) : kwargs ? PyDict_GetItemString(kwargs, "requires_grad") : Py_True;
-    if (flag == Py_False)
-        return 0;
+    if (strcmp(name, "torch.Tensor.requires_grad_") != 0) return 0;
+    PyObject *flag = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1)
+                     : kwargs                   ? PyDict_GetItemString(kwargs, "requires_grad")
+                                                : Py_True;
+    if (flag == Py_False) return 0;
     PyErr_SetString(x->GradNeeded, "a tensor is made to require gradients");
     return -1;
 }
@@ -600,15 +562,13 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
     call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random};
     if (under_functorch(x)) /* under vmap or grad: what functorch makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
-    if (check_default_dtype(r) < 0)
-        return NULL;
+    if (check_default_dtype(r) < 0) return NULL;
     r->ninputs = 0;
     r->real_inputs = r->wrapped_input = false;
     c.anode = thx_to_node(x, r->t, args, thx_recorder_value, r);
     c.knode = c.anode && kwargs ? thx_to_node(x, r->t, kwargs, thx_recorder_value, r) : 0;
     if (!c.anode || (kwargs && !c.knode)) {
-        if (!r->wrapped_input)
-            return NULL;
+        if (!r->wrapped_input) return NULL;
         PyErr_Clear(); /* under vmap or grad: what functorch makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     }
@@ -616,8 +576,7 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
         PyObject *result = evaluate(&c);
         const char *name = f->callee ? th_str_get(x->ctx, f->callee) : "";
         r->forgivable = strstr(name, ".__repr__") || strstr(name, ".__str__") || strstr(name, ".__format__");
-        if (!result && !PyErr_Occurred())
-            data_error(&c);
+        if (!result && !PyErr_Occurred()) data_error(&c);
         r->forgivable = false;
         return result;
     }
@@ -628,8 +587,7 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
                           "call it outside the compiled function");
         return NULL;
     }
-    if (needs_grad(r) < 0 || asks_for_grad(x, f, args, kwargs) < 0)
-        return NULL;
+    if (needs_grad(r) < 0 || asks_for_grad(x, f, args, kwargs) < 0) return NULL;
     if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
         PyObject *fa = fakeify(r, args), *fk = fa && kwargs ? fakeify(r, kwargs) : NULL;
         PyObject *result = fa && (fk || !kwargs) ? PyObject_Call(func, fa, fk) : NULL;
@@ -649,12 +607,10 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
 
 PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
-    if (n < 3 || n > 4)
-        return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
+    if (n < 3 || n > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
     PyObject *func = a[0], *args = a[2], *kwargs = n > 3 && a[3] != Py_None && PyDict_GET_SIZE(a[3]) ? a[3] : NULL;
     const thx_func *found = thx_func_find(r->x, func);
-    if (!found)
-        return NULL;
+    if (!found) return NULL;
     thx_func f = *found; /* the table may grow below */
     if (f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_SKIP) {
         r->nqueries++;
@@ -677,13 +633,12 @@ static int note_writes(thx_recorder *r, PyObject *overload, PyObject *args, PyOb
         PyObject *argument = PyList_GET_ITEM(list, i), *alias = PyObject_GetAttrString(argument, "alias_info");
         PyObject *write = alias && alias != Py_None ? PyObject_GetAttrString(alias, "is_write") : NULL;
         PyObject *name = write == Py_True ? PyObject_GetAttrString(argument, "name") : NULL;
-        PyObject *tensor = !name                         ? NULL
+        PyObject *tensor = !name                        ? NULL
                            : i < PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, i)
-                           : kwargs                      ? PyDict_GetItemWithError(kwargs, name)
-                                                         : NULL;
+                           : kwargs                     ? PyDict_GetItemWithError(kwargs, name)
+                                                        : NULL;
         for (uint32_t j = 0; tensor && j < r->ninputs && j < 64; j++)
-            if (r->inputs[j] == tensor)
-                r->schema_writes |= UINT64_C(1) << j;
+            if (r->inputs[j] == tensor) r->schema_writes |= UINT64_C(1) << j;
         Py_XDECREF(name);
         Py_XDECREF(write);
         Py_XDECREF(alias);
@@ -705,10 +660,8 @@ static bool has_tag(thx *x, PyObject *overload, PyObject *tag) {
 
 PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
-    if (n < 3)
-        return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
-    if (!r->saw_random && has_tag(r->x, a[0], r->x->random_tag))
-        r->saw_random = true;
+    if (n < 3) return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
+    if (!r->saw_random && has_tag(r->x, a[0], r->x->random_tag)) r->saw_random = true;
     PyObject *kwargs = n > 3 && a[3] != Py_None ? a[3] : NULL;
     note_writes(r, a[0], a[2], kwargs);
     return PyObject_Call(a[0], a[2], kwargs);
@@ -717,12 +670,12 @@ PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
 PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     thx *x = PyModule_GetState(module);
     thx_recorder *r = (thx_recorder *)x->active;
-    if (n < 3)
-        return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
+    if (n < 3) return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
     PyObject *func = a[0], *args = a[2], *kwargs = n > 3 && a[3] != Py_None && PyDict_GET_SIZE(a[3]) ? a[3] : NULL;
     if (!r) {
-        PyErr_SetString(x->CaptureError, "a tensor that was made while thunder.jit captured a function is used after the "
-                                         "capture: it holds no data. Do not keep intermediate tensors in globals or closures");
+        PyErr_SetString(x->CaptureError,
+                        "a tensor that was made while thunder.jit captured a function is used after the "
+                        "capture: it holds no data. Do not keep intermediate tensors in globals or closures");
         return NULL;
     }
     if (r->depth) { /* inside a recorded operation: torch's fake kernels answer */
@@ -730,8 +683,7 @@ PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n)
     }
     call c = {.r = r, .func = func, .args = args, .kwargs = kwargs};
     const thx_func *f = thx_func_find(x, func);
-    if (!f)
-        return NULL;
+    if (!f) return NULL;
     c.callee = f->callee;
     r->ninputs = 0;
     r->real_inputs = r->wrapped_input = false;

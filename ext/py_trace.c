@@ -4,8 +4,7 @@
 #include <string.h>
 
 typedef struct trace_object {
-    PyObject_HEAD
-    thx *x;
+    PyObject_HEAD thx *x;
     th_trace *t;
 } trace_object;
 
@@ -30,8 +29,7 @@ static void trace_dealloc(trace_object *o) {
 static PyObject *trace_str(trace_object *o) {
     char *text = NULL;
     size_t length = 0;
-    if (thx_check(o->x, th_trace_print(o->t, &text, &length)) < 0)
-        return NULL;
+    if (thx_check(o->x, th_trace_print(o->t, &text, &length)) < 0) return NULL;
     PyObject *string = PyUnicode_DecodeUTF8(text, (Py_ssize_t)length, "replace");
     th_ctx_alloc(o->x->ctx, text, 0);
     return string;
@@ -44,25 +42,20 @@ static PyObject *trace_repr(trace_object *o) {
 static PyObject *trace_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     const char *text;
     Py_ssize_t length;
-    if (kwargs && PyDict_GET_SIZE(kwargs))
-        return PyErr_Format(PyExc_TypeError, "Trace takes one argument: its text");
-    if (!PyArg_ParseTuple(args, "s#", &text, &length))
-        return NULL;
+    if (kwargs && PyDict_GET_SIZE(kwargs)) return PyErr_Format(PyExc_TypeError, "Trace takes one argument: its text");
+    if (!PyArg_ParseTuple(args, "s#", &text, &length)) return NULL;
     thx *x = PyType_GetModuleState(type);
     th_trace *t = NULL;
-    if (thx_check(x, th_trace_parse(x->ctx, text, (size_t)length, &t)) < 0)
-        return NULL;
+    if (thx_check(x, th_trace_parse(x->ctx, text, (size_t)length, &t)) < 0) return NULL;
     return thx_trace_object(x, t);
 }
 
 static PyObject *trace_passes(trace_object *o, PyObject *args) {
     const char *passes = NULL;
     long long fuel_left = -1;
-    if (!PyArg_ParseTuple(args, "|zL", &passes, &fuel_left))
-        return NULL;
+    if (!PyArg_ParseTuple(args, "|zL", &passes, &fuel_left)) return NULL;
     th_trace *copy = NULL;
-    if (thx_check(o->x, th_trace_clone(o->t, &copy)) < 0)
-        return NULL;
+    if (thx_check(o->x, th_trace_clone(o->t, &copy)) < 0) return NULL;
     th_fuel fuel = {.left = fuel_left};
     if (thx_check(o->x, th_pipeline_run(copy, passes, &fuel, true, NULL, NULL)) < 0) {
         th_trace_free(copy);
@@ -71,15 +64,17 @@ static PyObject *trace_passes(trace_object *o, PyObject *args) {
     return thx_trace_object(o->x, copy);
 }
 
-typedef struct stages { thx *x; PyObject *list; } stages;
+typedef struct stages {
+    thx *x;
+    PyObject *list;
+} stages;
 
 static th_status keep_stage(void *user, th_trace *t, const char *pass, double ms) {
     stages *s = user;
     th_trace *copy = NULL;
     char note[96];
     th_status status = th_trace_clone(t, &copy);
-    if (status != TH_OK)
-        return status;
+    if (status != TH_OK) return status;
     snprintf(note, sizeof note, "after %s (%.3f ms)", pass, ms);
     copy->note = th_intern_z(s->x->ctx, note);
     PyObject *o = thx_trace_object(s->x, copy);
@@ -92,19 +87,15 @@ static PyObject *trace_stages(trace_object *o, PyObject *unused) {
     (void)unused;
     th_trace *copy = NULL, *first = NULL;
     stages s = {o->x, PyList_New(0)};
-    if (!s.list)
-        return NULL;
-    if (thx_check(o->x, th_trace_clone(o->t, &copy)) < 0)
-        goto fail;
+    if (!s.list) return NULL;
+    if (thx_check(o->x, th_trace_clone(o->t, &copy)) < 0) goto fail;
     th_fuel fuel = {.left = -1};
-    if (thx_check(o->x, th_trace_clone(o->t, &first)) < 0)
-        goto fail;
+    if (thx_check(o->x, th_trace_clone(o->t, &first)) < 0) goto fail;
     first->note = th_intern_z(o->x->ctx, "as captured");
     PyObject *captured = thx_trace_object(o->x, first);
     int rc = captured ? PyList_Append(s.list, captured) : -1;
     Py_XDECREF(captured);
-    if (rc < 0 || thx_check(o->x, th_pipeline_run(copy, o->x->passes, &fuel, true, keep_stage, &s)) < 0)
-        goto fail;
+    if (rc < 0 || thx_check(o->x, th_pipeline_run(copy, o->x->passes, &fuel, true, keep_stage, &s)) < 0) goto fail;
     th_trace_free(copy);
     return s.list;
 fail:
@@ -114,8 +105,7 @@ fail:
 }
 
 static PyObject *trace_equal(PyObject *a, PyObject *b, int op) {
-    if ((op != Py_EQ && op != Py_NE) || Py_TYPE(a) != Py_TYPE(b))
-        Py_RETURN_NOTIMPLEMENTED;
+    if ((op != Py_EQ && op != Py_NE) || Py_TYPE(a) != Py_TYPE(b)) Py_RETURN_NOTIMPLEMENTED;
     bool same = th_trace_equal(((trace_object *)a)->t, ((trace_object *)b)->t);
     return PyBool_FromLong(same == (op == Py_EQ));
 }
@@ -128,8 +118,7 @@ static Py_hash_t trace_hash(trace_object *o) {
 static PyObject *trace_namespace(trace_object *o, PyObject *unused) {
     (void)unused;
     PyObject *dict = PyDict_New();
-    if (dict && PyDict_SetItemString(dict, "torch", o->x->torch) < 0)
-        Py_CLEAR(dict);
+    if (dict && PyDict_SetItemString(dict, "torch", o->x->torch) < 0) Py_CLEAR(dict);
     for (uint32_t i = 0; dict && i < o->t->nopaques; i++) {
         const th_opaque *q = &o->t->opaques[i];
         if (q->name && q->object && PyDict_SetItemString(dict, th_str_get(o->x->ctx, q->name), q->object) < 0)
@@ -143,12 +132,11 @@ static PyObject *trace_operations(trace_object *o, PyObject *unused) {
     PyObject *list = PyList_New(0);
     for (th_opref i = 1; list && i < o->t->nops; i++) {
         const th_op *op = &o->t->ops[i];
-        if (op->kind != TH_OP_CALL)
-            continue;
-        const char *name = op->callee ? th_str_get(o->x->ctx, op->callee) : th_str_get(o->x->ctx, o->t->opaques[op->callee_opaque].name);
+        if (op->kind != TH_OP_CALL) continue;
+        const char *name = op->callee ? th_str_get(o->x->ctx, op->callee)
+                                      : th_str_get(o->x->ctx, o->t->opaques[op->callee_opaque].name);
         PyObject *s = PyUnicode_FromString(name ? name : "");
-        if (!s || PyList_Append(list, s) < 0)
-            Py_CLEAR(list);
+        if (!s || PyList_Append(list, s) < 0) Py_CLEAR(list);
         Py_XDECREF(s);
     }
     return list;
@@ -158,17 +146,23 @@ static PyMethodDef trace_methods[] = {
     {"run_passes", (PyCFunction)trace_passes, METH_VARARGS,
      "run_passes(names=None, fuel=-1) -> Trace\n\nA new trace after the comma-separated passes (None: the default "
      "pipeline); fuel bounds the number of rewrites."},
-    {"stages", (PyCFunction)trace_stages, METH_NOARGS, "This trace and what each pass of the pipeline makes of it: a list."},
+    {"stages", (PyCFunction)trace_stages, METH_NOARGS,
+     "This trace and what each pass of the pipeline makes of it: a list."},
     {"namespace", (PyCFunction)trace_namespace, METH_NOARGS,
      "The names that the printed text needs to run with exec(): torch, and foreign Python objects."},
     {"operations", (PyCFunction)trace_operations, METH_NOARGS, "The dotted names of the operations, in order."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot trace_slots[] = {
-    {Py_tp_new, trace_new},         {Py_tp_dealloc, trace_dealloc},       {Py_tp_str, trace_str},
-    {Py_tp_repr, trace_repr},       {Py_tp_richcompare, trace_equal},     {Py_tp_hash, trace_hash},
-    {Py_tp_methods, trace_methods}, {Py_tp_doc, "Trace(text)\n\nA program as a flat list of operations. str() gives the text, "
-                                                "which is valid Python and which Trace() reads."},
+    {Py_tp_new, trace_new},
+    {Py_tp_dealloc, trace_dealloc},
+    {Py_tp_str, trace_str},
+    {Py_tp_repr, trace_repr},
+    {Py_tp_richcompare, trace_equal},
+    {Py_tp_hash, trace_hash},
+    {Py_tp_methods, trace_methods},
+    {Py_tp_doc, "Trace(text)\n\nA program as a flat list of operations. str() gives the text, "
+                "which is valid Python and which Trace() reads."},
     {0, NULL},
 };
 static PyType_Spec trace_spec = {"thunder._C.Trace", sizeof(trace_object), 0, Py_TPFLAGS_DEFAULT, trace_slots};

@@ -31,19 +31,22 @@ int thx_random_begin(thx_recorder *r) {
 static int emit_set(thx_recorder *r, th_val state) {
     th_trace *t = r->t;
     th_node arg = th_node_value(t, state);
-    th_op_args op = {.kind = TH_OP_CALL, .callee = th_intern_z(r->x->ctx, "torch.set_rng_state"),
-                     .args = th_node_seq(t, TH_N_TUPLE, 1, &arg), .effects = TH_FX_RANDOM | TH_FX_STATE};
+    th_op_args op = {.kind = TH_OP_CALL,
+                     .callee = th_intern_z(r->x->ctx, "torch.set_rng_state"),
+                     .args = th_node_seq(t, TH_N_TUPLE, 1, &arg),
+                     .effects = TH_FX_RANDOM | TH_FX_STATE};
     return thx_emit(r, &op);
 }
 
 static int emit_save(thx_recorder *r, PyObject *example) {
     th_trace *t = r->t;
     thx_meta meta;
-    if (thx_read_meta(r->x, example, false, &meta) < 0)
-        return -1;
+    if (thx_read_meta(r->x, example, false, &meta) < 0) return -1;
     r->rng_saved = th_trace_value(t, 0, thx_meta_type(r->x, &meta));
-    th_op_args op = {.kind = TH_OP_CALL, .callee = th_intern_z(r->x->ctx, "torch.get_rng_state"),
-                     .args = th_node_seq(t, TH_N_TUPLE, 0, NULL), .outs = th_node_value(t, r->rng_saved),
+    th_op_args op = {.kind = TH_OP_CALL,
+                     .callee = th_intern_z(r->x->ctx, "torch.get_rng_state"),
+                     .args = th_node_seq(t, TH_N_TUPLE, 0, NULL),
+                     .outs = th_node_value(t, r->rng_saved),
                      .effects = TH_FX_RANDOM | TH_FX_STATE};
     return thx_emit(r, &op);
 }
@@ -52,8 +55,7 @@ static int emit_save(thx_recorder *r, PyObject *example) {
 static Py_ssize_t place_in_stream(thx_recorder *r, PyObject *state) {
     Py_ssize_t n = PyList_GET_SIZE(r->rng_outer);
     for (Py_ssize_t i = 0; i < n; i++)
-        if (same_state(r, state, PyList_GET_ITEM(r->rng_outer, n - 1 - i)) == 1)
-            return i;
+        if (same_state(r, state, PyList_GET_ITEM(r->rng_outer, n - 1 - i)) == 1) return i;
     return -1;
 }
 
@@ -63,7 +65,8 @@ int thx_random_before(thx_recorder *r) {
     if (same == 0) {
         Py_ssize_t place = place_in_stream(r, state);
         if (place > 0) {
-            rc = thx_capture_error(r, "the random number generator", "it was put back to an earlier state of the caller's stream",
+            rc = thx_capture_error(r, "the random number generator",
+                                   "it was put back to an earlier state of the caller's stream",
                                    "save and restore random states outside the compiled function");
         } else if (place == 0 && r->rng_saved) {
             rc = emit_set(r, r->rng_saved);
@@ -71,12 +74,10 @@ int thx_random_before(thx_recorder *r) {
         } else if (place < 0) {
             thx_cell *cell = NULL;
             rc = r->rng_saved ? 0 : emit_save(r, state);
-            if (rc == 0 && !(cell = thx_recorder_cell(r, state)))
-                rc = -1;
+            if (rc == 0 && !(cell = thx_recorder_cell(r, state))) rc = -1;
             rc = rc == 0 ? emit_set(r, cell->value) : rc;
         }
-        if (rc == 0)
-            Py_XSETREF(r->rng_last, Py_NewRef(state));
+        if (rc == 0) Py_XSETREF(r->rng_last, Py_NewRef(state));
     }
     Py_XDECREF(state);
     return rc;
@@ -93,14 +94,12 @@ int thx_random_after(thx_recorder *r) {
 }
 
 int thx_random_end(thx_recorder *r) {
-    if (!r->rng_outer || !PyList_GET_SIZE(r->rng_outer))
-        return 0;
+    if (!r->rng_outer || !PyList_GET_SIZE(r->rng_outer)) return 0;
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     PyObject *now = PyObject_CallNoArgs(r->x->get_rng_state), *first = PyList_GET_ITEM(r->rng_outer, 0), *done = NULL;
     int same = now ? same_state(r, now, first) : -1;
-    if (same == 0 && !(done = PyObject_CallOneArg(r->x->set_rng_state, first)))
-        same = -1;
+    if (same == 0 && !(done = PyObject_CallOneArg(r->x->set_rng_state, first))) same = -1;
     Py_XDECREF(done);
     Py_XDECREF(now);
     if (type || same >= 0) {

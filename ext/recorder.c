@@ -10,19 +10,16 @@
 
 static thx_cell *probe(thx_cell *cells, uint32_t cap, PyObject *key) {
     uint32_t at = (uint32_t)(((uintptr_t)key >> 4) * 2654435761u) & (cap - 1);
-    while (cells[at].key && cells[at].key != key)
-        at = (at + 1) & (cap - 1);
+    while (cells[at].key && cells[at].key != key) at = (at + 1) & (cap - 1);
     return &cells[at];
 }
 
 static int grow_cells(thx_recorder *r) {
     uint32_t cap = r->cap_cells ? r->cap_cells * 2 : 256;
     thx_cell *cells = PyMem_Calloc(cap, sizeof *cells);
-    if (!cells)
-        return PyErr_NoMemory(), -1;
+    if (!cells) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < r->cap_cells; i++)
-        if (r->cells[i].key)
-            *probe(cells, cap, r->cells[i].key) = r->cells[i];
+        if (r->cells[i].key) *probe(cells, cap, r->cells[i].key) = r->cells[i];
     PyMem_Free(r->cells);
     r->cells = cells;
     r->cap_cells = cap;
@@ -30,8 +27,7 @@ static int grow_cells(thx_recorder *r) {
 }
 
 static thx_cell *insert(thx_recorder *r, PyObject *key, PyObject *fake, th_val value) {
-    if (r->ncells * 2 >= r->cap_cells && grow_cells(r) < 0)
-        return NULL;
+    if (r->ncells * 2 >= r->cap_cells && grow_cells(r) < 0) return NULL;
     thx_cell *cell = probe(r->cells, r->cap_cells, key);
     if (!cell->key) {
         cell->key = Py_NewRef(key);
@@ -50,7 +46,9 @@ static th_str root_name(thx_recorder *r, PyObject *place, const char *fallback) 
     char text[200], *out = text;
     const char *name = place ? PyUnicode_AsUTF8(PyTuple_GET_ITEM(place, 2)) : fallback;
     for (; name && *name && out < text + sizeof text - 1; name++)
-        *out++ = (*name >= 'a' && *name <= 'z') || (*name >= 'A' && *name <= 'Z') || (*name >= '0' && *name <= '9') ? *name : '_';
+        *out++ = (*name >= 'a' && *name <= 'z') || (*name >= 'A' && *name <= 'Z') || (*name >= '0' && *name <= '9')
+                     ? *name
+                     : '_';
     *out = 0;
     char prefixed[208];
     snprintf(prefixed, sizeof prefixed, "%s%s", place || text[0] < 'a' ? "p_" : "", text);
@@ -59,10 +57,8 @@ static th_str root_name(thx_recorder *r, PyObject *place, const char *fallback) 
 
 /* A class of its own decides what operations on it mean: all but torch's, and parameters that add only a name. */
 static bool plain_class(thx *x, PyTypeObject *type) {
-    if (type == x->Tensor || type == x->Parameter)
-        return true;
-    if (!PyType_IsSubtype(type, x->Parameter))
-        return false;
+    if (type == x->Tensor || type == x->Parameter) return true;
+    if (!PyType_IsSubtype(type, x->Parameter)) return false;
     PyObject *function = PyObject_GetAttrString((PyObject *)type, "__torch_function__");
     PyObject *dispatch = PyObject_GetAttr((PyObject *)type, x->n.torch_dispatch);
     bool plain = function == x->no_function && dispatch == x->no_dispatch;
@@ -77,30 +73,29 @@ static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
     if (!plain_class(x, Py_TYPE(tensor))) {
         char text[200];
         snprintf(text, sizeof text, "a tensor of the subclass %.100s", Py_TYPE(tensor)->tp_name);
-        return thx_capture_error(r, text, "operations on it are defined by its own class", "pass the plain tensor inside it");
+        return thx_capture_error(r, text, "operations on it are defined by its own class",
+                                 "pass the plain tensor inside it");
     }
     PyObject *nested = PyObject_GetAttrString(tensor, "is_nested");
     Py_XDECREF(nested);
-    if (!nested)
-        return -1;
+    if (!nested) return -1;
     if (nested == Py_True)
         return thx_capture_error(r, "a nested tensor", "its rows have lengths of their own",
                                  "pad it with to_padded_tensor() first, or call this part without thunder.jit");
     PyObject *layout = PyObject_GetAttrString(tensor, "layout");
     bool strided = layout == x->strided;
     Py_XDECREF(layout);
-    if (!layout)
-        return -1;
+    if (!layout) return -1;
     if (!strided)
         return thx_capture_error(r, "a sparse, nested or mkldnn tensor", "its layout has no strides",
                                  "convert it with to_dense() first, or call this part without thunder.jit");
     for (int i = 0; i < 2; i++) { /* lazy conjugation and negation are bits beside the metadata */
         PyObject *lazy = PyObject_CallMethod(tensor, i ? "is_neg" : "is_conj", NULL);
         Py_XDECREF(lazy);
-        if (!lazy)
-            return -1;
+        if (!lazy) return -1;
         if (lazy == Py_True)
-            return thx_capture_error(r, "a lazily conjugated or negated tensor", "its memory holds other values than it shows",
+            return thx_capture_error(r, "a lazily conjugated or negated tensor",
+                                     "its memory holds other values than it shows",
                                      "pass x.resolve_conj().resolve_neg()");
     }
     PyObject *quantized = PyObject_GetAttrString(tensor, "is_quantized");
@@ -115,8 +110,7 @@ static thx_root *push_root(thx_recorder *r, thx_root root) {
     if (r->nroots == r->cap_roots) {
         uint32_t cap = r->cap_roots ? r->cap_roots * 2 : 64;
         thx_root *roots = PyMem_Realloc(r->roots, cap * sizeof *roots);
-        if (!roots)
-            return (thx_root *)PyErr_NoMemory();
+        if (!roots) return (thx_root *)PyErr_NoMemory();
         r->roots = roots;
         r->cap_roots = cap;
     }
@@ -126,19 +120,16 @@ static thx_root *push_root(thx_recorder *r, thx_root root) {
 
 int thx_recorder_constant_root(thx_recorder *r, PyObject *real, th_val value) {
     thx_root *root = push_root(r, (thx_root){value, NULL, -1, NULL, NULL, NULL});
-    if (root)
-        root->real = Py_NewRef(real);
+    if (root) root->real = Py_NewRef(real);
     return root ? 0 : -1;
 }
 
 /* Inputs that share storage are one alias group. */
 static void join_storage(thx_recorder *r, const thx_root *root) {
     for (thx_root *other = r->roots; root->base && other < root; other++) {
-        if (other->base != root->base)
-            continue;
+        if (other->base != root->base) continue;
         th_value *first = &r->t->values[other->value];
-        if (!first->alias)
-            first->alias = th_trace_alias(r->t);
+        if (!first->alias) first->alias = th_trace_alias(r->t);
         r->t->values[root->value].alias = first->alias;
         return;
     }
@@ -147,23 +138,19 @@ static void join_storage(thx_recorder *r, const thx_root *root) {
 /* An input of the trace for a real tensor. Its fake is made when something has to run on it. */
 static thx_cell *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     thx *x = r->x;
-    if (refuse_tensor(r, real) < 0)
-        return NULL;
+    if (refuse_tensor(r, real) < 0) return NULL;
     thx_meta meta;
-    if (thx_read_meta(x, real, false, &meta) < 0)
-        return NULL;
+    if (thx_read_meta(x, real, false, &meta) < 0) return NULL;
     th_typeref type = thx_meta_type(x, &meta);
     PyObject *place = NULL, *id = NULL;
-    if (leaf < 0 && r->params && (id = PyLong_FromVoidPtr(real)))
-        place = PyDict_GetItemWithError(r->params, id);
+    if (leaf < 0 && r->params && (id = PyLong_FromVoidPtr(real))) place = PyDict_GetItemWithError(r->params, id);
     Py_XDECREF(id);
     char hint[24];
     snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
     th_val value = type ? th_trace_input(r->t, root_name(r, place, hint), type) : 0;
     thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL, thx_storage_base(x, real)}) : NULL;
     if (!root) {
-        if (!PyErr_Occurred())
-            PyErr_NoMemory();
+        if (!PyErr_Occurred()) PyErr_NoMemory();
         return NULL;
     }
     r->t->values[value].offset = meta.offset;
@@ -179,25 +166,21 @@ static thx_cell *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
 PyObject *thx_recorder_fake(thx_recorder *r, PyObject *tensor) {
     thx *x = r->x;
     thx_cell *cell = thx_recorder_cell(r, tensor);
-    if (!cell || thx_is_fake(x, cell->key))
-        return cell ? cell->key : NULL;
+    if (!cell || thx_is_fake(x, cell->key)) return cell ? cell->key : NULL;
     th_val value = cell->value;
     PyObject *fake = thx_fake(x, r->t->values[value].type);
-    if (!fake)
-        return NULL;
+    if (!fake) return NULL;
     if (PyType_IsSubtype(Py_TYPE(tensor), x->Parameter) && PyObject_SetAttrString(fake, "_is_param", Py_True) < 0)
         PyErr_Clear();
     int rc = insert(r, fake, NULL, value) ? 0 : -1;
-    if (rc == 0)
-        probe(r->cells, r->cap_cells, tensor)->fake = Py_NewRef(fake);
+    if (rc == 0) probe(r->cells, r->cap_cells, tensor)->fake = Py_NewRef(fake);
     Py_DECREF(fake); /* the table owns it */
     return rc < 0 ? NULL : fake;
 }
 
 PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf) {
     thx_cell *cell = r->cap_cells ? probe(r->cells, r->cap_cells, real) : NULL;
-    if ((!cell || !cell->key) && !add_root(r, real, (int32_t)leaf))
-        return NULL;
+    if ((!cell || !cell->key) && !add_root(r, real, (int32_t)leaf)) return NULL;
     return thx_recorder_fake(r, real);
 }
 
@@ -210,10 +193,10 @@ static bool is_functorch(thx *x, PyObject *tensor) {
 
 thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor) {
     thx_cell *cell = r->cap_cells ? probe(r->cells, r->cap_cells, tensor) : NULL;
-    if (cell && cell->key)
-        return cell->fake ? probe(r->cells, r->cap_cells, cell->fake) : cell;
+    if (cell && cell->key) return cell->fake ? probe(r->cells, r->cap_cells, cell->fake) : cell;
     if (thx_is_fake(r->x, tensor)) {
-        thx_capture_error(r, "a tensor of another capture", "it was made while something else was captured and kept since",
+        thx_capture_error(r, "a tensor of another capture",
+                          "it was made while something else was captured and kept since",
                           "do not keep tensors made inside a compiled call in globals or closures");
         return NULL;
     }
@@ -228,13 +211,11 @@ thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor) {
 th_val thx_recorder_value(void *user, PyObject *tensor) {
     thx_recorder *r = user;
     thx_cell *cell = thx_recorder_cell(r, tensor);
-    if (!cell)
-        return 0;
+    if (!cell) return 0;
     if (r->ninputs == r->cap_inputs) {
         uint32_t cap = r->cap_inputs ? r->cap_inputs * 2 : 64;
         PyObject **inputs = PyMem_Realloc(r->inputs, cap * sizeof *inputs);
-        if (!inputs)
-            return PyErr_NoMemory(), 0;
+        if (!inputs) return PyErr_NoMemory(), 0;
         r->inputs = inputs;
         r->cap_inputs = cap;
     }
@@ -247,8 +228,7 @@ th_val thx_recorder_value(void *user, PyObject *tensor) {
 
 static PyObject *const_value(void *user, th_val value) {
     PyObject *real = thx_recorder_constant(user, value);
-    if (!real && !PyErr_Occurred())
-        PyErr_SetString(PyExc_RuntimeError, "not a constant");
+    if (!real && !PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "not a constant");
     return Py_XNewRef(real);
 }
 
@@ -262,19 +242,20 @@ PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn v
     return result;
 }
 
-typedef struct scan { thx_recorder *r; bool ok; } scan;
+typedef struct scan {
+    thx_recorder *r;
+    bool ok;
+} scan;
 
 static void scan_use(void *user, th_val *value) {
     scan *s = user;
-    if (s->ok && !thx_recorder_constant(s->r, *value))
-        s->ok = false;
+    if (s->ok && !thx_recorder_constant(s->r, *value)) s->ok = false;
 }
 
 static bool group_written(const th_trace *t, uint32_t alias) {
     for (th_opref o = 1; alias && o < t->nops; o++)
         for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
-            if (t->values[t->kids[t->ops[o].writes + i]].alias == alias)
-                return true;
+            if (t->values[t->kids[t->ops[o].writes + i]].alias == alias) return true;
     return false;
 }
 
@@ -293,26 +274,20 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
     th_trace *t = r->t;
     if (r->nconsts < t->nvalues) {
         PyObject **consts = PyMem_Realloc(r->consts, sizeof(PyObject *) * t->nvalues);
-        if (!consts)
-            return PyErr_NoMemory();
+        if (!consts) return PyErr_NoMemory();
         memset(consts + r->nconsts, 0, sizeof(PyObject *) * (t->nvalues - r->nconsts));
         r->consts = consts;
         r->nconsts = t->nvalues;
     }
     th_opref o = t->values[value].def;
-    if (!o || group_written(t, t->values[value].alias))
-        return NULL;
-    if (r->consts[value])
-        return r->consts[value];
-    if (t->ops[o].effects)
-        return NULL;
+    if (!o || group_written(t, t->values[value].alias)) return NULL;
+    if (r->consts[value]) return r->consts[value];
+    if (t->ops[o].effects) return NULL;
     scan s = {r, true};
     th_op_each_use(t, o, scan_use, &s);
-    if (!s.ok || PyErr_Occurred())
-        return NULL;
+    if (!s.ok || PyErr_Occurred()) return NULL;
     PyObject *result = thx_eval_op(r->x, t, &t->ops[o], const_value, r);
-    if (!result)
-        return NULL;
+    if (!result) return NULL;
     r->nevals++;
     keep_consts(r, t->ops[o].outs, result);
     Py_DECREF(result);
@@ -328,8 +303,7 @@ static bool is_torch_file(const char *path) {
 /* What is known about a code object: direct-mapped by address, which the reference keeps from being reused. */
 static const thx_code *code_of(thx *x, PyCodeObject *code) {
     thx_code *c = &x->codes[((uintptr_t)code >> 5) % THX_CODES];
-    if (c->code == (PyObject *)code)
-        return c;
+    if (c->code == (PyObject *)code) return c;
     const char *path = PyUnicode_AsUTF8(code->co_filename), *base = path ? strrchr(path, '/') : NULL;
     PyErr_Clear();
     Py_XSETREF(c->code, Py_NewRef((PyObject *)code));
@@ -358,15 +332,13 @@ static PyFrameObject *user_frame(thx *x, th_str *file) {
 
 void thx_user_line(thx *x, th_str *file, uint32_t *line) {
     PyFrameObject *frame = user_frame(x, file);
-    if (!frame)
-        return;
+    if (!frame) return;
     *line = (uint32_t)PyFrame_GetLineNumber(frame);
     Py_DECREF(frame);
 }
 
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix) {
-    if (PyErr_Occurred())
-        PyErr_Clear();
+    if (PyErr_Occurred()) PyErr_Clear();
     th_str base = 0;
     PyFrameObject *frame = user_frame(r->x, &base);
     PyObject *file = NULL, *function = NULL;
@@ -384,8 +356,7 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
     Py_XDECREF(file);
     Py_XDECREF(function);
     if (error) {
-        if (!r->error && !r->forgivable)
-            r->error = Py_NewRef(error);
+        if (!r->error && !r->forgivable) r->error = Py_NewRef(error);
         PyErr_SetObject(r->x->CaptureError, error);
         Py_DECREF(error);
     }
@@ -405,8 +376,8 @@ static int set_script_optimize(thx *x, PyObject *on) {
     return done ? 0 : -1;
 }
 
-/* torch.compiler.is_compiling() says yes; TorchScript runs operation by operation, as its fused kernels would want data;
- * the observer is on the stack of function modes. */
+/* torch.compiler.is_compiling() says yes; TorchScript runs operation by operation, as its fused kernels would want
+ * data; the observer is on the stack of function modes. */
 static int enter(thx_recorder *r, surroundings *s) {
     thx *x = r->x;
     s->previous = x->active;
@@ -414,8 +385,7 @@ static int enter(thx_recorder *r, surroundings *s) {
     s->compiling = s->compiler ? PyObject_GetAttrString(s->compiler, "_is_compiling_flag") : NULL;
     PyErr_Clear();
     s->script = PyObject_CallNoArgs(x->get_script_optimize);
-    if (!s->script || thx_random_begin(r) < 0 || set_script_optimize(x, Py_False) < 0)
-        return -1;
+    if (!s->script || thx_random_begin(r) < 0 || set_script_optimize(x, Py_False) < 0) return -1;
     PyObject *pushed = PyObject_CallOneArg(x->push_function, (PyObject *)r);
     if (!pushed) {
         set_script_optimize(x, s->script);
@@ -424,8 +394,7 @@ static int enter(thx_recorder *r, surroundings *s) {
     Py_DECREF(pushed);
     x->active = (PyObject *)r;
     x->active_thread = PyThread_get_thread_ident();
-    if (s->compiling)
-        PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
+    if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
     return 0;
 }
 
@@ -433,8 +402,7 @@ static void leave(thx_recorder *r, surroundings *s) { /* keeps a pending excepti
     thx *x = r->x;
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    if (s->compiling)
-        PyObject_SetAttrString(s->compiler, "_is_compiling_flag", s->compiling);
+    if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", s->compiling);
     set_script_optimize(x, s->script);
     PyObject *popped = PyObject_CallNoArgs(x->pop_function);
     Py_XDECREF(popped);
@@ -464,15 +432,15 @@ static void explain_exception(thx_recorder *r) {
     }
     PyErr_NormalizeException(&type, &value, &trace);
     if (data)
-        thx_capture_error(r, "a kernel outside torch's dispatcher", "it reads the memory of a tensor, which a capture does not have",
+        thx_capture_error(r, "a kernel outside torch's dispatcher",
+                          "it reads the memory of a tensor, which a capture does not have",
                           "register it with torch.library.custom_op, or call it outside the compiled function");
     else
         thx_capture_error(r, "a part that only torch.compile can run", "it starts torch.compile while thunder captures",
                           "call this part outside the compiled function");
     PyErr_Fetch(&error, &ours, &our_trace);
     PyErr_NormalizeException(&error, &ours, &our_trace);
-    if (ours && value)
-        PyException_SetCause(ours, Py_NewRef(value));
+    if (ours && value) PyException_SetCause(ours, Py_NewRef(value));
     PyErr_Restore(error, ours, our_trace);
     Py_XDECREF(type);
     Py_XDECREF(value);
@@ -496,20 +464,18 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         x->abi.aoti_torch_grad_mode_set_enabled(s.grad);
         if (*result) {
             Py_CLEAR(*result);
-            thx_capture_error(r, "the grad mode", "the function leaves it other than it found it", "switch it outside, or in a with block");
+            thx_capture_error(r, "the grad mode", "the function leaves it other than it found it",
+                              "switch it outside, or in a with block");
         }
     }
-    if (*result && thx_random_before(r) < 0)
-        Py_CLEAR(*result);
-    if (thx_random_end(r) < 0)
-        Py_CLEAR(*result);
+    if (*result && thx_random_before(r) < 0) Py_CLEAR(*result);
+    if (thx_random_end(r) < 0) Py_CLEAR(*result);
     if (r->error && (*result || !PyErr_ExceptionMatches(x->CaptureError))) { /* user code swallowed it */
         Py_CLEAR(*result);
         PyErr_Clear();
         PyErr_SetObject(x->CaptureError, r->error);
     }
-    if (*result && thx_check(x, th_trace_status(r->t)) < 0)
-        Py_CLEAR(*result);
+    if (*result && thx_check(x, th_trace_status(r->t)) < 0) Py_CLEAR(*result);
     return *result ? 0 : -1;
 }
 
@@ -517,8 +483,7 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
 
 thx_recorder *thx_recorder_new(thx *x, PyObject *params) {
     thx_recorder *r = (thx_recorder *)x->Recorder->tp_alloc(x->Recorder, 0);
-    if (!r)
-        return NULL;
+    if (!r) return NULL;
     r->x = x;
     r->params = Py_XNewRef(params);
     r->t = th_trace_new(x->ctx, "computation");
@@ -529,8 +494,7 @@ thx_recorder *thx_recorder_new(thx *x, PyObject *params) {
     }
     Py_XDECREF(dtype);
     Py_XDECREF(device);
-    if (!r->t)
-        PyErr_NoMemory();
+    if (!r->t) PyErr_NoMemory();
     if (!r->t || !r->default_device) {
         Py_DECREF(r);
         return NULL;
@@ -550,8 +514,7 @@ static void recorder_dealloc(thx_recorder *r) {
         Py_XDECREF(r->roots[i].dict);
         Py_XDECREF(r->roots[i].key);
     }
-    for (uint32_t i = 0; i < r->nconsts; i++)
-        Py_XDECREF(r->consts[i]);
+    for (uint32_t i = 0; i < r->nconsts; i++) Py_XDECREF(r->consts[i]);
     PyMem_Free(r->cells);
     PyMem_Free(r->roots);
     PyMem_Free(r->consts);

@@ -25,18 +25,15 @@ static int param_index(const th_opdef *def, const char *name) {
     size_t n = strlen(name);
     int index = 0;
     for (const char *p = def->params; *p;) {
-        while (*p == ' ' || *p == ',')
-            p++;
+        while (*p == ' ' || *p == ',') p++;
         if (*p == '*' && (p[1] == ',' || p[1] == 0)) {
             p++;
             continue;
         }
         const char *start = p;
-        while (*p && *p != ',')
-            p++;
+        while (*p && *p != ',') p++;
         size_t length = strcspn(start, "=, ");
-        if (length == n && strncmp(start, name, n) == 0)
-            return index;
+        if (length == n && strncmp(start, name, n) == 0) return index;
         index++;
     }
     return -1;
@@ -67,13 +64,14 @@ static th_val value_at(const shape_op *s, th_node n) {
 
 static bool number_at(const shape_op *s, th_node n, double *out) {
     const th_node_data *d = data_of(s, n);
-    if (!n || (d->kind != TH_N_INT && d->kind != TH_N_FLOAT && d->kind != TH_N_BOOL))
-        return false;
+    if (!n || (d->kind != TH_N_INT && d->kind != TH_N_FLOAT && d->kind != TH_N_BOOL)) return false;
     *out = d->kind == TH_N_FLOAT ? d->u.f : (double)d->u.i;
     return true;
 }
 
-static const th_type *type_of(const shape_op *s, th_val v) { return th_type_get(s->l->x->ctx, s->l->t->values[v].type); }
+static const th_type *type_of(const shape_op *s, th_val v) {
+    return th_type_get(s->l->x->ctx, s->l->t->values[v].type);
+}
 
 static bool is_cpu(const shape_op *s, const th_type *t) {
     return t->kind == TH_TYPE_TENSOR && strcmp(th_device_type(s->l->x->ctx, t->device), "cpu") == 0;
@@ -89,8 +87,7 @@ static bool returned(const thx_lowering *l, th_val v);
 /* ---- slots ---- */
 
 static int fail(const char *what) {
-    if (!PyErr_Occurred())
-        PyErr_Format(PyExc_RuntimeError, "torch refused %s", what);
+    if (!PyErr_Occurred()) PyErr_Format(PyExc_RuntimeError, "torch refused %s", what);
     return -1;
 }
 
@@ -148,8 +145,8 @@ static int run_view(th_frame *f, const th_instr *instr) {
     const view_data *v = instr->data;
     thx *x = f->user;
     th_h h = NULL;
-    if (x->abi.aoti_torch__reinterpret_tensor(thx_slot_handle(x, &f->slots[v->from]), v->ndim, v->dims, v->dims + v->ndim,
-                                              v->offset, &h))
+    if (x->abi.aoti_torch__reinterpret_tensor(thx_slot_handle(x, &f->slots[v->from]), v->ndim, v->dims,
+                                              v->dims + v->ndim, v->offset, &h))
         return fail("to make a view");
     put_handle(f, v->to, h);
     return 0;
@@ -163,8 +160,7 @@ static bool is_view(const shape_op *s, th_val from, th_val to) {
 static int emit_view(const shape_op *s, th_opref o, th_val from, th_val to) {
     const th_type *t = type_of(s, to);
     view_data *v = PyMem_Malloc(sizeof *v + sizeof(int64_t) * 2 * t->ndim);
-    if (!v)
-        return PyErr_NoMemory(), -1;
+    if (!v) return PyErr_NoMemory(), -1;
     v->ndim = t->ndim;
     v->offset = s->l->t->values[to].offset - s->l->t->values[from].offset;
     memcpy(v->dims, t->shape, sizeof(int64_t) * t->ndim);
@@ -176,21 +172,16 @@ static int emit_view(const shape_op *s, th_opref o, th_val from, th_val to) {
 
 static int lower_views(shape_op *s, th_opref o) {
     th_val from = value_at(s, s->call.arg[0]);
-    if (!(s->call.def->effects & TH_OPDEF_VIEW) || !from || !s->l->x->abi.aoti_torch__reinterpret_tensor)
-        return 0;
+    if (!(s->call.def->effects & TH_OPDEF_VIEW) || !from || !s->l->x->abi.aoti_torch__reinterpret_tensor) return 0;
     const th_node_data *outs = data_of(s, s->op->outs);
-    if (outs->kind == TH_N_VALUE)
-        return is_view(s, from, outs->u.ref) ? emit_view(s, o, from, outs->u.ref) : 0;
-    if (outs->kind != TH_N_TUPLE)
-        return 0;
+    if (outs->kind == TH_N_VALUE) return is_view(s, from, outs->u.ref) ? emit_view(s, o, from, outs->u.ref) : 0;
+    if (outs->kind != TH_N_TUPLE) return 0;
     for (uint32_t i = 0; i < outs->count; i++) {
         th_val to = value_at(s, s->l->t->kids[outs->u.kids + i]);
-        if (!to || !is_view(s, from, to))
-            return 0;
+        if (!to || !is_view(s, from, to)) return 0;
     }
     for (uint32_t i = 0; i < outs->count; i++)
-        if (emit_view(s, o, from, value_at(s, s->l->t->kids[outs->u.kids + i])) < 0)
-            return -1;
+        if (emit_view(s, o, from, value_at(s, s->l->t->kids[outs->u.kids + i])) < 0) return -1;
     return 1;
 }
 
@@ -209,31 +200,25 @@ static int run_map(th_frame *f, const th_instr *instr) {
     const float *a = d->map.scalar_at == 1 ? NULL : pointer(x, &f->slots[d->a]);
     const float *b = d->b == UINT32_MAX ? NULL : pointer(x, &f->slots[d->b]);
     float *out = allocate(x, f, &d->o, d->out);
-    if (!out)
-        return -1;
+    if (!out) return -1;
     th_tile_map_run(&d->map, out, a, b);
     return 0;
 }
 
 static void broadcast_strides(const th_type *t, const th_type *to, int64_t *out) {
     uint32_t lead = to->ndim - t->ndim;
-    for (uint32_t i = 0; i < to->ndim; i++)
-        out[i] = i < lead || t->shape[i - lead] == 1 ? 0 : t->stride[i - lead];
+    for (uint32_t i = 0; i < to->ndim; i++) out[i] = i < lead || t->shape[i - lead] == 1 ? 0 : t->stride[i - lead];
 }
 
 /* a and b may be 0: then the scalar stands there. */
 static int emit_map(shape_op *s, th_opref o, th_tile_op op, th_val a, th_val b, double scalar, th_val out) {
     const th_type *t = type_of(s, out);
     int64_t sa[TH_TILE_RANK] = {0}, sb[TH_TILE_RANK] = {0};
-    if (!small_f32(s, out) || (a && !small_f32(s, a)) || (b && !small_f32(s, b)) || th_type_numel(t) == 0)
-        return 0;
-    if (a)
-        broadcast_strides(type_of(s, a), t, sa);
-    if (b)
-        broadcast_strides(type_of(s, b), t, sb);
+    if (!small_f32(s, out) || (a && !small_f32(s, a)) || (b && !small_f32(s, b)) || th_type_numel(t) == 0) return 0;
+    if (a) broadcast_strides(type_of(s, a), t, sa);
+    if (b) broadcast_strides(type_of(s, b), t, sb);
     map_data *d = PyMem_Calloc(1, sizeof *d);
-    if (!d)
-        return PyErr_NoMemory(), -1;
+    if (!d) return PyErr_NoMemory(), -1;
     bool two = op >= TH_TILE_BINARY;
     th_tile_map_init(&d->map, op, t->ndim, t->shape, t->stride, sa, two ? sb : NULL);
     d->map.scalar = (float)scalar;
@@ -245,16 +230,24 @@ static int emit_map(shape_op *s, th_opref o, th_tile_op op, th_val a, th_val b, 
     return add(s->l, run_map, &d->head, o);
 }
 
-static const struct { const char *name; uint8_t op; } unary_ops[] = {
-    {"neg", TH_TILE_NEG}, {"abs", TH_TILE_ABS}, {"relu", TH_TILE_RELU}, {"sqrt", TH_TILE_SQRT}, {"rsqrt", TH_TILE_RSQRT},
-    {"reciprocal", TH_TILE_RECIPROCAL}, {"exp", TH_TILE_EXP}, {"log", TH_TILE_LOG}, {"tanh", TH_TILE_TANH},
-    {"sigmoid", TH_TILE_SIGMOID}, {"silu", TH_TILE_SILU}, {"sin", TH_TILE_SIN}, {"cos", TH_TILE_COS}, {"erf", TH_TILE_ERF},
-    {"square", TH_TILE_SQUARE},
+static const struct {
+    const char *name;
+    uint8_t op;
+} unary_ops[] = {
+    {"neg", TH_TILE_NEG},         {"abs", TH_TILE_ABS},     {"relu", TH_TILE_RELU},
+    {"sqrt", TH_TILE_SQRT},       {"rsqrt", TH_TILE_RSQRT}, {"reciprocal", TH_TILE_RECIPROCAL},
+    {"exp", TH_TILE_EXP},         {"log", TH_TILE_LOG},     {"tanh", TH_TILE_TANH},
+    {"sigmoid", TH_TILE_SIGMOID}, {"silu", TH_TILE_SILU},   {"sin", TH_TILE_SIN},
+    {"cos", TH_TILE_COS},         {"erf", TH_TILE_ERF},     {"square", TH_TILE_SQUARE},
 };
-static const struct { const char *name; uint8_t op; bool swapped; } binary_ops[] = {
-    {"add", TH_TILE_ADD, false}, {"sub", TH_TILE_SUB, false}, {"mul", TH_TILE_MUL, false}, {"div", TH_TILE_DIV, false},
-    {"rsub", TH_TILE_SUB, true}, {"rdiv", TH_TILE_DIV, true}, {"maximum", TH_TILE_MAXIMUM, false},
-    {"minimum", TH_TILE_MINIMUM, false},
+static const struct {
+    const char *name;
+    uint8_t op;
+    bool swapped;
+} binary_ops[] = {
+    {"add", TH_TILE_ADD, false},         {"sub", TH_TILE_SUB, false},         {"mul", TH_TILE_MUL, false},
+    {"div", TH_TILE_DIV, false},         {"rsub", TH_TILE_SUB, true},         {"rdiv", TH_TILE_DIV, true},
+    {"maximum", TH_TILE_MAXIMUM, false}, {"minimum", TH_TILE_MINIMUM, false},
 };
 
 static int lower_pointwise(shape_op *s, th_opref o, th_val out) {
@@ -274,15 +267,14 @@ static int lower_pointwise(shape_op *s, th_opref o, th_val out) {
                    ? emit_map(s, o, TH_TILE_SQUARE, a, 0, 0, out)
                    : 0;
     for (size_t i = 0; i < sizeof binary_ops / sizeof *binary_ops; i++) {
-        if (strcmp(name, binary_ops[i].name) != 0 || s->call.nparams < 2)
-            continue;
+        if (strcmp(name, binary_ops[i].name) != 0 || s->call.nparams < 2) continue;
         double alpha = 1;
-        if ((!absent(s, "alpha") && !(number_at(s, param(s, "alpha"), &alpha) && alpha == 1)) || !absent(s, "rounding_mode"))
+        if ((!absent(s, "alpha") && !(number_at(s, param(s, "alpha"), &alpha) && alpha == 1)) ||
+            !absent(s, "rounding_mode"))
             return 0;
         th_val b = value_at(s, s->call.arg[1]);
         bool sa = !a && number_at(s, s->call.arg[0], &number), sb = !b && number_at(s, s->call.arg[1], &number);
-        if ((!a && !sa) || (!b && !sb) || (!a && !b))
-            return 0;
+        if ((!a && !sa) || (!b && !sb) || (!a && !b)) return 0;
         return binary_ops[i].swapped ? emit_map(s, o, (th_tile_op)binary_ops[i].op, b, a, number, out)
                                      : emit_map(s, o, (th_tile_op)binary_ops[i].op, a, b, number, out);
     }
@@ -295,21 +287,17 @@ static int lower_copy(shape_op *s, th_opref o, th_val out) {
     static const char *const names[] = {"contiguous", "clone", "reshape", "flatten", "view", NULL};
     th_val a = value_at(s, s->call.arg[0]);
     bool known = false;
-    for (int i = 0; names[i]; i++)
-        known |= strcmp(s->name, names[i]) == 0;
-    if (!known || !a || s->l->t->values[out].alias || !small_f32(s, a) || !small_f32(s, out))
-        return 0;
+    for (int i = 0; names[i]; i++) known |= strcmp(s->name, names[i]) == 0;
+    if (!known || !a || s->l->t->values[out].alias || !small_f32(s, a) || !small_f32(s, out)) return 0;
     const th_type *from = type_of(s, a), *to = type_of(s, out);
     bool same_shape = from->ndim == to->ndim && memcmp(from->shape, to->shape, sizeof(int64_t) * to->ndim) == 0;
-    if ((!to->contiguous && !same_shape) || th_type_numel(from) != th_type_numel(to) || !th_type_numel(to))
-        return 0;
+    if ((!to->contiguous && !same_shape) || th_type_numel(from) != th_type_numel(to) || !th_type_numel(to)) return 0;
     map_data *d = PyMem_Calloc(1, sizeof *d);
-    if (!d)
-        return PyErr_NoMemory(), -1;
+    if (!d) return PyErr_NoMemory(), -1;
     int64_t rows[TH_TILE_RANK], step = 1; /* where the elements of `from` lie in a contiguous result */
-    for (uint32_t i = from->ndim; i-- > 0; step *= from->shape[i])
-        rows[i] = step;
-    th_tile_map_init(&d->map, TH_TILE_COPY, from->ndim, from->shape, same_shape ? to->stride : rows, from->stride, NULL);
+    for (uint32_t i = from->ndim; i-- > 0; step *= from->shape[i]) rows[i] = step;
+    th_tile_map_init(&d->map, TH_TILE_COPY, from->ndim, from->shape, same_shape ? to->stride : rows, from->stride,
+                     NULL);
     fresh_init(&d->o, to);
     d->a = thx_slot_for(s->l, a);
     d->b = UINT32_MAX;
@@ -334,13 +322,10 @@ static int run_cat(th_frame *f, const th_instr *instr) {
     const cat_data *d = instr->data;
     thx *x = f->user;
     const float *in[16];
-    for (uint32_t i = 0; i < d->count; i++)
-        in[i] = pointer(x, &f->slots[d->part[i].slot]);
+    for (uint32_t i = 0; i < d->count; i++) in[i] = pointer(x, &f->slots[d->part[i].slot]);
     float *out = allocate(x, f, &d->o, d->out);
-    if (!out)
-        return -1;
-    for (uint32_t i = 0; i < d->count; i++)
-        th_tile_map_run(&d->part[i].map, out + d->part[i].offset, in[i], NULL);
+    if (!out) return -1;
+    for (uint32_t i = 0; i < d->count; i++) th_tile_map_run(&d->part[i].map, out + d->part[i].offset, in[i], NULL);
     return 0;
 }
 
@@ -354,12 +339,10 @@ static int lower_cat(shape_op *s, th_opref o, th_val out) {
         return 0;
     for (uint32_t i = 0; i < list->count; i++) {
         th_val v = value_at(s, s->l->t->kids[list->u.kids + i]);
-        if (!v || !small_f32(s, v) || type_of(s, v)->ndim != t->ndim || !th_type_numel(type_of(s, v)))
-            return 0;
+        if (!v || !small_f32(s, v) || type_of(s, v)->ndim != t->ndim || !th_type_numel(type_of(s, v))) return 0;
     }
     cat_data *d = PyMem_Calloc(1, sizeof *d + sizeof d->part[0] * list->count);
-    if (!d)
-        return PyErr_NoMemory(), -1;
+    if (!d) return PyErr_NoMemory(), -1;
     int64_t at = 0;
     for (d->count = 0; d->count < list->count; d->count++) {
         th_val v = value_at(s, s->l->t->kids[list->u.kids + d->count]);
@@ -388,8 +371,7 @@ static int run_attention(th_frame *f, const th_instr *instr) {
     thx *x = f->user;
     const float *q = pointer(x, &f->slots[d->q]), *k = pointer(x, &f->slots[d->k]), *v = pointer(x, &f->slots[d->v]);
     float *out = allocate(x, f, &d->o, d->out);
-    if (!out)
-        return -1;
+    if (!out) return -1;
     th_tile_attention_run(&d->t, out, q, k, v);
     return 0;
 }
@@ -404,16 +386,14 @@ static int lower_attention(shape_op *s, th_opref o, th_val out) {
         return 0;
     const th_type *tq = type_of(s, q), *tk = type_of(s, k), *tv = type_of(s, v), *to = type_of(s, out);
     if (tq->ndim != 4 || tk->ndim != 4 || tv->ndim != 4 || to->ndim != 4 || !th_type_numel(to) || !th_type_numel(tk) ||
-        tk->shape[2] > MAX_KEYS || tq->shape[3] != tk->shape[3] ||
-        tq->shape[0] != tk->shape[0] || tq->shape[1] != tk->shape[1] || tv->shape[0] != tk->shape[0] ||
-        tv->shape[1] != tk->shape[1] || tv->shape[2] != tk->shape[2] ||
+        tk->shape[2] > MAX_KEYS || tq->shape[3] != tk->shape[3] || tq->shape[0] != tk->shape[0] ||
+        tq->shape[1] != tk->shape[1] || tv->shape[0] != tk->shape[0] || tv->shape[1] != tk->shape[1] ||
+        tv->shape[2] != tk->shape[2] ||
         tq->shape[0] * tq->shape[1] * tq->shape[2] * tk->shape[2] * (tq->shape[3] + tv->shape[3]) > SMALL_PRODUCT)
         return 0;
-    if (!number_at(s, param(s, "scale"), &scale))
-        scale = 1.0 / sqrt((double)tq->shape[3]);
+    if (!number_at(s, param(s, "scale"), &scale)) scale = 1.0 / sqrt((double)tq->shape[3]);
     attention_data *d = PyMem_Calloc(1, sizeof *d);
-    if (!d)
-        return PyErr_NoMemory(), -1;
+    if (!d) return PyErr_NoMemory(), -1;
     th_tile_attention *t = &d->t;
     t->batch = tq->shape[0], t->heads = tq->shape[1], t->rows = tq->shape[2], t->keys = tk->shape[2];
     t->depth = tq->shape[3], t->width = tv->shape[3], t->scale = (float)scale;
@@ -443,25 +423,21 @@ static int run_embedding(th_frame *f, const th_instr *instr) {
     const void *index = pointer(x, &f->slots[d->index]);
     const float *table = pointer(x, &f->slots[d->table]);
     float *out = allocate(x, f, &d->o, d->out);
-    if (!out)
-        return -1;
-    if (th_tile_embedding(out, index, d->count, table, d->size, d->n) < 0)
-        return 0;
+    if (!out) return -1;
+    if (th_tile_embedding(out, index, d->count, table, d->size, d->n) < 0) return 0;
     PyErr_SetString(PyExc_IndexError, "index out of range in self");
     return -1;
 }
 
 static int lower_embedding(shape_op *s, th_opref o, th_val out) {
     th_val index = value_at(s, s->call.arg[0]), table = value_at(s, s->call.arg[1]);
-    if (!index || !table || !absent(s, "max_norm") || !small_f32(s, out) || !type_of(s, out)->contiguous)
-        return 0;
+    if (!index || !table || !absent(s, "max_norm") || !small_f32(s, out) || !type_of(s, out)->contiguous) return 0;
     const th_type *ti = type_of(s, index), *tt = type_of(s, table);
-    if (ti->dtype != TH_I64 || !ti->contiguous || !is_cpu(s, ti) || tt->dtype != TH_F32 || !tt->contiguous || !is_cpu(s, tt) ||
-        tt->ndim != 2 || !th_type_numel(type_of(s, out)))
+    if (ti->dtype != TH_I64 || !ti->contiguous || !is_cpu(s, ti) || tt->dtype != TH_F32 || !tt->contiguous ||
+        !is_cpu(s, tt) || tt->ndim != 2 || !th_type_numel(type_of(s, out)))
         return 0;
     embedding_data *d = PyMem_Calloc(1, sizeof *d);
-    if (!d)
-        return PyErr_NoMemory(), -1;
+    if (!d) return PyErr_NoMemory(), -1;
     d->count = th_type_numel(ti), d->size = tt->shape[0], d->n = tt->shape[1];
     fresh_init(&d->o, type_of(s, out));
     d->index = thx_slot_for(s->l, index), d->table = thx_slot_for(s->l, table), d->out = thx_slot_for(s->l, out);
@@ -486,28 +462,19 @@ static int run_rows(th_frame *f, const th_instr *instr) {
     const float *w = d->w == UINT32_MAX ? NULL : pointer(x, &f->slots[d->w]);
     const float *b = d->b == UINT32_MAX ? NULL : pointer(x, &f->slots[d->b]);
     float *out = allocate(x, f, &d->o, d->out);
-    if (!out)
-        return -1;
+    if (!out) return -1;
     switch (d->kind) {
-    case 'l':
-        th_tile_linear(out, in, w, b, d->rows, d->n, d->k);
-        break;
-    case 'n':
-        th_tile_layer_norm(out, in, w, b, d->rows, d->n, d->eps);
-        break;
-    case 's':
-        th_tile_softmax(out, in, d->rows, d->n);
-        break;
-    default:
-        th_tile_mean_rows(out, in, d->rows, d->n);
+    case 'l': th_tile_linear(out, in, w, b, d->rows, d->n, d->k); break;
+    case 'n': th_tile_layer_norm(out, in, w, b, d->rows, d->n, d->eps); break;
+    case 's': th_tile_softmax(out, in, d->rows, d->n); break;
+    default: th_tile_mean_rows(out, in, d->rows, d->n);
     }
     return 0;
 }
 
 static int emit_rows(shape_op *s, th_opref o, rows_data d, th_val x, th_val w, th_val b, th_val out) {
     rows_data *copy = PyMem_Malloc(sizeof *copy);
-    if (!copy)
-        return PyErr_NoMemory(), -1;
+    if (!copy) return PyErr_NoMemory(), -1;
     *copy = d;
     fresh_init(&copy->o, type_of(s, out));
     copy->x = thx_slot_for(s->l, x);
@@ -528,11 +495,9 @@ static bool vector_of(const shape_op *s, th_val v, int64_t n) {
 
 static int lower_linear(shape_op *s, th_opref o, th_val out) {
     th_val x = value_at(s, s->call.arg[0]), w = value_at(s, s->call.arg[1]), b = value_at(s, param(s, "bias"));
-    if (!row_input(s, x) || !w || !small_f32(s, out) || !type_of(s, out)->contiguous)
-        return 0;
+    if (!row_input(s, x) || !w || !small_f32(s, out) || !type_of(s, out)->contiguous) return 0;
     const th_type *tx = type_of(s, x), *tw = type_of(s, w);
-    if (tw->ndim != 2 || tw->dtype != TH_F32 || !tw->contiguous || !is_cpu(s, tw) || !tx->ndim)
-        return 0;
+    if (tw->ndim != 2 || tw->dtype != TH_F32 || !tw->contiguous || !is_cpu(s, tw) || !tx->ndim) return 0;
     int64_t k = tw->shape[1], n = tw->shape[0], rows = th_type_numel(tx) / (k ? k : 1);
     if (tx->shape[tx->ndim - 1] != k || rows * n * k > SMALL_PRODUCT || !rows || !n || !k ||
         (!b && !absent(s, "bias")) || (b && !vector_of(s, b, n)))
@@ -545,33 +510,30 @@ static int lower_layer_norm(shape_op *s, th_opref o, th_val out) {
     const th_node_data *shape = data_of(s, param(s, "normalized_shape"));
     double eps = 1e-5;
     if (!row_input(s, x) || !small_f32(s, out) || !type_of(s, out)->contiguous || shape->count != 1 ||
-        (shape->kind != TH_N_TUPLE && shape->kind != TH_N_LIST) || (!w && !absent(s, "weight")) || (!b && !absent(s, "bias")) ||
-        (!absent(s, "eps") && !number_at(s, param(s, "eps"), &eps)))
+        (shape->kind != TH_N_TUPLE && shape->kind != TH_N_LIST) || (!w && !absent(s, "weight")) ||
+        (!b && !absent(s, "bias")) || (!absent(s, "eps") && !number_at(s, param(s, "eps"), &eps)))
         return 0;
     const th_type *t = type_of(s, x);
     int64_t n = t->ndim ? t->shape[t->ndim - 1] : 0;
-    if (!n || (w && !vector_of(s, w, n)) || (b && !vector_of(s, b, n)))
-        return 0;
+    if (!n || (w && !vector_of(s, w, n)) || (b && !vector_of(s, b, n))) return 0;
     return emit_rows(s, o, (rows_data){.kind = 'n', .rows = th_type_numel(t) / n, .n = n, .eps = eps}, x, w, b, out);
 }
 
 /* dim names the last dimension, alone. */
 static bool last_dim(const shape_op *s, th_node n, uint32_t ndim) {
     const th_node_data *d = data_of(s, n);
-    if ((d->kind == TH_N_TUPLE || d->kind == TH_N_LIST) && d->count == 1)
-        d = data_of(s, s->l->t->kids[d->u.kids]);
+    if ((d->kind == TH_N_TUPLE || d->kind == TH_N_LIST) && d->count == 1) d = data_of(s, s->l->t->kids[d->u.kids]);
     return n && d->kind == TH_N_INT && (d->u.i == -1 || d->u.i == (int64_t)ndim - 1);
 }
 
 static int lower_reduction(shape_op *s, th_opref o, th_val out) {
     bool mean = strcmp(s->name, "mean") == 0;
     th_val x = value_at(s, s->call.arg[0]);
-    if ((!mean && !strstr(s->name, "softmax")) || strstr(s->name, "log_softmax") || !row_input(s, x) || !small_f32(s, out) ||
-        !type_of(s, out)->contiguous || !absent(s, "dtype"))
+    if ((!mean && !strstr(s->name, "softmax")) || strstr(s->name, "log_softmax") || !row_input(s, x) ||
+        !small_f32(s, out) || !type_of(s, out)->contiguous || !absent(s, "dtype"))
         return 0;
     const th_type *t = type_of(s, x);
-    if (!t->ndim || !last_dim(s, param(s, "dim"), t->ndim))
-        return 0;
+    if (!t->ndim || !last_dim(s, param(s, "dim"), t->ndim)) return 0;
     int64_t n = t->shape[t->ndim - 1];
     return emit_rows(s, o, (rows_data){.kind = mean ? 'm' : 's', .rows = th_type_numel(t) / n, .n = n}, x, 0, 0, out);
 }
@@ -580,12 +542,10 @@ static int lower_reduction(shape_op *s, th_opref o, th_val out) {
 
 static bool returned(const thx_lowering *l, th_val v) {
     const th_node_data *d = &l->t->nodes[l->t->result];
-    if (d->kind == TH_N_VALUE)
-        return d->u.ref == v;
+    if (d->kind == TH_N_VALUE) return d->u.ref == v;
     for (uint32_t i = 0; d->kind == TH_N_TUPLE && i < d->count; i++) {
         const th_node_data *kid = &l->t->nodes[l->t->kids[d->u.kids + i]];
-        if (kid->kind == TH_N_VALUE && kid->u.ref == v)
-            return true;
+        if (kid->kind == TH_N_VALUE && kid->u.ref == v) return true;
     }
     return false;
 }
@@ -593,8 +553,7 @@ static bool returned(const thx_lowering *l, th_val v) {
 int thx_lower_shim(thx_lowering *l, th_opref o) {
     thx *x = l->x;
     const th_op *op = &l->t->ops[o];
-    if (!x->abi.shims || l->plain || op->callee_opaque || op->effects || !op->outs)
-        return 0;
+    if (!x->abi.shims || l->plain || op->callee_opaque || op->effects || !op->outs) return 0;
     const th_opdef *def = th_catalog_find(x->catalog, op->callee);
     shape_op s = {.l = l, .op = op};
     if (!def || (def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM)) ||
@@ -602,24 +561,16 @@ int thx_lower_shim(thx_lowering *l, th_opref o) {
         return 0;
     s.call.def = def;
     s.name = strncmp(def->name, "functional.", 11) == 0 ? def->name + 11 : def->name;
-    if (!s.call.nparams)
-        return 0;
+    if (!s.call.nparams) return 0;
     int rc = lower_views(&s, o);
     th_val out = value_at(&s, op->outs);
-    if (rc || !out)
-        return rc;
-    if (strcmp(s.name, "linear") == 0)
-        return lower_linear(&s, o, out);
-    if (strcmp(s.name, "layer_norm") == 0)
-        return lower_layer_norm(&s, o, out);
-    if (strcmp(s.name, "cat") == 0)
-        return lower_cat(&s, o, out);
-    if (strcmp(s.name, "scaled_dot_product_attention") == 0)
-        return lower_attention(&s, o, out);
-    if (strcmp(s.name, "embedding") == 0)
-        return lower_embedding(&s, o, out);
+    if (rc || !out) return rc;
+    if (strcmp(s.name, "linear") == 0) return lower_linear(&s, o, out);
+    if (strcmp(s.name, "layer_norm") == 0) return lower_layer_norm(&s, o, out);
+    if (strcmp(s.name, "cat") == 0) return lower_cat(&s, o, out);
+    if (strcmp(s.name, "scaled_dot_product_attention") == 0) return lower_attention(&s, o, out);
+    if (strcmp(s.name, "embedding") == 0) return lower_embedding(&s, o, out);
     rc = lower_pointwise(&s, o, out);
-    if (!rc)
-        rc = lower_copy(&s, o, out);
+    if (!rc) rc = lower_copy(&s, o, out);
     return rc ? rc : lower_reduction(&s, o, out);
 }

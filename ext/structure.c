@@ -13,8 +13,7 @@ void thx_leaves_init(thx_leaves *l) {
 }
 
 void thx_leaves_fini(thx_leaves *l) {
-    if (l->items != l->fixed)
-        PyMem_Free(l->items);
+    if (l->items != l->fixed) PyMem_Free(l->items);
     l->items = l->fixed;
     l->count = 0;
 }
@@ -22,11 +21,9 @@ void thx_leaves_fini(thx_leaves *l) {
 static int push(thx_leaves *l, PyObject *tensor) {
     if (l->count == l->cap) {
         PyObject **items = PyMem_Malloc(sizeof *items * l->cap * 2);
-        if (!items)
-            return PyErr_NoMemory(), -1;
+        if (!items) return PyErr_NoMemory(), -1;
         memcpy(items, l->items, sizeof *items * l->count);
-        if (l->items != l->fixed)
-            PyMem_Free(l->items);
+        if (l->items != l->fixed) PyMem_Free(l->items);
         l->items = items;
         l->cap *= 2;
     }
@@ -36,8 +33,7 @@ static int push(thx_leaves *l, PyObject *tensor) {
 
 static int64_t find(const thx_leaves *l, PyObject *tensor) {
     for (uint32_t i = 0; i < l->count; i++)
-        if (l->items[i] == tensor)
-            return i;
+        if (l->items[i] == tensor) return i;
     return -1;
 }
 
@@ -50,16 +46,12 @@ static int describe_tensor(thx *x, thx_spec *s, PyObject *o, bool with_meta, thx
     int64_t seen = find(leaves, o);
     s->repeated = seen >= 0;
     s->leaf = seen >= 0 ? (uint32_t)seen : leaves->count;
-    if (seen < 0 && push(leaves, o) < 0)
-        return -1;
-    if (!with_meta || s->repeated)
-        return 0;
+    if (seen < 0 && push(leaves, o) < 0) return -1;
+    if (!with_meta || s->repeated) return 0;
     PyObject *layout = PyObject_GetAttrString(o, "layout");
     Py_XDECREF(layout);
-    if (!layout)
-        return -1;
-    if (layout != x->strided)
-        return 0; /* refused with a clear message when it becomes an input of the trace */
+    if (!layout) return -1;
+    if (layout != x->strided) return 0; /* refused with a clear message when it becomes an input of the trace */
     thx_meta m;
     if (thx_read_meta(x, o, false, &m) < 0) { /* a kind that is refused by name when it becomes an input of the trace */
         PyErr_Clear();
@@ -68,8 +60,7 @@ static int describe_tensor(thx *x, thx_spec *s, PyObject *o, bool with_meta, thx
     s->requires_grad = m.requires_grad;
     s->ndim = m.ndim;
     s->dims = PyMem_Malloc(sizeof(int64_t) * (size_t)(2 * m.ndim + 1));
-    if (!s->dims)
-        return PyErr_NoMemory(), -1;
+    if (!s->dims) return PyErr_NoMemory(), -1;
     memcpy(s->dims, m.shape, sizeof(int64_t) * (size_t)m.ndim);
     memcpy(s->dims + m.ndim, m.stride, sizeof(int64_t) * (size_t)m.ndim);
     s->dtype = (int32_t)m.dtype;
@@ -86,12 +77,10 @@ static int describe_tensor(thx *x, thx_spec *s, PyObject *o, bool with_meta, thx
 static int describe_kids(thx *x, thx_spec *s, PyObject *const *items, Py_ssize_t n, bool meta, thx_leaves *leaves,
                          int depth) {
     s->kids = PyMem_Calloc((size_t)(n + 1), sizeof *s->kids);
-    if (!s->kids)
-        return PyErr_NoMemory(), -1;
+    if (!s->kids) return PyErr_NoMemory(), -1;
     s->nkids = (uint32_t)n;
     for (Py_ssize_t i = 0; i < n; i++)
-        if (describe(x, &s->kids[i], items[i], meta, leaves, depth + 1) < 0)
-            return -1;
+        if (describe(x, &s->kids[i], items[i], meta, leaves, depth + 1) < 0) return -1;
     return 0;
 }
 
@@ -137,7 +126,8 @@ static int describe_mapping(thx *x, thx_spec *s, PyObject *dict, PyObject *attrs
 
 static bool plain_value(thx *x, PyObject *o) {
     PyTypeObject *t = Py_TYPE(o);
-    return o == Py_None || PyLong_Check(o) || PyFloat_Check(o) || PyComplex_Check(o) || PyUnicode_Check(o) || PyBytes_Check(o) || t == &PyRange_Type || t == &PySlice_Type || t == x->Size || t == x->Device ||
+    return o == Py_None || PyLong_Check(o) || PyFloat_Check(o) || PyComplex_Check(o) || PyUnicode_Check(o) ||
+           PyBytes_Check(o) || t == &PyRange_Type || t == &PySlice_Type || t == x->Size || t == x->Device ||
            t == &PyFrozenSet_Type || t == &PySet_Type || PyObject_TypeCheck(o, x->NumpyGeneric);
 }
 
@@ -146,14 +136,15 @@ static bool opaque_value(thx *x, PyObject *o) { /* compared by identity, not loo
            PyObject_TypeCheck(o, x->NnModule) || Py_TYPE(o) == x->Dtype || PyGen_Check(o) || PyCoro_CheckExact(o);
 }
 
-typedef struct fake_search { thx *x; int depth; } fake_search;
+typedef struct fake_search {
+    thx *x;
+    int depth;
+} fake_search;
 
 static int find_fake(PyObject *o, void *user) { /* a visitproc: 1 when found */
     fake_search *f = user;
-    if (thx_is_fake(f->x, o))
-        return 1;
-    if (f->depth > 3 || PyType_Check(o) || PyModule_Check(o) || PyFunction_Check(o) || !PyObject_IS_GC(o))
-        return 0;
+    if (thx_is_fake(f->x, o)) return 1;
+    if (f->depth > 3 || PyType_Check(o) || PyModule_Check(o) || PyFunction_Check(o) || !PyObject_IS_GC(o)) return 0;
     fake_search deeper = {f->x, f->depth + 1};
     return Py_TYPE(o)->tp_traverse(o, find_fake, &deeper);
 }
@@ -171,8 +162,7 @@ static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *lea
     }
     PyTypeObject *t = Py_TYPE(o);
     s->type = (PyTypeObject *)Py_NewRef((PyObject *)t);
-    if (thx_is_tensor(x, o))
-        return describe_tensor(x, s, o, meta, leaves);
+    if (thx_is_tensor(x, o)) return describe_tensor(x, s, o, meta, leaves);
     s->kind = THX_S_CONST;
     if (plain_value(x, o)) {
         s->object = PySet_Check(o) ? PyFrozenSet_New(o) : Py_NewRef(o);
@@ -196,7 +186,9 @@ static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *lea
         rc = describe_mapping(x, s, NULL, attrs, meta, leaves, depth);
         if (rc == 0 && !thx_spec_has_tensor(s) && !meta) { /* an output object without tensors: return it itself */
             thx_spec_fini(s);
-            *s = (thx_spec){.kind = THX_S_CONST, .by_identity = true, .type = (PyTypeObject *)Py_NewRef((PyObject *)t),
+            *s = (thx_spec){.kind = THX_S_CONST,
+                            .by_identity = true,
+                            .type = (PyTypeObject *)Py_NewRef((PyObject *)t),
                             .object = Py_NewRef(o)};
         } else if (rc == 0) { /* an object without tensors is passed on as it is; others are not kept alive */
             PyObject *pair = PyTuple_Pack(2, s->object, thx_spec_has_tensor(s) ? Py_None : o);
@@ -209,9 +201,11 @@ static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *lea
         s->by_identity = true;
         s->object = Py_NewRef(o);
         if (!meta && !opaque_value(x, o) && holds_fake(x, o)) {
-            PyErr_Format(x->CaptureError, "thunder cannot capture a function that returns tensors inside an object of type "
+            PyErr_Format(x->CaptureError,
+                         "thunder cannot capture a function that returns tensors inside an object of type "
                          "%.100s, which it does not know how to build again. What to do: return them in tuples, lists, "
-                         "dictionaries or dataclasses.", t->tp_name);
+                         "dictionaries or dataclasses.",
+                         t->tp_name);
             rc = -1;
         }
     }
@@ -225,8 +219,7 @@ int thx_spec_init(thx *x, thx_spec *spec, PyObject *object, bool with_meta, thx_
 }
 
 void thx_spec_fini(thx_spec *s) {
-    for (uint32_t i = 0; i < s->nkids; i++)
-        thx_spec_fini(&s->kids[i]);
+    for (uint32_t i = 0; i < s->nkids; i++) thx_spec_fini(&s->kids[i]);
     PyMem_Free(s->kids);
     PyMem_Free(s->dims);
     Py_XDECREF((PyObject *)s->type);
@@ -235,23 +228,18 @@ void thx_spec_fini(thx_spec *s) {
 }
 
 bool thx_spec_has_tensor(const thx_spec *s) {
-    if (s->kind == THX_S_TENSOR)
-        return true;
+    if (s->kind == THX_S_TENSOR) return true;
     for (uint32_t i = 0; i < s->nkids; i++)
-        if (thx_spec_has_tensor(&s->kids[i]))
-            return true;
+        if (thx_spec_has_tensor(&s->kids[i])) return true;
     return false;
 }
 
 /* ---- match ---- */
 
 static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
-    if (s->repeated)
-        return s->leaf < leaves->count && leaves->items[s->leaf] == o;
-    if (leaves->count <= 24 && find(leaves, o) >= 0)
-        return 0; /* one tensor in two places, where they were two */
-    if (!s->dims)
-        return 0;
+    if (s->repeated) return s->leaf < leaves->count && leaves->items[s->leaf] == o;
+    if (leaves->count <= 24 && find(leaves, o) >= 0) return 0; /* one tensor in two places, where they were two */
+    if (!s->dims) return 0;
     if (x->abi.on) {
         const thx_abi *abi = &x->abi;
         th_h h = thx_borrow(abi, o);
@@ -263,25 +251,20 @@ static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leav
             abi->aoti_torch_get_sizes(h, &sizes))
             return 0;
         for (int64_t i = 0; i < ndim; i++)
-            if (sizes[i] != s->dims[i])
-                return 0;
-        if (abi->aoti_torch_get_strides(h, &strides))
-            return 0;
+            if (sizes[i] != s->dims[i]) return 0;
+        if (abi->aoti_torch_get_strides(h, &strides)) return 0;
         for (int64_t i = 0; i < ndim; i++)
-            if (strides[i] != s->dims[ndim + i])
-                return 0;
+            if (strides[i] != s->dims[ndim + i]) return 0;
         int grad = thx_requires_grad(abi, o);
         if (grad < 0) {
             PyObject *flag = x->requires_grad_get(o, x->requires_grad_closure);
             grad = flag == Py_True;
             Py_XDECREF(flag);
         }
-        if (grad != s->requires_grad)
-            return 0;
+        if (grad != s->requires_grad) return 0;
     } else {
         thx_meta m;
-        if (thx_read_meta(x, o, false, &m) < 0)
-            return PyErr_Clear(), 0;
+        if (thx_read_meta(x, o, false, &m) < 0) return PyErr_Clear(), 0;
         if (m.ndim != s->ndim || (int32_t)m.dtype != s->dtype || (int32_t)m.device != s->device_type ||
             m.requires_grad != s->requires_grad || memcmp(m.shape, s->dims, sizeof(int64_t) * (size_t)m.ndim) ||
             memcmp(m.stride, s->dims + m.ndim, sizeof(int64_t) * (size_t)m.ndim))
@@ -291,10 +274,8 @@ static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leav
 }
 
 static int match_const(const thx_spec *s, PyObject *o) {
-    if (o == s->object)
-        return 1;
-    if (s->by_identity)
-        return 0;
+    if (o == s->object) return 1;
+    if (s->by_identity) return 0;
     if (PyType_IsSubtype(s->type, &PyFloat_Type)) { /* by bits: 0.0 is not -0.0, nan is nan */
         double a = PyFloat_AS_DOUBLE(o), b = PyFloat_AS_DOUBLE(s->object);
         return memcmp(&a, &b, sizeof a) == 0;
@@ -308,17 +289,14 @@ static int match_const(const thx_spec *s, PyObject *o) {
 
 static int match_keys(thx *x, const thx_spec *s, PyObject *keys, uint32_t from, uint32_t count, PyObject *dict,
                       thx_leaves *leaves) {
-    if ((uint32_t)PyDict_GET_SIZE(dict) != count)
-        return 0;
+    if ((uint32_t)PyDict_GET_SIZE(dict) != count) return 0;
     PyObject *key, *value;
     Py_ssize_t at = 0;
     for (uint32_t i = from; i < from + count && PyDict_Next(dict, &at, &key, &value); i++) {
         PyObject *want = PyTuple_GET_ITEM(keys, i);
         int same = key == want ? 1 : PyObject_RichCompareBool(key, want, Py_EQ);
-        if (same == 1)
-            same = thx_spec_match(x, &s->kids[i], value, leaves);
-        if (same != 1)
-            return same;
+        if (same == 1) same = thx_spec_match(x, &s->kids[i], value, leaves);
+        if (same != 1) return same;
     }
     return 1;
 }
@@ -328,32 +306,26 @@ static PyObject *keys_of(const thx_spec *s) {
 }
 
 int thx_spec_match(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
-    if (Py_TYPE(o) != s->type)
-        return 0;
+    if (Py_TYPE(o) != s->type) return 0;
     int same = 1;
     PyObject *attrs;
     switch ((thx_spec_kind)s->kind) {
-    case THX_S_TENSOR:
-        return match_tensor(x, s, o, leaves);
-    case THX_S_CONST:
-        return match_const(s, o);
+    case THX_S_TENSOR: return match_tensor(x, s, o, leaves);
+    case THX_S_CONST: return match_const(s, o);
     case THX_S_TUPLE:
     case THX_S_LIST:
     case THX_S_NAMED:
-        if ((uint32_t)PySequence_Fast_GET_SIZE(o) != s->nkids)
-            return 0;
+        if ((uint32_t)PySequence_Fast_GET_SIZE(o) != s->nkids) return 0;
         for (uint32_t i = 0; i < s->nkids && same == 1; i++)
             same = thx_spec_match(x, &s->kids[i], PySequence_Fast_ITEMS(o)[i], leaves);
         return same;
     case THX_S_DICT:
         same = match_keys(x, s, s->object, 0, s->nitems, o, leaves);
-        if (same != 1 || s->nitems == s->nkids)
-            return same;
-        /* fall through: instance attributes of a dict subclass */
+        if (same != 1 || s->nitems == s->nkids) return same;
+        __attribute__((fallthrough)); /* instance attributes of a dict subclass */
     case THX_S_OBJECT:
         attrs = instance_dict(o);
-        if (!attrs)
-            return 0;
+        if (!attrs) return 0;
         same = match_keys(x, s, keys_of(s), s->nitems, s->nkids - s->nitems, attrs, leaves);
         Py_DECREF(attrs);
         return same;
@@ -374,8 +346,7 @@ static PyObject *build_sequence(thx *x, const thx_spec *s, thx_leaf_fn leaf, voi
         else
             PyTuple_SET_ITEM(result, i, item);
     }
-    if (!result || s->kind != THX_S_NAMED)
-        return result;
+    if (!result || s->kind != THX_S_NAMED) return result;
     PyObject *named;
     if (PyObject_HasAttr((PyObject *)s->type, x->n.fields)) { /* tuple.__new__(type, items): no user code runs */
         PyObject *args = PyTuple_Pack(1, result);
@@ -393,8 +364,7 @@ static int build_items(thx *x, const thx_spec *s, PyObject *into, thx_leaf_fn le
         PyObject *item = thx_spec_build(x, &s->kids[i], leaf, user), *key = PyTuple_GET_ITEM(s->object, i);
         int rc = !item ? -1 : PyODict_Check(into) ? PyODict_SetItem(into, key, item) : PyDict_SetItem(into, key, item);
         Py_XDECREF(item);
-        if (rc < 0)
-            return -1;
+        if (rc < 0) return -1;
     }
     return 0;
 }
@@ -426,14 +396,11 @@ static PyObject *new_instance(thx *x, PyTypeObject *type) {
 PyObject *thx_spec_build(thx *x, const thx_spec *s, thx_leaf_fn leaf, void *user) {
     PyObject *o = NULL;
     switch ((thx_spec_kind)s->kind) {
-    case THX_S_TENSOR:
-        return leaf(user, s->leaf);
-    case THX_S_CONST:
-        return s->type == &PySet_Type ? PySet_New(s->object) : Py_NewRef(s->object);
+    case THX_S_TENSOR: return leaf(user, s->leaf);
+    case THX_S_CONST: return s->type == &PySet_Type ? PySet_New(s->object) : Py_NewRef(s->object);
     case THX_S_TUPLE:
     case THX_S_LIST:
-    case THX_S_NAMED:
-        return build_sequence(x, s, leaf, user);
+    case THX_S_NAMED: return build_sequence(x, s, leaf, user);
     case THX_S_DICT:
         o = s->type == &PyDict_Type ? PyDict_New() : new_instance(x, s->type);
         if (!o || build_items(x, s, o, leaf, user) < 0 ||
@@ -441,11 +408,9 @@ PyObject *thx_spec_build(thx *x, const thx_spec *s, thx_leaf_fn leaf, void *user
             Py_CLEAR(o);
         return o;
     case THX_S_OBJECT:
-        if (!thx_spec_has_tensor(s))
-            return Py_NewRef(PyTuple_GET_ITEM(s->object, 1));
+        if (!thx_spec_has_tensor(s)) return Py_NewRef(PyTuple_GET_ITEM(s->object, 1));
         o = new_instance(x, s->type);
-        if (!o || build_attributes(x, s, o, leaf, user) < 0)
-            Py_CLEAR(o);
+        if (!o || build_attributes(x, s, o, leaf, user) < 0) Py_CLEAR(o);
         return o;
     }
     return thx_raise(x, TH_EINTERNAL);
@@ -455,19 +420,16 @@ PyObject *thx_spec_build(thx *x, const thx_spec *s, thx_leaf_fn leaf, void *user
 
 static bool same_leaf(struct thx_recorder *r, uint32_t leaf, PyObject *fake) {
     for (uint32_t i = 0; i < r->nroots; i++)
-        if (r->roots[i].leaf == (int32_t)leaf)
-            return thx_recorder_fake(r, r->roots[i].real) == fake;
+        if (r->roots[i].leaf == (int32_t)leaf) return thx_recorder_fake(r, r->roots[i].real) == fake;
     return false;
 }
 
 static bool unchanged_keys(thx *x, const thx_spec *s, uint32_t from, uint32_t count, PyObject *dict, thx_leaves *seen,
                            struct thx_recorder *r) {
-    if ((uint32_t)PyDict_GET_SIZE(dict) != count)
-        return false;
+    if ((uint32_t)PyDict_GET_SIZE(dict) != count) return false;
     for (uint32_t i = from; i < from + count; i++) {
         PyObject *value = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys_of(s), i));
-        if (!value || !thx_spec_unchanged(x, &s->kids[i], value, seen, r))
-            return false;
+        if (!value || !thx_spec_unchanged(x, &s->kids[i], value, seen, r)) return false;
     }
     return true;
 }
@@ -475,24 +437,19 @@ static bool unchanged_keys(thx *x, const thx_spec *s, uint32_t from, uint32_t co
 bool thx_spec_unchanged(thx *x, const thx_spec *s, PyObject *o, thx_leaves *seen, struct thx_recorder *r) {
     bool same = true;
     switch ((thx_spec_kind)s->kind) {
-    case THX_S_TENSOR:
-        return same_leaf(r, s->leaf, o);
-    case THX_S_CONST:
-        return Py_TYPE(o) == s->type && match_const(s, o) == 1;
+    case THX_S_TENSOR: return same_leaf(r, s->leaf, o);
+    case THX_S_CONST: return Py_TYPE(o) == s->type && match_const(s, o) == 1;
     case THX_S_TUPLE:
     case THX_S_LIST:
     case THX_S_NAMED:
-        if (Py_TYPE(o) != s->type || (uint32_t)PySequence_Fast_GET_SIZE(o) != s->nkids)
-            return false;
+        if (Py_TYPE(o) != s->type || (uint32_t)PySequence_Fast_GET_SIZE(o) != s->nkids) return false;
         for (uint32_t i = 0; i < s->nkids && same; i++)
             same = thx_spec_unchanged(x, &s->kids[i], PySequence_Fast_ITEMS(o)[i], seen, r);
         return same;
     case THX_S_DICT:
-        if (!PyDict_Check(o) || !unchanged_keys(x, s, 0, s->nitems, o, seen, r))
-            return false;
-        if (s->nitems == s->nkids)
-            return true;
-        /* fall through: attributes */
+        if (!PyDict_Check(o) || !unchanged_keys(x, s, 0, s->nitems, o, seen, r)) return false;
+        if (s->nitems == s->nkids) return true;
+        __attribute__((fallthrough)); /* attributes */
     case THX_S_OBJECT: {
         PyObject *attrs = instance_dict(o);
         same = attrs && unchanged_keys(x, s, s->nitems, s->nkids - s->nitems, attrs, seen, r);

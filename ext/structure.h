@@ -8,23 +8,23 @@
 typedef enum thx_spec_kind {
     THX_S_CONST = 1, /* equal value of the same type (numbers, strings, ...), or the same object */
     THX_S_TENSOR,
-    THX_S_TUPLE,   /* exact tuple */
-    THX_S_LIST,    /* exact list */
-    THX_S_NAMED,   /* named tuple or structseq */
-    THX_S_DICT,    /* dict and its subclasses, with instance attributes if any: keys are consts */
-    THX_S_OBJECT,  /* an object by its __dict__ */
+    THX_S_TUPLE,  /* exact tuple */
+    THX_S_LIST,   /* exact list */
+    THX_S_NAMED,  /* named tuple or structseq */
+    THX_S_DICT,   /* dict and its subclasses, with instance attributes if any: keys are consts */
+    THX_S_OBJECT, /* an object by its __dict__ */
 } thx_spec_kind;
 
 typedef struct thx_spec {
     uint8_t kind;
-    bool by_identity;  /* CONST */
-    PyTypeObject *type; /* owned */
-    PyObject *object;  /* owned: the constant; or the tuple of keys */
+    bool by_identity;       /* CONST */
+    PyTypeObject *type;     /* owned */
+    PyObject *object;       /* owned: the constant; or the tuple of keys */
     uint32_t nkids, nitems; /* DICT: the first nitems kids are items, the rest attributes */
     struct thx_spec *kids;
     /* TENSOR */
-    uint32_t leaf;     /* index among the leaves; the same tensor twice has one index */
-    bool repeated;     /* an earlier leaf was this very tensor */
+    uint32_t leaf; /* index among the leaves; the same tensor twice has one index */
+    bool repeated; /* an earlier leaf was this very tensor */
     bool requires_grad;
     int32_t dtype, device_type, device_index;
     int64_t ndim, *dims; /* ndim sizes, then ndim strides; owned */

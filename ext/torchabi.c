@@ -25,12 +25,11 @@ static PyObject *library_path(PyObject *torch, const char *name) {
 }
 
 static void load_symbols(thx_abi *abi) {
-#define THX_LOAD(name, ret, args)                                                                                      \
-    {                                                                                                                  \
-        void *symbol = th_dylib_symbol(abi->library, #name);                                                          \
-        memcpy(&abi->name, &symbol, sizeof symbol);                                                                    \
-        if (!symbol)                                                                                                   \
-            (void)note(abi, #name, "symbol not found");                                                                \
+#define THX_LOAD(name, ret, args)                                \
+    {                                                            \
+        void *symbol = th_dylib_symbol(abi->library, #name);     \
+        memcpy(&abi->name, &symbol, sizeof symbol);              \
+        if (!symbol) (void)note(abi, #name, "symbol not found"); \
     }
     THX_ABI_SYMBOLS(THX_LOAD)
 #undef THX_LOAD
@@ -80,10 +79,8 @@ static int calibrate_borrow(thx_abi *abi, PyObject *torch) {
             void *impl = *(void **)handle;
             size_t size = (size_t)Py_TYPE(tensor)->tp_basicsize;
             for (size_t at = sizeof(PyObject); at + sizeof(void *) <= size; at += sizeof(void *))
-                if (*(void **)((char *)tensor + at) == impl)
-                    place = at, hits++;
-            if (abi->aoti_torch_delete_tensor_object)
-                abi->aoti_torch_delete_tensor_object(handle);
+                if (*(void **)((char *)tensor + at) == impl) place = at, hits++;
+            if (abi->aoti_torch_delete_tensor_object) abi->aoti_torch_delete_tensor_object(handle);
         }
         Py_XDECREF(capsule);
         Py_XDECREF(capsules);
@@ -113,8 +110,7 @@ static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
         if (plain && on) {
             char *a = *(char **)thx_borrow(abi, plain), *b = *(char **)thx_borrow(abi, grad);
             for (int at = 8; at < IMPL_BYTES && meta < 0; at += 8)
-                if (*(void **)(a + at) == NULL && *(void **)(b + at) != NULL)
-                    meta = at;
+                if (*(void **)(a + at) == NULL && *(void **)(b + at) != NULL) meta = at;
         }
         if (meta >= 0) {
             char before[META_BYTES], *m = *(char **)(*(char **)thx_borrow(abi, grad) + meta);
@@ -122,10 +118,8 @@ static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
             PyObject *off = PyObject_CallMethod(grad, "requires_grad_", "O", Py_False);
             int flips = 0;
             for (int at = 0; off && at < META_BYTES; at++)
-                if (before[at] == 1 && m[at] == 0)
-                    flag = at, flips++;
-            if (flips != 1)
-                flag = -1;
+                if (before[at] == 1 && m[at] == 0) flag = at, flips++;
+            if (flips != 1) flag = -1;
             Py_XDECREF(off);
         }
         Py_XDECREF(on);
@@ -150,7 +144,8 @@ static void map_dtypes(thx_abi *abi) {
         int32_t (*number)(void) = NULL;
         void *symbol = NULL;
         for (int newer = 0; newer < 2 && !symbol; newer++) {
-            snprintf(name, sizeof name, "%storch_dtype_%s", newer ? "" : "aoti_", th_dtype_get((th_dtype)d)->torch_name);
+            snprintf(name, sizeof name, "%storch_dtype_%s", newer ? "" : "aoti_",
+                     th_dtype_get((th_dtype)d)->torch_name);
             symbol = th_dylib_symbol(abi->library, name);
         }
         memcpy(&number, &symbol, sizeof number);
@@ -201,8 +196,7 @@ static int self_test(thx_abi *abi, PyObject *torch) {
     }
     PyErr_Clear();
     abi->on = ok;
-    if (!ok && note(abi, "handles", "the self-test of borrowed handles failed") < 0)
-        ok = false;
+    if (!ok && note(abi, "handles", "the self-test of borrowed handles failed") < 0) ok = false;
     if (abi->on && abi->aoti_torch_cpu_add_Tensor && abi->aoti_torch_cpu_mul_Tensor && abi->aoti_torch_empty_strided) {
         th_h h = thx_borrow(abi, view), sum = NULL;
         PyObject *result = !abi->aoti_torch_cpu_add_Tensor(h, h, 1.0, &sum) ? thx_wrap(abi, sum) : NULL;
@@ -239,17 +233,13 @@ static int self_test(thx_abi *abi, PyObject *torch) {
 int thx_abi_init(thx_abi *abi, th_ctx *ctx, PyObject *torch) {
     abi->report = PyDict_New();
     abi->autograd_meta = -1;
-    if (!abi->report)
-        return -1;
-    if (!th_env_flag("THUNDER_TORCH_ABI", true))
-        return note(abi, "handles", "switched off by THUNDER_TORCH_ABI=0");
+    if (!abi->report) return -1;
+    if (!th_env_flag("THUNDER_TORCH_ABI", true)) return note(abi, "handles", "switched off by THUNDER_TORCH_ABI=0");
     PyObject *path = library_path(torch, "libtorch_cpu.so");
-    if (!path)
-        return -1;
+    if (!path) return -1;
     th_status found = th_dylib_open(ctx, PyUnicode_AsUTF8(path), true, &abi->library);
     Py_DECREF(path);
-    if (found != TH_OK)
-        return note(abi, "handles", "libtorch_cpu is not loaded where expected");
+    if (found != TH_OK) return note(abi, "handles", "libtorch_cpu is not loaded where expected");
     load_symbols(abi);
     if (!abi->aoti_torch_new_tensor_handle || !abi->aoti_torch_delete_tensor_object || !abi->aoti_torch_get_sizes ||
         !abi->aoti_torch_get_strides || !abi->aoti_torch_get_dim || !abi->aoti_torch_get_dtype ||
@@ -257,10 +247,8 @@ int thx_abi_init(thx_abi *abi, th_ctx *ctx, PyObject *torch) {
         !abi->aoti_torch_grad_mode_is_enabled || !abi->aoti_torch_get_storage_offset)
         return note(abi, "handles", "a basic tensor symbol is missing");
     abi->version = abi->aoti_torch_abi_version ? abi->aoti_torch_abi_version() : 0;
-    if (calibrate_borrow(abi, torch) < 0)
-        return -1;
-    if (!abi->borrow)
-        return 0;
+    if (calibrate_borrow(abi, torch) < 0) return -1;
+    if (!abi->borrow) return 0;
     path = library_path(torch, "libtorch_python.so");
     th_dylib *python_library = NULL;
     if (path && th_dylib_open(ctx, PyUnicode_AsUTF8(path), true, &python_library) == TH_OK) {
@@ -268,11 +256,9 @@ int thx_abi_init(thx_abi *abi, th_ctx *ctx, PyObject *torch) {
         memcpy(&abi->wrap, &symbol, sizeof symbol);
     }
     Py_XDECREF(path);
-    if (!abi->wrap && note(abi, "wrap", "THPVariable_Wrap not found: the slower list function is used") < 0)
-        return -1;
+    if (!abi->wrap && note(abi, "wrap", "THPVariable_Wrap not found: the slower list function is used") < 0) return -1;
     map_dtypes(abi);
-    if (self_test(abi, torch) < 0)
-        return -1;
+    if (self_test(abi, torch) < 0) return -1;
     return abi->on ? calibrate_requires_grad(abi, torch) : 0;
 }
 

@@ -16,9 +16,9 @@
 #include "base/dylib.h"
 #include "thunder/base.h"
 
-typedef void *th_h;        /* AtenTensorHandle: a pointer to a TensorImpl pointer */
-typedef int32_t th_rc;     /* 0 is success */
-typedef uint64_t th_cell;  /* StableIValue */
+typedef void *th_h;       /* AtenTensorHandle: a pointer to a TensorImpl pointer */
+typedef int32_t th_rc;    /* 0 is success */
+typedef uint64_t th_cell; /* StableIValue */
 
 #define THX_ABI_SYMBOLS(X)                                                                                             \
     X(aoti_torch_abi_version, uint64_t, (void))                                                                        \
@@ -34,8 +34,7 @@ typedef uint64_t th_cell;  /* StableIValue */
     X(aoti_torch_get_storage_offset, th_rc, (th_h, int64_t *))                                                         \
     X(aoti_torch_grad_mode_is_enabled, bool, (void))                                                                   \
     X(aoti_torch_grad_mode_set_enabled, void, (bool))                                                                  \
-    X(aoti_torch_empty_strided, th_rc,                                                                                 \
-      (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, th_h *))                                  \
+    X(aoti_torch_empty_strided, th_rc, (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, th_h *)) \
     X(aoti_torch__reinterpret_tensor, th_rc, (th_h, int64_t, const int64_t *, const int64_t *, int64_t, th_h *))       \
     X(aoti_torch_call_dispatcher, th_rc, (const char *, const char *, th_cell *))                                      \
     X(torch_call_dispatcher, th_rc, (const char *, const char *, th_cell *, uint64_t))                                 \
@@ -56,20 +55,19 @@ typedef uint64_t th_cell;  /* StableIValue */
     X(aoti_torch_cpu_addmm_out, th_rc, (th_h, th_h, th_h, th_h, double, double))                                       \
     X(aoti_torch_cpu_cat, th_rc, (const th_h *, int64_t, int64_t, th_h *))                                             \
     X(aoti_torch_cpu_pow_Tensor_Scalar, th_rc, (th_h, double, th_h *))                                                 \
-    X(aoti_torch_device_type_meta, int32_t, (void))                                                                          \
-    X(torch_parallel_for, th_rc,                                                                                       \
-      (int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *))                                         \
+    X(aoti_torch_device_type_meta, int32_t, (void))                                                                    \
+    X(torch_parallel_for, th_rc, (int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void *), void *))              \
     X(torch_get_num_threads, uint32_t, (void))
 
 typedef struct thx_abi {
     th_dylib *library;
-    bool on;             /* handles may be borrowed, read, made and wrapped */
-    bool dispatcher;     /* torch_call_dispatcher and its encodings passed the self-test */
-    bool shims;          /* the direct CPU kernels passed the self-test */
-    uint64_t version;    /* passed to torch_call_dispatcher */
-    size_t borrow;       /* offset of the TensorImpl pointer in a torch.Tensor object */
-    int autograd_meta;   /* byte offset of the autograd metadata pointer in TensorImpl; -1: unknown */
-    int requires_grad;   /* byte offset of the flag behind that pointer */
+    bool on;                  /* handles may be borrowed, read, made and wrapped */
+    bool dispatcher;          /* torch_call_dispatcher and its encodings passed the self-test */
+    bool shims;               /* the direct CPU kernels passed the self-test */
+    uint64_t version;         /* passed to torch_call_dispatcher */
+    size_t borrow;            /* offset of the TensorImpl pointer in a torch.Tensor object */
+    int autograd_meta;        /* byte offset of the autograd metadata pointer in TensorImpl; -1: unknown */
+    int requires_grad;        /* byte offset of the flag behind that pointer */
     PyObject *(*wrap)(th_h);  /* new reference to a torch.Tensor of a handle, which stays owned by the caller */
     PyObject *steal;          /* torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, the road without `wrap` */
     int32_t scalar_types[64]; /* th_dtype -> torch's number; -1 unknown */
@@ -91,12 +89,10 @@ PyObject *thx_wrap(const thx_abi *abi, th_h handle);
 
 /* requires_grad by the calibrated byte; -1 when it has to be asked of Python. */
 static inline int thx_requires_grad(const thx_abi *abi, PyObject *tensor) {
-    if (abi->autograd_meta < 0)
-        return -1;
+    if (abi->autograd_meta < 0) return -1;
     const char *impl = *(char **)thx_borrow(abi, tensor);
     const char *meta = *(char **)(impl + abi->autograd_meta);
-    if (!meta)
-        return 0;
+    if (!meta) return 0;
     return meta[abi->requires_grad] ? 1 : -1; /* 0 there may still be an intermediate with a grad_fn */
 }
 

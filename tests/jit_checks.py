@@ -55,7 +55,7 @@ def assert_served(compiled: Any, *, misses: int, hits: int) -> None:
 
 
 def assert_call_same(compiled: Callable, fn: Callable, *args: Any, **kwargs: Any) -> Any:
-    """One call of both on equal arguments and equal random state: same result, same writes to the arguments, same draws."""
+    """One call of both on equal arguments and equal random state: same result, writes to the arguments and draws."""
     eager_args, our_args = clone((args, kwargs)), clone((args, kwargs))
     start = torch.get_rng_state()
     expected = fn(*eager_args[0], **eager_args[1])

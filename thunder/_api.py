@@ -33,7 +33,7 @@ def jit(
     """Compile a PyTorch callable or module.
 
     Args:
-        fn: a function, method or other callable of PyTorch code, or an ``nn.Module``. Without it, ``jit`` is a decorator.
+        fn: a function, method or other callable of PyTorch code, or an ``nn.Module``. Without it ``jit`` is a decorator.
         executors: executors or their names, in order of priority; ``None`` takes the default ones.
         transforms: transforms to apply, in order.
         cache: ``"constant values"`` compiles once for each set of argument structures, values of numbers and tensor
@@ -115,8 +115,8 @@ def _check_target(fn: Any) -> None:
     how = _uses_torch_compile(fn)
     if how:
         raise TypeError(
-            f"thunder.jit was given a {how} that went through torch.compile. Compile with one of the two: to have "
-            "torch.compile optimise regions of the program, pass the original and write "
+            f"thunder.jit was given a {how} that went through torch.compile. Compile with one of the two: to "
+            "have torch.compile optimise regions of the program, pass the original and write "
             "thunder.jit(model, executors=[thunder.extend.get_executor('torchcompile'), *thunder.get_always_executors()])"
         )
     if isinstance(fn, (_C.Callable, ThunderModule)):
@@ -129,7 +129,9 @@ def _check_target(fn: Any) -> None:
         raise TypeError(f"thunder.jit compiles callables and modules, not {type(fn).__name__}")
     code = fn.forward if isinstance(fn, torch.nn.Module) else fn
     if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
-        raise TypeError(f"thunder.jit cannot compile the generator function {_name(fn)}: return a list instead of yielding")
+        raise TypeError(
+            f"thunder.jit cannot compile the generator function {_name(fn)}: return a list instead of yielding"
+        )
     if inspect.iscoroutinefunction(code):
         raise TypeError(f"thunder.jit cannot compile the coroutine function {_name(fn)}: compile the synchronous part")
 

@@ -32,7 +32,7 @@ class ThunderModule(torch.nn.Module):
         return self._thunder_callable(*args, **kwargs)
 
     def __getattribute__(self, name: str) -> Any:
-        # What nn.Module keeps in an instance's __dict__ (_parameters, _modules, training, hooks, ...) is the original's.
+        # What nn.Module keeps in an instance's __dict__ (_parameters, _modules, training, hooks, ...) is the other's.
         own = object.__getattribute__(self, "__dict__")
         if name in own:
             return own[name]

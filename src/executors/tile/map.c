@@ -4,21 +4,21 @@
 #include <math.h>
 #include <string.h>
 
-typedef struct dim { int64_t size, o, a, b; } dim;
+typedef struct dim {
+    int64_t size, o, a, b;
+} dim;
 
-void th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *o, const int64_t *a,
-                      const int64_t *b) {
+void th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *o,
+                      const int64_t *a, const int64_t *b) {
     dim dims[TH_TILE_RANK];
     int32_t count = 0, n = 0;
     memset(m, 0, sizeof *m);
     m->op = (uint8_t)op;
     for (int64_t i = 0; i < ndim && i < TH_TILE_RANK; i++) { /* insertion sort, largest output stride first */
         dim d = {shape[i], o[i], a[i], b ? b[i] : 0};
-        if (d.size == 1)
-            continue;
+        if (d.size == 1) continue;
         int32_t at = count++;
-        for (; at > 0 && dims[at - 1].o < d.o; at--)
-            dims[at] = dims[at - 1];
+        for (; at > 0 && dims[at - 1].o < d.o; at--) dims[at] = dims[at - 1];
         dims[at] = d;
     }
     for (int32_t i = 0; i < count; i++) { /* two dimensions that everyone steps through as through one are one */
@@ -74,29 +74,23 @@ static inline float binary(th_tile_op op, float x, float y) {
 }
 
 /* One inner loop per operation: the switch is on a constant and folds away. */
-#define INNER_UNARY(OP)                                                                                                \
-    case OP:                                                                                                           \
-        if (so == 1 && sa == 1)                                                                                        \
-            for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i] = unary(OP, a[i]);                                                                                \
-        else                                                                                                           \
-            for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i * so] = unary(OP, a[i * sa]);                                                                      \
+#define INNER_UNARY(OP)                                                       \
+    case OP:                                                                  \
+        if (so == 1 && sa == 1)                                               \
+            for (int64_t i = 0; i < n; i++) o[i] = unary(OP, a[i]);           \
+        else                                                                  \
+            for (int64_t i = 0; i < n; i++) o[i * so] = unary(OP, a[i * sa]); \
         return;
-#define INNER_BINARY(OP)                                                                                               \
-    case OP:                                                                                                           \
-        if (so == 1 && sa == 1 && sb == 1)                                                                             \
-            for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i] = binary(OP, a[i], b[i]);                                                                         \
-        else if (so == 1 && sa == 1 && sb == 0)                                                                        \
-            for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i] = binary(OP, a[i], *b);                                                                           \
-        else if (so == 1 && sa == 0 && sb == 1)                                                                        \
-            for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i] = binary(OP, *a, b[i]);                                                                           \
-        else                                                                                                           \
-            for (int64_t i = 0; i < n; i++)                                                                            \
-                o[i * so] = binary(OP, a[i * sa], b[i * sb]);                                                          \
+#define INNER_BINARY(OP)                                                                  \
+    case OP:                                                                              \
+        if (so == 1 && sa == 1 && sb == 1)                                                \
+            for (int64_t i = 0; i < n; i++) o[i] = binary(OP, a[i], b[i]);                \
+        else if (so == 1 && sa == 1 && sb == 0)                                           \
+            for (int64_t i = 0; i < n; i++) o[i] = binary(OP, a[i], *b);                  \
+        else if (so == 1 && sa == 0 && sb == 1)                                           \
+            for (int64_t i = 0; i < n; i++) o[i] = binary(OP, *a, b[i]);                  \
+        else                                                                              \
+            for (int64_t i = 0; i < n; i++) o[i * so] = binary(OP, a[i * sa], b[i * sb]); \
         return;
 
 static void inner(th_tile_op op, float *restrict o, const float *a, const float *b, int64_t n, int64_t so, int64_t sa,
@@ -126,8 +120,7 @@ static void inner(th_tile_op op, float *restrict o, const float *a, const float 
         INNER_BINARY(TH_TILE_DIV)
         INNER_BINARY(TH_TILE_MAXIMUM)
         INNER_BINARY(TH_TILE_MINIMUM)
-    case TH_TILE_NONE:
-        return;
+    case TH_TILE_NONE: return;
     }
 }
 
@@ -136,20 +129,19 @@ void th_tile_map_run(const th_tile_map *m, float *out, const float *a, const flo
     const float *p = m->scalar_at == 1 ? &m->scalar : a, *q = m->scalar_at == 2 ? &m->scalar : b;
     int32_t last = m->ndim - 1;
     for (;;) {
-        inner((th_tile_op)m->op, out + so, p + sa, q ? q + sb : NULL, m->shape[last], m->o[last], m->a[last], m->b[last]);
+        inner((th_tile_op)m->op, out + so, p + sa, q ? q + sb : NULL, m->shape[last], m->o[last], m->a[last],
+              m->b[last]);
         int32_t d = last - 1;
         for (; d >= 0; d--) {
             so += m->o[d];
             sa += m->a[d];
             sb += m->b[d];
-            if (++index[d] < m->shape[d])
-                break;
+            if (++index[d] < m->shape[d]) break;
             so -= m->o[d] * m->shape[d];
             sa -= m->a[d] * m->shape[d];
             sb -= m->b[d] * m->shape[d];
             index[d] = 0;
         }
-        if (d < 0)
-            return;
+        if (d < 0) return;
     }
 }

@@ -1,6 +1,7 @@
 /* Kernels of our own for small float32 tensors on the CPU, where a call into a library costs more than the work.
  *
- * Plain C over pointers: no tensors, no allocation, no threads. Operands may broadcast and be strided. The arithmetic operations round exactly as torch's; the transcendental ones use the C library.
+ * Plain C over pointers: no tensors, no allocation, no threads. Operands may broadcast and be strided. The arithmetic
+ * operations round exactly as torch's; the transcendental ones use the C library.
  */
 #ifndef THUNDER_EXECUTORS_TILE_H
 #define THUNDER_EXECUTORS_TILE_H
@@ -12,11 +13,31 @@ enum { TH_TILE_RANK = 8 };
 
 typedef enum th_tile_op {
     TH_TILE_NONE,
-    TH_TILE_NEG, TH_TILE_ABS, TH_TILE_RELU, TH_TILE_SQRT, TH_TILE_RSQRT, TH_TILE_RECIPROCAL, TH_TILE_SQUARE,
-    TH_TILE_EXP, TH_TILE_LOG, TH_TILE_TANH, TH_TILE_SIGMOID, TH_TILE_SILU, TH_TILE_GELU, TH_TILE_GELU_TANH,
-    TH_TILE_SIN, TH_TILE_COS, TH_TILE_ERF, TH_TILE_COPY,
+    TH_TILE_NEG,
+    TH_TILE_ABS,
+    TH_TILE_RELU,
+    TH_TILE_SQRT,
+    TH_TILE_RSQRT,
+    TH_TILE_RECIPROCAL,
+    TH_TILE_SQUARE,
+    TH_TILE_EXP,
+    TH_TILE_LOG,
+    TH_TILE_TANH,
+    TH_TILE_SIGMOID,
+    TH_TILE_SILU,
+    TH_TILE_GELU,
+    TH_TILE_GELU_TANH,
+    TH_TILE_SIN,
+    TH_TILE_COS,
+    TH_TILE_ERF,
+    TH_TILE_COPY,
     TH_TILE_BINARY, /* the ones below take two operands */
-    TH_TILE_ADD = TH_TILE_BINARY, TH_TILE_SUB, TH_TILE_MUL, TH_TILE_DIV, TH_TILE_MAXIMUM, TH_TILE_MINIMUM,
+    TH_TILE_ADD = TH_TILE_BINARY,
+    TH_TILE_SUB,
+    TH_TILE_MUL,
+    TH_TILE_DIV,
+    TH_TILE_MAXIMUM,
+    TH_TILE_MINIMUM,
 } th_tile_op;
 
 /* One pointwise operation over a fixed shape. scalar_at: 0 none, 1 the first operand is `scalar`, 2 the second. */
@@ -24,20 +45,23 @@ typedef struct th_tile_map {
     uint8_t op, scalar_at;
     int32_t ndim;
     float scalar;
-    int64_t shape[TH_TILE_RANK], o[TH_TILE_RANK], a[TH_TILE_RANK], b[TH_TILE_RANK]; /* strides in elements; outermost first */
+    int64_t shape[TH_TILE_RANK], o[TH_TILE_RANK], a[TH_TILE_RANK],
+        b[TH_TILE_RANK]; /* strides in elements; outermost first */
 } th_tile_map;
 
-/* Lay out an operation over a shape; strides of output and operands after broadcasting (b NULL: one operand). Dimensions
- * are visited in the order of the output's memory and merged where they can be. */
-void th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *o, const int64_t *a,
-                      const int64_t *b);
+/* Lay out an operation over a shape; strides of output and operands after broadcasting (b NULL: one operand).
+ * Dimensions are visited in the order of the output's memory and merged where they can be. */
+void th_tile_map_init(th_tile_map *m, th_tile_op op, int64_t ndim, const int64_t *shape, const int64_t *o,
+                      const int64_t *a, const int64_t *b);
 void th_tile_map_run(const th_tile_map *m, float *out, const float *a, const float *b);
 
 /* out[m][n] = sum_k x[m][k] * w[n][k] + bias[n] (bias may be NULL); all contiguous. */
 void th_tile_linear(float *out, const float *x, const float *w, const float *bias, int64_t m, int64_t n, int64_t k);
 /* Rows of length n: (x - mean) / sqrt(variance + eps) * weight + bias (either may be NULL). */
-void th_tile_layer_norm(float *out, const float *x, const float *weight, const float *bias, int64_t rows, int64_t n, double eps);
-/* softmax(q k^T * scale, causal) v for one batch of heads; strides by dimension (batch, head, row, column). keys <= 1024. */
+void th_tile_layer_norm(float *out, const float *x, const float *weight, const float *bias, int64_t rows, int64_t n,
+                        double eps);
+/* softmax(q k^T * scale, causal) v for one batch of heads; strides by dimension (batch, head, row, column). keys <=
+ * 1024. */
 typedef struct th_tile_attention {
     int64_t batch, heads, rows, keys, depth, width; /* depth of q and k, width of v */
     int64_t q[4], k[4], v[4], o[4];

@@ -33,7 +33,7 @@ def jit(
     """Compile a PyTorch callable or module.
 
     Args:
-        fn: a function, method or other callable of PyTorch code, or an ``nn.Module``. Without it ``jit`` is a decorator.
+        fn: a function, method or other callable of PyTorch code, or an ``nn.Module``. Left out: a decorator.
         executors: executors or their names, in order of priority; ``None`` takes the default ones.
         transforms: transforms to apply, in order.
         cache: ``"constant values"`` compiles once for each set of argument structures, values of numbers and tensor
@@ -115,8 +115,8 @@ def _check_target(fn: Any) -> None:
     how = _uses_torch_compile(fn)
     if how:
         raise TypeError(
-            f"thunder.jit was given a {how} that went through torch.compile. Compile with one of the two: to "
-            "have torch.compile optimise regions of the program, pass the original and write "
+            f"thunder.jit was given a {how} that went through torch.compile. Compile with one of them: to have "
+            "torch.compile optimise regions of the program, pass the original and write "
             "thunder.jit(model, executors=[thunder.extend.get_executor('torchcompile'), *thunder.get_always_executors()])"
         )
     if isinstance(fn, (_C.Callable, ThunderModule)):

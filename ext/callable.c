@@ -94,20 +94,23 @@ static int same_sharing(thx *x, const thx_entry *e, const thx_leaves *leaves) {
     return same;
 }
 
+static int arguments_match(thx *x, const thx_entry *e, PyObject *const *args, Py_ssize_t npositional, PyObject *kwnames,
+                           thx_leaves *leaves) {
+    if (e->npositional != npositional || !same_names(e->kwnames, kwnames)) return 0;
+    leaves->count = 0;
+    int same = 1;
+    for (uint32_t i = 0; i < e->nargs && same == 1; i++) same = thx_spec_match(x, &e->args[i], args[i], leaves);
+    return same;
+}
+
 /* 1 the entry serves this call, 0 it does not, -1 error. */
 static int entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,
                          Py_ssize_t npositional, PyObject *kwnames, thx_leaves *leaves) {
-    if (e->dead || e->npositional != npositional || memcmp(&e->ambient, a, sizeof *a) != 0 ||
-        !same_names(e->kwnames, kwnames))
-        return 0;
-    leaves->count = 0;
-    for (uint32_t i = 0; i < e->nargs; i++) {
-        int same = thx_spec_match(c->x, &e->args[i], args[i], leaves);
-        if (same != 1) return same;
-    }
-    for (uint32_t i = 0; i < e->nidentical; i++)
-        if (leaves->items[e->identical[i].leaf] != e->identical[i].tensor) return 0;
-    int holds = thx_guards_check(c->x, e->guards);
+    if (e->dead || memcmp(&e->ambient, a, sizeof *a) != 0) return 0;
+    int same = arguments_match(c->x, e, args, npositional, kwnames, leaves);
+    for (uint32_t i = 0; i < e->nidentical && same == 1; i++)
+        same = leaves->items[e->identical[i].leaf] == e->identical[i].tensor;
+    int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }
 
@@ -257,7 +260,8 @@ static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves) {
     } else {
         e->checked = true;
         output o = {x, e, slots};
-        result = thx_spec_build(x, &e->result, output_leaf, &o);
+        const thx_inputs inputs = {e->args, leaves->args, e->nargs};
+        result = thx_result_build(x, &e->result, output_leaf, &o, &inputs);
         if (result && e->nwrites && replay_writes(x, e, slots) < 0) Py_CLEAR(result);
         th_plan_clear(plan, &frame);
     }
@@ -369,6 +373,7 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
     }
     thx_leaves leaves;
     thx_leaves_init(&leaves);
+    leaves.args = args;
     PyObject *result = NULL;
     int same = 1;
     for (Py_ssize_t i = 0; i < total && same == 1; i++) same = thx_spec_match(x, &e->args[i], args[i], &leaves);
@@ -434,12 +439,11 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     Py_ssize_t npositional = PyVectorcall_NARGS(nargsf);
     thx_leaves leaves;
     thx_leaves_init(&leaves);
+    leaves.args = args;
     for (thx_entry **p = &c->entries; *p && c->cache != 1; p = &(*p)->next) {
         thx_entry *e = *p;
-        int same = c->cache == 2 ? 1 : entry_matches(c, e, &ambient, args, npositional, kwnames, &leaves);
-        if (same == 1 && c->cache == 2)
-            for (uint32_t i = 0; i < e->nargs && same == 1; i++)
-                same = thx_spec_match(x, &e->args[i], args[i], &leaves);
+        int same = c->cache == 2 ? arguments_match(x, e, args, npositional, kwnames, &leaves)
+                                 : entry_matches(c, e, &ambient, args, npositional, kwnames, &leaves);
         if (same < 0) {
             thx_leaves_fini(&leaves);
             return NULL;
@@ -506,16 +510,28 @@ static int callable_clear(thx_callable_object *c) {
     return 0;
 }
 
+static int entry_traverse(const thx_entry *e, visitproc visit, void *arg) {
+    int rc = thx_guards_traverse(e->guards, visit, arg);
+    for (uint32_t i = 0; i < e->nargs && !rc; i++) rc = thx_spec_traverse(&e->args[i], visit, arg);
+    if (rc || (rc = thx_spec_traverse(&e->result, visit, arg))) return rc;
+    for (uint32_t i = 0; i < e->nwrites; i++) {
+        Py_VISIT(e->writes[i].dict);
+        Py_VISIT(e->writes[i].key);
+        Py_VISIT(e->writes[i].constant);
+    }
+    return 0;
+}
+
 static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg) {
+    for (const thx_entry *e = c->entries; e; e = e->next) {
+        int rc = entry_traverse(e, visit, arg);
+        if (rc) return rc;
+    }
     Py_VISIT(Py_TYPE(c));
     Py_VISIT(c->fn);
     Py_VISIT(c->module);
     Py_VISIT(c->on_event);
     Py_VISIT(c->dict);
-    for (thx_entry *e = c->entries; e; e = e->next) {
-        int rc = e->guards ? thx_guards_traverse(e->guards, visit, arg) : 0;
-        if (rc) return rc;
-    }
     return 0;
 }
 

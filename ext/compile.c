@@ -47,6 +47,7 @@ typedef struct compile {
     thx_recorder *r;
     thx_leaves leaves; /* real tensors of the arguments */
     PyObject *fake_args, *fake_kwargs;
+    PyObject **fakes;   /* the same in the order of the specs (borrowed) */
     PyObject *result;   /* what the user's code returned */
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
@@ -63,9 +64,17 @@ static int describe_args(compile *k, PyObject *const *args, Py_ssize_t nposition
     e->nargs = (uint32_t)(npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0));
     e->args = PyMem_Calloc(e->nargs + 1, sizeof *e->args);
     if (!e->args) return PyErr_NoMemory(), -1;
-    for (uint32_t i = 0; i < e->nargs; i++)
-        if (thx_spec_init(k->x, &e->args[i], args[i], true, &k->leaves) < 0) return -1;
-    return 0;
+    return thx_specs_init(k->x, e->args, args, e->nargs, &k->leaves);
+}
+
+/* Watch what the callable can reach, and what arguments compared by identity (modules, functions) hold. */
+static int make_guards(compile *k) {
+    PyObject *roots = PyList_New(0);
+    int rc = roots && (!k->c->module || PyList_Append(roots, k->c->module) == 0) ? PyList_Append(roots, k->c->fn) : -1;
+    for (uint32_t i = 0; i < k->e->nargs && rc == 0; i++) rc = thx_spec_identities(&k->e->args[i], roots);
+    if (rc == 0 && !(k->e->guards = thx_guards_new(k->x, roots))) rc = -1;
+    Py_XDECREF(roots);
+    return rc;
 }
 
 static bool wants_grad(compile *k) {
@@ -87,9 +96,11 @@ static int build_fake_args(compile *k) {
     thx_entry *e = k->e;
     k->fake_args = PyTuple_New(e->npositional);
     k->fake_kwargs = PyDict_New();
-    if (!k->fake_args || !k->fake_kwargs) return -1;
+    k->fakes = PyMem_Calloc(e->nargs + 1, sizeof *k->fakes);
+    if (!k->fake_args || !k->fake_kwargs || !k->fakes) return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
+    PyObject *shared[THX_MAX_SHARED];
     for (uint32_t i = 0; i < e->nargs; i++) {
-        PyObject *o = thx_spec_build(k->x, &e->args[i], fake_leaf, k);
+        PyObject *o = k->fakes[i] = thx_spec_build(k->x, &e->args[i], fake_leaf, k, shared);
         if (!o) return -1;
         if (i < e->npositional) {
             PyTuple_SET_ITEM(k->fake_args, i, o);
@@ -117,19 +128,25 @@ static bool is_plain(PyObject *o) {
     return o == Py_None || PyBool_Check(o) || PyLong_CheckExact(o) || PyFloat_CheckExact(o) || PyUnicode_CheckExact(o);
 }
 
+/* What a change is called in an error: 'a write to the list 'seen''. */
+static void name_change(compile *k, PyObject *owner, PyObject *key, char *text, size_t size) {
+    const char *what = PyDict_Check(owner)   ? "attribute or key"
+                       : PyCell_Check(owner) ? "variable of an enclosing function"
+                                             : Py_TYPE(owner)->tp_name;
+    PyObject *known = PyDict_Check(owner) ? key : thx_guards_name(k->e->guards, owner);
+    PyObject *name = known ? PyObject_Repr(known) : NULL;
+    snprintf(text, size, "a write to a%s %.60s%s%.120s", strchr("aeiou", what[0]) ? "n" : "", what, name ? " " : "",
+             name ? PyUnicode_AsUTF8(name) : "");
+    PyErr_Clear();
+    Py_XDECREF(name);
+}
+
 /* One changed key of a watched dictionary: tensors and plain constants are replayed, the rest is refused. */
 static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before, PyObject *after) {
     compile *k = user;
-    char text[200];
-    PyObject *name = PyObject_Repr(key);
-    snprintf(text, sizeof text, "a write to the attribute or key %.120s", name ? PyUnicode_AsUTF8(name) : "?");
-    Py_XDECREF(name);
+    char text[240];
     (void)before;
-    if (!dict || !PyDict_Check(dict))
-        return thx_capture_error(k->r,
-                                 dict ? "a change of a list or set" : "a write to a variable of an enclosing function",
-                                 "this change of state cannot be replayed",
-                                 "keep such state outside the compiled function, or pass it in and return it");
+    if (!PyDict_Check(dict)) after = NULL;
     if (after && thx_is_tensor(k->x, after)) {
         thx_cell *cell = thx_recorder_cell(k->r, after);
         if (!cell) return -1;
@@ -137,15 +154,17 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
         return add_write(k, dict, key, NULL, value);
     }
     if (after && is_plain(after)) return add_write(k, dict, key, after, 0);
-    return thx_capture_error(k->r, text, "this change of the module's state cannot be replayed",
-                             "keep such state outside forward, or pass it in and return it");
+    name_change(k, dict, key, text, sizeof text);
+    return thx_capture_error(k->r, text, "this change of state cannot be replayed at later calls",
+                             "keep such state outside the compiled function, or pass it in and return it");
 }
 
 /* ---- outputs ---- */
 
 static int collect_outputs(compile *k) {
     thx_entry *e = k->e;
-    if (thx_spec_init(k->x, &e->result, k->result, false, &k->outputs) < 0) return -1;
+    thx_inputs inputs = {e->args, k->fakes, e->nargs};
+    if (thx_result_init(k->r, &e->result, k->result, &inputs, e->guards, &k->outputs) < 0) return -1;
     e->nresults = k->outputs.count;
     k->values = PyMem_Calloc(e->nresults + e->nwrites + 1, sizeof *k->values);
     if (!k->values) return PyErr_NoMemory(), -1;
@@ -168,20 +187,12 @@ static int collect_outputs(compile *k) {
 /* ---- capture ---- */
 
 static int check_arguments_unchanged(compile *k) {
-    thx_leaves fakes;
-    thx_leaves_init(&fakes);
-    int rc = 0;
-    for (uint32_t i = 0; i < k->e->nargs && rc == 0; i++) {
-        PyObject *o = i < k->e->npositional
-                          ? PyTuple_GET_ITEM(k->fake_args, i)
-                          : PyDict_GetItem(k->fake_kwargs, PyTuple_GET_ITEM(k->e->kwnames, i - k->e->npositional));
-        if (!thx_spec_unchanged(k->x, &k->e->args[i], o, &fakes, k->r))
-            rc = thx_capture_error(k->r, "a write to a list, dictionary or object passed as an argument",
-                                   "changes of arguments other than tensors are not replayed",
-                                   "return the new value instead");
-    }
-    thx_leaves_fini(&fakes);
-    return rc;
+    for (uint32_t i = 0; i < k->e->nargs; i++)
+        if (!thx_spec_unchanged(k->x, &k->e->args[i], k->fakes[i], k->r))
+            return thx_capture_error(k->r, "a write to a list, dictionary or object passed as an argument",
+                                     "changes of arguments other than tensors are not replayed",
+                                     "return the new value instead");
+    return 0;
 }
 
 static int find_identical(compile *k) {
@@ -199,8 +210,8 @@ static int find_identical(compile *k) {
 
 static int capture(compile *k) {
     thx *x = k->x;
-    PyObject *params = k->c->module ? thx_guards_params(x, k->c->module) : NULL;
-    if (k->c->module && !params) return -1;
+    PyObject *params = thx_guards_params(x, k->e->guards);
+    if (!params) return -1;
     if (find_identical(k) < 0) {
         Py_XDECREF(params);
         return -1;
@@ -211,13 +222,14 @@ static int capture(compile *k) {
     int rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     if (rc < 0) PyErr_Fetch(&type, &value, &trace);
-    int undone = thx_guards_restore(x, k->e->guards, rc < 0 ? NULL : on_change, k);
+    int undone = thx_guards_restore(k->e->guards, rc < 0 ? NULL : on_change, k);
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
     } else if (undone < 0 || check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0) {
         rc = -1;
     }
+    for (uint32_t i = 0; i < k->e->nargs; i++) thx_spec_settle(&k->e->args[i]);
     return rc;
 }
 
@@ -325,8 +337,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     double start = now_ms(), captured = 0, passed = 0;
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k, args, npositional, kwnames);
-    if (rc == 0 && !(k.e->guards = thx_guards_new(x, c->module, c->fn))) rc = -1;
-    for (uint32_t i = 0; rc == 0 && i < k.e->nargs; i++) rc = thx_guards_watch(x, k.e->guards, args[i]);
+    rc = rc == 0 ? make_guards(&k) : rc;
     if (rc == 0 && ambient->grad && wants_grad(&k)) {
         PyErr_SetString(x->GradNeeded, "gradients are needed");
         rc = -1;
@@ -360,6 +371,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     thx_leaves_fini(&k.leaves);
     thx_leaves_fini(&k.outputs);
     PyMem_Free(k.values);
+    PyMem_Free(k.fakes);
     Py_XDECREF(k.result);
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);

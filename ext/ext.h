@@ -90,6 +90,7 @@ typedef struct thx {
     thx_code codes[THX_CODES];
     uint32_t facts;     /* TH_FACT_*: what meta rules may rely on */
     const char *passes; /* the pipeline; NULL: the default one */
+    char *library;      /* folder of Python's own library; owned, NULL: unknown */
 } thx;
 
 /* ---- raise.c: the only room that turns a core error into an exception ---- */

@@ -1,4 +1,8 @@
-/* Guards over the module tree: dictionaries, containers, object types, and the tensors bound from it.
+/* Guards over what a callable can reach: the module tree with its dictionaries, containers and object types, variables
+ * of enclosing functions, globals that its code names, and the tensors bound from them.
+ *
+ * Functions of libraries are taken as they are; of functions outside them, and of what they call, names are followed.
+ * Lists, sets and dictionaries of more than 4096 entries count as data: they are not looked into.
  *
  * Python 3.11 stamps each dictionary with a version that changes at every write, so a check compares numbers. Later
  * versions call a watcher instead, which counts events. Either way a changed dictionary is then compared with a copy
@@ -31,9 +35,14 @@ typedef struct watch_object {
     PyTypeObject *type;
 } watch_object;
 
-typedef struct watch_place {       /* a closure cell, or a global name that the code mentions */
-    PyObject *owner, *key, *value; /* owned; key NULL: owner is a cell; value NULL: empty or absent */
-} watch_place;
+typedef struct watch_cell { /* a variable of an enclosing function */
+    PyObject *cell, *value; /* value NULL: not assigned yet */
+} watch_cell;
+
+typedef struct watch_scope {        /* globals that code names */
+    PyObject *dict, *copy, *absent; /* name -> value; set of names that are not there (builtins, attributes) */
+    uint64_t tag;
+} watch_scope;
 
 typedef struct bound {
     PyObject *dict, *key; /* owned; NULL for a constant */
@@ -52,7 +61,9 @@ struct thx_guards {
     VEC(watch_dict) dicts;
     VEC(watch_sequence) sequences;
     VEC(watch_object) objects;
-    VEC(watch_place) places;
+    VEC(watch_cell) cells;
+    VEC(watch_scope) scopes;
+    VEC(PyObject *) modules; /* outermost modules (owned) */
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
     VEC(bound) bounds;
     PyObject **live; /* the bound tensors (owned), parallel to bounds: handed out as an array */
@@ -123,8 +134,8 @@ void thx_guards_fini(thx *x) {
 static bool is_leaf(thx *x, PyObject *o) {
     PyTypeObject *t = Py_TYPE(o);
     return o == Py_None || t == &PyBool_Type || t == &PyLong_Type || t == &PyFloat_Type || t == &PyUnicode_Type ||
-           t == &PyBytes_Type || PyType_Check(o) || PyFunction_Check(o) || PyCFunction_Check(o) || PyModule_Check(o) ||
-           PyMethod_Check(o) || t == x->Dtype || t == x->Device || t == x->Size || PyCode_Check(o);
+           t == &PyBytes_Type || PyType_Check(o) || PyCFunction_Check(o) || PyModule_Check(o) || t == x->Dtype ||
+           t == x->Device || t == x->Size || PyCode_Check(o);
 }
 
 /* Classes of torch other than modules, loggers and locks hold nothing that a forward's result depends on. */
@@ -146,7 +157,10 @@ typedef struct walker {
     uint32_t nseen, cap_seen;
     PyTypeObject *types[64]; /* the last types looked at, by address, and whether they are foreign */
     bool foreign[64];
+    bool in_module;
 } walker;
+
+enum { MAX_WATCHED = 4096 };
 
 static void **seen_place(void **table, uint32_t cap, void *key) {
     uint32_t at = (uint32_t)(((uintptr_t)key >> 4) * 2654435761u) & (cap - 1);
@@ -187,6 +201,7 @@ static int walk(walker *w, PyObject *o, int depth);
 
 static int walk_dict(walker *w, PyObject *dict, int depth) {
     thx_guards *g = w->g;
+    if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
     if (RESERVE(g->dicts) < 0 || watch(w->x, dict) < 0) return -1;
     PyObject *copy = PyDict_Copy(dict), *key, *value;
     if (!copy) return -1;
@@ -198,6 +213,7 @@ static int walk_dict(walker *w, PyObject *dict, int depth) {
 
 static int walk_sequence(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
+    if (PyObject_Size(o) > MAX_WATCHED) return 0;
     PyObject *copy = PyAnySet_Check(o) ? PyFrozenSet_New(o) : PySequence_Tuple(o);
     if (!copy || RESERVE(g->sequences) < 0) return -1;
     if (PyTuple_Check(o))
@@ -210,6 +226,105 @@ static int walk_sequence(walker *w, PyObject *o, int depth) {
     return 0;
 }
 
+/* ---- functions ---- */
+
+/* Code of Python's own library, of and of installed packages. */
+static bool is_library(thx *x, PyObject *code) {
+    const char *file = PyUnicode_AsUTF8(((PyCodeObject *)code)->co_filename);
+    PyErr_Clear();
+    return !file || strncmp(file, "<frozen", 7) == 0 || strstr(file, "/site-packages/") ||
+           strstr(file, "/dist-packages/") || (x->library && strncmp(file, x->library, strlen(x->library)) == 0);
+}
+
+static watch_scope *scope_of(walker *w, PyObject *dict) {
+    thx_guards *g = w->g;
+    for (uint32_t i = 0; i < g->scopes.count; i++)
+        if (g->scopes.items[i].dict == dict) return &g->scopes.items[i];
+    watch_scope scope = {NULL, PyDict_New(), PySet_New(NULL), tag_of(dict)};
+    if (!scope.copy || !scope.absent || RESERVE(g->scopes) < 0 || watch(w->x, dict) < 0) {
+        Py_XDECREF(scope.copy);
+        Py_XDECREF(scope.absent);
+        return NULL;
+    }
+    scope.dict = Py_NewRef(dict);
+    g->scopes.items[g->scopes.count] = scope;
+    return &g->scopes.items[g->scopes.count++];
+}
+
+static int walk_name(walker *w, PyObject *globals, PyObject *name, int depth) {
+    watch_scope *scope = scope_of(w, globals);
+    PyObject *value = scope ? PyDict_GetItemWithError(globals, name) : NULL;
+    if (!value) return PyErr_Occurred() || !scope ? -1 : PySet_Add(scope->absent, name);
+    if (PyDict_Contains(scope->copy, name) == 1) return 0;
+    return PyDict_SetItem(scope->copy, name, value) < 0 ? -1 : walk(w, value, depth + 1);
+}
+
+static int walk_code(walker *w, PyCodeObject *code, PyObject *globals, int depth) {
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
+        rc = walk_name(w, globals, PyTuple_GET_ITEM(code->co_names, i), depth);
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_consts); i++) {
+        PyObject *inner = PyTuple_GET_ITEM(code->co_consts, i);
+        if (PyCode_Check(inner)) rc = walk_code(w, (PyCodeObject *)inner, globals, depth);
+    }
+    return rc;
+}
+
+static int walk_cell(walker *w, PyObject *cell, int depth) {
+    thx_guards *g = w->g;
+    int fresh = first_visit(w, cell);
+    if (fresh <= 0) return fresh;
+    if (RESERVE(g->cells) < 0) return -1;
+    PyObject *value = PyCell_GET(cell);
+    g->cells.items[g->cells.count++] = (watch_cell){Py_NewRef(cell), Py_XNewRef(value)};
+    return value ? walk(w, value, depth + 1) : 0;
+}
+
+static int walk_function(walker *w, PyObject *function, int depth) {
+    PyObject *code = PyFunction_GET_CODE(function), *closure = PyFunction_GET_CLOSURE(function);
+    PyObject *parts[] = {PyFunction_GET_DEFAULTS(function), PyFunction_GET_KW_DEFAULTS(function)};
+    int rc = 0;
+    for (int i = 0; i < 2 && rc == 0; i++) rc = parts[i] ? walk(w, parts[i], depth + 1) : 0;
+    for (Py_ssize_t i = 0; rc == 0 && closure && i < PyTuple_GET_SIZE(closure); i++)
+        rc = walk_cell(w, PyTuple_GET_ITEM(closure, i), depth);
+    if (rc == 0 && !is_library(w->x, code))
+        rc = walk_code(w, (PyCodeObject *)code, PyFunction_GET_GLOBALS(function), depth);
+    return rc;
+}
+
+static int walk_attribute(walker *w, PyObject *o, const char *name, int depth) {
+    PyObject *value = PyObject_GetAttrString(o, name);
+    int rc = value ? walk(w, value, depth + 1) : -1;
+    Py_XDECREF(value);
+    return rc;
+}
+
+static int walk_module(walker *w, PyObject *o) {
+    thx_guards *g = w->g;
+    if (RESERVE(g->modules) < 0) return -1;
+    g->modules.items[g->modules.count++] = Py_NewRef(o);
+    return 0;
+}
+
+static int walk_object(walker *w, PyObject *o, int depth) {
+    thx_guards *g = w->g;
+    PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
+    if (!dict || !PyDict_Check(dict)) {
+        PyErr_Clear();
+        Py_XDECREF(dict);
+        return 0;
+    }
+    int rc = RESERVE(g->objects);
+    if (rc == 0) {
+        g->objects.items[g->objects.count++] =
+            (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o))};
+        int fresh = first_visit(w, dict);
+        rc = fresh == 1 ? walk_dict(w, dict, depth) : fresh;
+    }
+    Py_DECREF(dict);
+    return rc;
+}
+
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     if (is_leaf(w->x, o) || depth > 64) return 0;
@@ -220,95 +335,21 @@ static int walk(walker *w, PyObject *o, int depth) {
         g->tensors.items[g->tensors.count++] = Py_NewRef(o);
         return 0;
     }
+    if (PyFunction_Check(o)) return walk_function(w, o, depth);
+    if (PyMethod_Check(o))
+        return walk(w, PyMethod_GET_SELF(o), depth + 1) < 0 ? -1 : walk(w, PyMethod_GET_FUNCTION(o), depth + 1);
+    if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
+        return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0
+                   ? -1
+                   : walk_attribute(w, o, "keywords", depth);
     if (PyDict_Check(o) && walk_dict(w, o, depth) < 0) return -1;
     if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o)) return walk_sequence(w, o, depth);
     if (is_foreign_cached(w, o)) return 0;
-    PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
-    if (!dict || !PyDict_Check(dict)) {
-        PyErr_Clear();
-        Py_XDECREF(dict);
-        return 0;
-    }
-    int rc = RESERVE(g->objects);
-    if (rc == 0) {
-        g->objects.items[g->objects.count++] = (watch_object){Py_NewRef(o), Py_TYPE(o)};
-        fresh = first_visit(w, dict);
-        rc = fresh == 1 ? walk_dict(w, dict, depth) : fresh;
-    }
-    Py_DECREF(dict);
-    return rc;
-}
-
-/* ---- functions: what their closures and globals hold ---- */
-
-static PyObject *place_value(const watch_place *p) { /* borrowed, or NULL */
-    return p->key ? PyDict_GetItemWithError(p->owner, p->key) : PyCell_GET(p->owner);
-}
-
-static int walk_callable(walker *w, PyObject *o, int depth);
-
-static int walk_place(walker *w, PyObject *owner, PyObject *key, int depth) {
-    thx_guards *g = w->g;
-    if (RESERVE(g->places) < 0) return -1;
-    watch_place p = {owner, key, NULL};
-    PyObject *value = place_value(&p);
-    Py_INCREF(owner);
-    Py_XINCREF(key);
-    p.value = Py_XNewRef(value);
-    g->places.items[g->places.count++] = p;
-    if (!value) return 0;
-    return PyFunction_Check(value) || PyMethod_Check(value) ? walk_callable(w, value, depth + 1)
-                                                            : walk(w, value, depth + 1);
-}
-
-static bool is_torch_function(thx *x, PyObject *function) {
-    PyObject *module = PyObject_GetAttr(function, x->n.module);
-    const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
-    bool torch = strncmp(name, "torch.", 6) == 0 || strcmp(name, "torch") == 0;
-    PyErr_Clear();
-    Py_XDECREF(module);
-    return torch;
-}
-
-/* Closure cells, and the globals whose names the code mentions; functions among them likewise. */
-static int walk_function(walker *w, PyObject *function, int depth) {
-    int fresh = depth > 16 || is_torch_function(w->x, function) ? 0 : first_visit(w, function);
-    if (fresh <= 0) return fresh;
-    PyCodeObject *code = (PyCodeObject *)PyFunction_GET_CODE(function);
-    PyObject *closure = PyFunction_GET_CLOSURE(function), *globals = PyFunction_GET_GLOBALS(function);
-    for (Py_ssize_t i = 0; closure && i < PyTuple_GET_SIZE(closure); i++)
-        if (walk_place(w, PyTuple_GET_ITEM(closure, i), NULL, depth) < 0) return -1;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); i++) {
-        PyObject *name = PyTuple_GET_ITEM(code->co_names, i);
-        if (PyDict_GetItemWithError(globals, name) && walk_place(w, globals, name, depth) < 0) return -1;
-    }
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-static int walk_attribute(walker *w, PyObject *o, const char *name, int depth) {
-    PyObject *value = PyObject_GetAttrString(o, name);
-    PyErr_Clear();
-    int rc = value ? walk_callable(w, value, depth + 1) : 0;
-    Py_XDECREF(value);
-    return rc;
-}
-
-/* A function, a bound method, a partial, or an object with __call__. */
-static int walk_callable(walker *w, PyObject *o, int depth) {
-    if (PyFunction_Check(o)) return walk_function(w, o, depth);
-    if (PyMethod_Check(o))
-        return walk(w, PyMethod_GET_SELF(o), depth) < 0 ? -1 : walk_callable(w, PyMethod_GET_FUNCTION(o), depth + 1);
-    if (depth > 16 || is_leaf(w->x, o) || PyObject_TypeCheck(o, w->x->NnModule)) return walk(w, o, depth);
-    if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
-        return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0 ||
-                       walk_attribute(w, o, "keywords", depth) < 0
-                   ? -1
-                   : 0;
-    if (walk(w, o, depth) < 0) return -1;
-    PyObject *call = PyObject_GetAttrString((PyObject *)Py_TYPE(o), "__call__");
-    PyErr_Clear();
-    int rc = call && PyFunction_Check(call) ? walk_function(w, call, depth + 1) : 0;
-    Py_XDECREF(call);
+    bool outermost = !w->in_module && PyObject_TypeCheck(o, w->x->NnModule);
+    if (outermost && walk_module(w, o) < 0) return -1;
+    w->in_module |= outermost;
+    int rc = walk_object(w, o, depth);
+    if (outermost) w->in_module = false;
     return rc;
 }
 
@@ -329,11 +370,23 @@ static int walk_global_hooks(walker *w) {
     return rc;
 }
 
-thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn) {
+/* A callable, or an argument that is compared by identity. What a call of an object does is in its class. */
+static int walk_root(walker *w, PyObject *o) {
+    int rc = walk(w, o, 0);
+    if (rc < 0 || PyObject_TypeCheck(o, w->x->NnModule) || is_foreign_cached(w, o)) return rc;
+    PyObject *call = PyObject_GetAttrString((PyObject *)Py_TYPE(o), "__call__");
+    PyErr_Clear();
+    rc = call && PyFunction_Check(call) ? walk(w, call, 0) : 0;
+    Py_XDECREF(call);
+    return rc;
+}
+
+thx_guards *thx_guards_new(thx *x, PyObject *roots) {
     thx_guards *g = PyMem_Calloc(1, sizeof *g);
     walker w = {.x = x, .g = g};
-    if (!g || walk_global_hooks(&w) < 0 || (root && walk(&w, root, 0) < 0) ||
-        (fn != root && walk_callable(&w, fn, 0) < 0)) {
+    int rc = g ? walk_global_hooks(&w) : -1;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(roots); i++) rc = walk_root(&w, PyList_GET_ITEM(roots, i));
+    if (rc < 0) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         thx_guards_free(x, g);
         g = NULL;
@@ -343,16 +396,6 @@ thx_guards *thx_guards_new(thx *x, PyObject *root, PyObject *fn) {
     if (g) g->events = dict_events;
 #endif
     return g;
-}
-
-int thx_guards_watch(thx *x, thx_guards *g, PyObject *argument) {
-    if (!PyObject_TypeCheck(argument, x->NnModule) && !PyFunction_Check(argument) && !PyMethod_Check(argument) &&
-        strcmp(Py_TYPE(argument)->tp_name, "functools.partial") != 0)
-        return 0;
-    walker w = {.x = x, .g = g};
-    int rc = walk_callable(&w, argument, 0);
-    PyMem_Free(w.seen);
-    return rc;
 }
 
 void thx_guards_free(thx *x, thx_guards *g) {
@@ -366,14 +409,22 @@ void thx_guards_free(thx *x, thx_guards *g) {
         Py_DECREF(g->sequences.items[i].object);
         Py_DECREF(g->sequences.items[i].copy);
     }
-    for (uint32_t i = 0; i < g->objects.count; i++) Py_DECREF(g->objects.items[i].object);
-    for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
-    for (uint32_t i = 0; i < g->places.count; i++) {
-        Py_DECREF(g->places.items[i].owner);
-        Py_XDECREF(g->places.items[i].key);
-        Py_XDECREF(g->places.items[i].value);
+    for (uint32_t i = 0; i < g->objects.count; i++) {
+        Py_DECREF(g->objects.items[i].object);
+        Py_DECREF((PyObject *)g->objects.items[i].type);
     }
-    PyMem_Free(g->places.items);
+    for (uint32_t i = 0; i < g->cells.count; i++) {
+        Py_DECREF(g->cells.items[i].cell);
+        Py_XDECREF(g->cells.items[i].value);
+    }
+    for (uint32_t i = 0; i < g->scopes.count; i++) {
+        unwatch(x, g->scopes.items[i].dict);
+        Py_DECREF(g->scopes.items[i].dict);
+        Py_DECREF(g->scopes.items[i].copy);
+        Py_DECREF(g->scopes.items[i].absent);
+    }
+    for (uint32_t i = 0; i < g->modules.count; i++) Py_DECREF(g->modules.items[i]);
+    for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         Py_XDECREF(g->bounds.items[i].dict);
         Py_XDECREF(g->bounds.items[i].key);
@@ -383,13 +434,17 @@ void thx_guards_free(thx *x, thx_guards *g) {
     PyMem_Free(g->dicts.items);
     PyMem_Free(g->sequences.items);
     PyMem_Free(g->objects.items);
+    PyMem_Free(g->cells.items);
+    PyMem_Free(g->scopes.items);
+    PyMem_Free(g->modules.items);
     PyMem_Free(g->tensors.items);
     PyMem_Free(g->bounds.items);
     PyMem_Free(g->live);
     PyMem_Free(g);
 }
 
-int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg) {
+int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg) {
+    if (!g) return 0;
     for (uint32_t i = 0; i < g->dicts.count; i++) {
         Py_VISIT(g->dicts.items[i].dict);
         Py_VISIT(g->dicts.items[i].copy);
@@ -398,19 +453,43 @@ int thx_guards_traverse(thx_guards *g, visitproc visit, void *arg) {
         Py_VISIT(g->sequences.items[i].object);
         Py_VISIT(g->sequences.items[i].copy);
     }
-    for (uint32_t i = 0; i < g->objects.count; i++) Py_VISIT(g->objects.items[i].object);
-    for (uint32_t i = 0; i < g->tensors.count; i++) Py_VISIT(g->tensors.items[i]);
-    for (uint32_t i = 0; i < g->places.count; i++) {
-        Py_VISIT(g->places.items[i].owner);
-        Py_VISIT(g->places.items[i].key);
-        Py_VISIT(g->places.items[i].value);
+    for (uint32_t i = 0; i < g->objects.count; i++) {
+        Py_VISIT(g->objects.items[i].object);
+        Py_VISIT(g->objects.items[i].type);
     }
+    for (uint32_t i = 0; i < g->cells.count; i++) {
+        Py_VISIT(g->cells.items[i].cell);
+        Py_VISIT(g->cells.items[i].value);
+    }
+    for (uint32_t i = 0; i < g->scopes.count; i++) {
+        Py_VISIT(g->scopes.items[i].dict);
+        Py_VISIT(g->scopes.items[i].copy);
+        Py_VISIT(g->scopes.items[i].absent);
+    }
+    for (uint32_t i = 0; i < g->modules.count; i++) Py_VISIT(g->modules.items[i]);
+    for (uint32_t i = 0; i < g->tensors.count; i++) Py_VISIT(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         Py_VISIT(g->bounds.items[i].dict);
         Py_VISIT(g->bounds.items[i].key);
         Py_VISIT(g->live[i]);
     }
     return 0;
+}
+
+bool thx_guards_knows(const thx_guards *g, PyObject *o) {
+    for (uint32_t i = 0; i < g->dicts.count; i++)
+        if (g->dicts.items[i].dict == o) return true;
+    for (uint32_t i = 0; i < g->sequences.count; i++)
+        if (g->sequences.items[i].object == o) return true;
+    for (uint32_t i = 0; i < g->objects.count; i++)
+        if (g->objects.items[i].object == o) return true;
+    return false;
+}
+
+bool thx_guards_holds(const thx_guards *g, PyObject *tensor) {
+    for (uint32_t i = 0; i < g->tensors.count; i++)
+        if (g->tensors.items[i] == tensor) return true;
+    return false;
 }
 
 /* ---- parameter places ---- */
@@ -452,10 +531,11 @@ static int walk_places(walker *w, PyObject *places, PyObject *prefix, PyObject *
     return rc;
 }
 
-PyObject *thx_guards_params(thx *x, PyObject *root) {
+PyObject *thx_guards_params(thx *x, const thx_guards *g) {
     PyObject *places = PyDict_New(), *prefix = PyUnicode_FromString("");
     walker w = {.x = x};
-    if (!places || !prefix || walk_places(&w, places, prefix, root, 0) < 0) Py_CLEAR(places);
+    for (uint32_t i = 0; places && i < g->modules.count; i++)
+        if (!prefix || walk_places(&w, places, prefix, g->modules.items[i], 0) < 0) Py_CLEAR(places);
     PyMem_Free(w.seen);
     Py_XDECREF(prefix);
     return places;
@@ -529,12 +609,6 @@ uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
 }
 uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
 const char *thx_guards_reason(const thx_guards *g) { return g->reason; }
-
-bool thx_guards_holds(const thx_guards *g, PyObject *tensor) {
-    for (uint32_t i = 0; i < g->tensors.count; i++)
-        if (g->tensors.items[i] == tensor) return true;
-    return false;
-}
 
 bool thx_guards_need_grad(const thx *x, const thx_guards *g) {
     for (uint32_t i = 0; i < g->tensors.count; i++) {
@@ -611,6 +685,35 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
     return false;
 }
 
+static bool scope_holds(thx_guards *g, watch_scope *s) {
+    PyObject *key, *old, *now;
+    for (Py_ssize_t at = 0; PyDict_Next(s->copy, &at, &key, &old);) {
+        now = PyDict_GetItemWithError(s->dict, key);
+        if (!now || !same_value(old, now)) {
+            const char *name = PyUnicode_AsUTF8(key);
+            snprintf(g->reason, sizeof g->reason, "the global %.100s changed", name ? name : "?");
+            PyErr_Clear();
+            return false;
+        }
+    }
+    PyObject *iterator = PyObject_GetIter(s->absent);
+    bool holds = iterator != NULL;
+    while (holds && (key = PyIter_Next(iterator))) {
+        holds = !PyDict_GetItemWithError(s->dict, key);
+        Py_DECREF(key);
+    }
+    if (!holds) snprintf(g->reason, sizeof g->reason, "a global was added");
+    PyErr_Clear();
+    Py_XDECREF(iterator);
+    if (holds) s->tag = tag_of(s->dict);
+    return holds;
+}
+
+static bool cell_holds(const watch_cell *c) {
+    PyObject *now = PyCell_GET(c->cell);
+    return now == c->value || (now && c->value && same_value(c->value, now));
+}
+
 static bool sequence_holds(const watch_sequence *w) {
     if (PyAnySet_Check(w->object)) {
         Py_ssize_t n = PySet_GET_SIZE(w->object);
@@ -627,11 +730,15 @@ int thx_guards_check(thx *x, thx_guards *g) {
 #if HAVE_VERSION_TAGS
     for (uint32_t i = 0; i < g->dicts.count; i++)
         if (tag_of(g->dicts.items[i].dict) != g->dicts.items[i].tag && !dict_holds(x, g, &g->dicts.items[i])) return 0;
+    for (uint32_t i = 0; i < g->scopes.count; i++)
+        if (tag_of(g->scopes.items[i].dict) != g->scopes.items[i].tag && !scope_holds(g, &g->scopes.items[i])) return 0;
 #else
     if (x->dict_watcher < 0 || g->events != dict_events) {
         uint64_t events = dict_events;
         for (uint32_t i = 0; i < g->dicts.count; i++)
             if (!dict_holds(x, g, &g->dicts.items[i])) return 0;
+        for (uint32_t i = 0; i < g->scopes.count; i++)
+            if (!scope_holds(g, &g->scopes.items[i])) return 0;
         g->events = events;
     }
 #endif
@@ -641,20 +748,16 @@ int thx_guards_check(thx *x, thx_guards *g) {
                      g->objects.items[i].type->tp_name);
             return 0;
         }
+    for (uint32_t i = 0; i < g->cells.count; i++)
+        if (!cell_holds(&g->cells.items[i])) {
+            snprintf(g->reason, sizeof g->reason, "a variable of an enclosing function changed");
+            return 0;
+        }
     for (uint32_t i = 0; i < g->sequences.count; i++)
         if (!sequence_holds(&g->sequences.items[i])) {
             snprintf(g->reason, sizeof g->reason, "a list or set of the module changed");
             return 0;
         }
-    for (uint32_t i = 0; i < g->places.count; i++) {
-        const watch_place *p = &g->places.items[i];
-        PyObject *now = place_value(p);
-        if (now != p->value && !(now && p->value && same_value(p->value, now))) {
-            snprintf(g->reason, sizeof g->reason, "the %s %.100s changed", p->key ? "global" : "closure",
-                     p->key ? PyUnicode_AsUTF8(p->key) : "variable");
-            return 0;
-        }
-    }
     for (uint32_t i = 0; i < g->bounds.count; i++)
         if (!bound_holds(x, g->live[i], &g->bounds.items[i])) {
             snprintf(g->reason, sizeof g->reason,
@@ -666,6 +769,20 @@ int thx_guards_check(thx *x, thx_guards *g) {
 }
 
 /* ---- effects of a capture ---- */
+
+/* Put back with the exception that may be pending left in place. */
+typedef struct pending {
+    PyObject *type, *value, *trace;
+} pending;
+static pending hold_error(void) {
+    pending p;
+    PyErr_Fetch(&p.type, &p.value, &p.trace);
+    return p;
+}
+static void release_error(pending p) {
+    PyErr_Clear();
+    PyErr_Restore(p.type, p.value, p.trace);
+}
 
 static int tell_changes(const watch_dict *w, thx_change_fn changed, void *user) {
     PyObject *key, *now, *old;
@@ -682,61 +799,103 @@ static int tell_changes(const watch_dict *w, thx_change_fn changed, void *user) 
     return rc;
 }
 
+static int restore_dict(watch_dict *w, thx_change_fn changed, void *user) {
+    int rc = 0;
+    bool differs = PyDict_GET_SIZE(w->dict) != PyDict_GET_SIZE(w->copy);
+    PyObject *key, *old;
+    for (Py_ssize_t at = 0; !differs && PyDict_Next(w->copy, &at, &key, &old);) {
+        PyObject *now = PyDict_GetItemWithError(w->dict, key);
+        differs = !now || !same_value(old, now);
+    }
+    if (differs && changed) rc = tell_changes(w, changed, user);
+    if (differs) {
+        pending error = hold_error();
+        PyDict_Clear(w->dict);
+        (void)PyDict_Update(w->dict, w->copy);
+        release_error(error);
+    }
+    w->tag = tag_of(w->dict);
+    return rc;
+}
+
 static int put_back_sequence(const watch_sequence *w) {
     if (PyList_Check(w->object)) return PyList_SetSlice(w->object, 0, PyList_GET_SIZE(w->object), w->copy);
     PyObject *done = PyObject_CallMethod(w->object, "clear", NULL);
     Py_XDECREF(done);
-    done = done ? PyObject_CallMethod(w->object, "update", "O", w->copy) : NULL;
+    done = done ? PyObject_CallMethod(w->object, "update", "(O)", w->copy) : NULL;
     Py_XDECREF(done);
     return done ? 0 : -1;
 }
 
-int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user) {
-    int rc = 0;
-    for (uint32_t i = 0; i < g->dicts.count; i++) {
-        watch_dict *w = &g->dicts.items[i];
-        if (HAVE_VERSION_TAGS && tag_of(w->dict) == w->tag) continue;
-        bool differs = PyDict_GET_SIZE(w->dict) != PyDict_GET_SIZE(w->copy);
-        PyObject *key, *old;
-        for (Py_ssize_t at = 0; !differs && PyDict_Next(w->copy, &at, &key, &old);) {
-            PyObject *now = PyDict_GetItemWithError(w->dict, key);
-            differs = !now || !same_value(old, now);
-        }
-        if (differs && changed && rc == 0) rc = tell_changes(w, changed, user);
-        if (differs) {
-            PyObject *type, *value, *trace;
-            PyErr_Fetch(&type, &value, &trace);
-            PyDict_Clear(w->dict);
-            if (PyDict_Update(w->dict, w->copy) < 0) PyErr_Clear();
-            PyErr_Restore(type, value, trace);
-        }
-        w->tag = tag_of(w->dict);
-    }
-    for (uint32_t i = 0; i < g->sequences.count; i++) {
-        const watch_sequence *w = &g->sequences.items[i];
-        if (sequence_holds(w)) continue;
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *after = PyList_Check(w->object) ? PySequence_Tuple(w->object) : PyFrozenSet_New(w->object);
-        PyErr_Clear();
-        put_back_sequence(w);
-        PyErr_Clear();
-        PyErr_Restore(type, value, trace);
-        if (changed && rc == 0) rc = changed(user, w->object, Py_None, w->copy, after);
-        Py_XDECREF(after);
-    }
-    for (uint32_t i = 0; i < g->places.count; i++) {
-        const watch_place *p = &g->places.items[i];
-        PyObject *now = place_value(p);
-        if (now == p->value || (now && p->value && same_value(p->value, now))) continue;
-        Py_XINCREF(now);
-        if (!p->key)
-            PyCell_Set(p->owner, p->value);
-        else if (p->value)
-            PyDict_SetItem(p->owner, p->key, p->value);
-        if (changed && rc == 0) rc = changed(user, p->key ? p->owner : NULL, p->key ? p->key : Py_None, p->value, now);
-        Py_XDECREF(now);
-    }
-    (void)x;
+static int restore_sequence(const watch_sequence *w, thx_change_fn changed, void *user) {
+    if (sequence_holds(w)) return 0;
+    pending error = hold_error();
+    PyObject *after = PyList_Check(w->object) ? PySequence_Tuple(w->object) : PyFrozenSet_New(w->object);
+    PyErr_Clear();
+    (void)put_back_sequence(w);
+    release_error(error);
+    int rc = changed ? changed(user, w->object, Py_None, w->copy, after) : 0;
+    Py_XDECREF(after);
     return rc;
+}
+
+static int restore_cell(const watch_cell *c, thx_change_fn changed, void *user) {
+    if (cell_holds(c)) return 0;
+    PyObject *after = Py_XNewRef(PyCell_GET(c->cell));
+    pending error = hold_error();
+    (void)PyCell_Set(c->cell, c->value);
+    release_error(error);
+    int rc = changed ? changed(user, c->cell, Py_None, c->value, after) : 0;
+    Py_XDECREF(after);
+    return rc;
+}
+
+static int restore_name(const watch_scope *s, PyObject *key, PyObject *old, thx_change_fn changed, void *user) {
+    PyObject *now = PyDict_GetItemWithError(s->dict, key);
+    if (old == now || (old && now && same_value(old, now))) return 0;
+    Py_XINCREF(now);
+    pending error = hold_error();
+    (void)(old ? PyDict_SetItem(s->dict, key, old) : PyDict_DelItem(s->dict, key));
+    release_error(error);
+    int rc = changed ? changed(user, s->dict, key, old, now) : 0;
+    Py_XDECREF(now);
+    return rc;
+}
+
+static int restore_scope(watch_scope *s, thx_change_fn changed, void *user) {
+    PyObject *key, *old;
+    int rc = 0;
+    for (Py_ssize_t at = 0; PyDict_Next(s->copy, &at, &key, &old);)
+        if (restore_name(s, key, old, rc == 0 ? changed : NULL, user) < 0) rc = -1;
+    PyObject *names = PySequence_List(s->absent);
+    for (Py_ssize_t i = 0; names && i < PyList_GET_SIZE(names); i++)
+        if (restore_name(s, PyList_GET_ITEM(names, i), NULL, rc == 0 ? changed : NULL, user) < 0) rc = -1;
+    Py_XDECREF(names);
+    s->tag = tag_of(s->dict);
+    return rc;
+}
+
+int thx_guards_restore(thx_guards *g, thx_change_fn changed, void *user) {
+    int rc = 0;
+    for (uint32_t i = 0; i < g->dicts.count; i++)
+        if (!HAVE_VERSION_TAGS || tag_of(g->dicts.items[i].dict) != g->dicts.items[i].tag)
+            rc |= restore_dict(&g->dicts.items[i], rc == 0 ? changed : NULL, user);
+    for (uint32_t i = 0; i < g->scopes.count; i++)
+        if (!HAVE_VERSION_TAGS || tag_of(g->scopes.items[i].dict) != g->scopes.items[i].tag)
+            rc |= restore_scope(&g->scopes.items[i], rc == 0 ? changed : NULL, user);
+    for (uint32_t i = 0; i < g->sequences.count; i++)
+        rc |= restore_sequence(&g->sequences.items[i], rc == 0 ? changed : NULL, user);
+    for (uint32_t i = 0; i < g->cells.count; i++)
+        rc |= restore_cell(&g->cells.items[i], rc == 0 ? changed : NULL, user);
+    return rc ? -1 : 0;
+}
+
+PyObject *thx_guards_name(const thx_guards *g, PyObject *object) {
+    PyObject *key, *value;
+    for (uint32_t i = 0; i < g->dicts.count + g->scopes.count; i++) {
+        PyObject *copy = i < g->dicts.count ? g->dicts.items[i].copy : g->scopes.items[i - g->dicts.count].copy;
+        for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);)
+            if (value == object) return key;
+    }
+    return NULL;
 }

@@ -142,6 +142,17 @@ static int load_names(thx *x) {
     return 0;
 }
 
+static int load_library(thx *x) { /* where `os` lies */
+    PyObject *os = PyImport_ImportModule("os"), *file = os ? PyObject_GetAttrString(os, "__file__") : NULL;
+    const char *path = file ? PyUnicode_AsUTF8(file) : NULL, *end = path ? strrchr(path, '/') : NULL;
+    if (end && (x->library = PyMem_Calloc((size_t)(end - path) + 2, 1)))
+        memcpy(x->library, path, (size_t)(end - path) + 1);
+    PyErr_Clear();
+    Py_XDECREF(file);
+    Py_XDECREF(os);
+    return 0;
+}
+
 static int load_errors(thx *x) {
     PyObject *errors = PyImport_ImportModule("thunder._errors");
     x->CaptureError = errors ? PyObject_GetAttrString(errors, "CaptureError") : NULL;
@@ -288,8 +299,9 @@ static int module_exec(PyObject *module) {
     x->torch_c = x->torch ? PyObject_GetAttrString(x->torch, "_C") : NULL;
     x->functional = x->torch ? get_path(x->torch, "nn.functional") : NULL;
     if (!x->torch_c || !x->functional || load_names(x) < 0 || load_types(x) < 0 || load_functions(x) < 0 ||
-        load_errors(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 || thx_fake_init(x, module) < 0 ||
-        thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 || thx_callable_init(x, module) < 0)
+        load_errors(x) < 0 || load_library(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 ||
+        thx_fake_init(x, module) < 0 || thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 ||
+        thx_callable_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x);
     return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded);
@@ -300,6 +312,7 @@ static void module_free(void *module) {
     if (!x || !x->ctx) return;
     thx_guards_fini(x);
     thx_funcs_free(x);
+    PyMem_Free(x->library);
     thx_abi_fini(&x->abi);
     th_catalog_free(x->catalog);
     th_ctx_free(x->ctx);

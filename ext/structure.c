@@ -1,15 +1,19 @@
-/* Describe, match and rebuild nested Python values. See structure.h. */
-#include "structure.h"
-#include "capture.h"
+/* Describe and match nested Python values. See structure.h.
+ *
+ * What an object holds are its items (tuples, lists, dicts, ...), then its attributes. An object whose C layout hides
+ * more than that is compared by identity.
+ */
+#include "describe.h"
+
+#include "attributes.h"
 
 #include <string.h>
-
-enum { MAX_DEPTH = 24 };
 
 void thx_leaves_init(thx_leaves *l) {
     l->items = l->fixed;
     l->count = 0;
     l->cap = sizeof l->fixed / sizeof *l->fixed;
+    l->args = NULL;
 }
 
 void thx_leaves_fini(thx_leaves *l) {
@@ -37,26 +41,48 @@ static int64_t find(const thx_leaves *l, PyObject *tensor) {
     return -1;
 }
 
+/* ---- classes of objects ---- */
+
+bool thx_is_plain_value(thx *x, PyObject *o) {
+    PyTypeObject *t = Py_TYPE(o);
+    return o == Py_None || t == &PyBool_Type || t == &PyLong_Type || t == &PyFloat_Type || t == &PyComplex_Type ||
+           t == &PyUnicode_Type || t == &PyBytes_Type || t == &PyRange_Type || t == x->Size || t == x->Device ||
+           t == &PyFrozenSet_Type || t == &PySet_Type || PyObject_TypeCheck(o, x->NumpyGeneric);
+}
+
+bool thx_is_opaque_value(thx *x, PyObject *o) {
+    return PyFunction_Check(o) || PyType_Check(o) || PyModule_Check(o) || PyMethod_Check(o) || PyCFunction_Check(o) ||
+           PyObject_TypeCheck(o, x->NnModule) || Py_TYPE(o) == x->Dtype || PyGen_Check(o) || PyCoro_CheckExact(o);
+}
+
+/* Subclasses of immutable values: enum members of int, str subclasses. */
+static bool valued(PyObject *o) {
+    return PyLong_Check(o) || PyUnicode_Check(o) || PyFloat_Check(o) || PyBytes_Check(o) || PyComplex_Check(o) ||
+           PyFrozenSet_Check(o);
+}
+
+static bool named(PyTypeObject *t, const char *name) { return strcmp(t->tp_name, name) == 0; }
+
+static bool is_buffer(PyObject *o) {
+    return Py_IS_TYPE(o, &PyByteArray_Type) || named(Py_TYPE(o), "numpy.ndarray") || named(Py_TYPE(o), "array.array");
+}
+
 /* ---- describe ---- */
 
-static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *leaves, int depth);
-
-static int describe_tensor(thx *x, thx_spec *s, PyObject *o, bool with_meta, thx_leaves *leaves) {
+static int describe_tensor(thx_describer *d, thx_spec *s, PyObject *o) {
+    thx *x = d->x;
     s->kind = THX_S_TENSOR;
-    int64_t seen = find(leaves, o);
+    int64_t seen = find(d->leaves, o);
     s->repeated = seen >= 0;
-    s->leaf = seen >= 0 ? (uint32_t)seen : leaves->count;
-    if (seen < 0 && push(leaves, o) < 0) return -1;
-    if (!with_meta || s->repeated) return 0;
+    s->leaf = seen >= 0 ? (uint32_t)seen : d->leaves->count;
+    if (seen < 0 && push(d->leaves, o) < 0) return -1;
+    if (d->r || s->repeated) return 0;
     PyObject *layout = PyObject_GetAttrString(o, "layout");
     Py_XDECREF(layout);
     if (!layout) return -1;
     if (layout != x->strided) return 0; /* refused with a clear message when it becomes an input of the trace */
     thx_meta m;
-    if (thx_read_meta(x, o, false, &m) < 0) { /* a kind that is refused by name when it becomes an input of the trace */
-        PyErr_Clear();
-        return 0;
-    }
+    if (thx_read_meta(x, o, false, &m) < 0) return PyErr_Clear(), 0; /* likewise: nested, quantized */
     s->requires_grad = m.requires_grad;
     s->ndim = m.ndim;
     s->dims = PyMem_Malloc(sizeof(int64_t) * (size_t)(2 * m.ndim + 1));
@@ -74,148 +100,189 @@ static int describe_tensor(thx *x, thx_spec *s, PyObject *o, bool with_meta, thx
     return 0;
 }
 
-static int describe_kids(thx *x, thx_spec *s, PyObject *const *items, Py_ssize_t n, bool meta, thx_leaves *leaves,
-                         int depth) {
-    s->kids = PyMem_Calloc((size_t)(n + 1), sizeof *s->kids);
+/* Items, then attributes (may be NULL); keys are those of items that have some. */
+static int describe_kids(thx_describer *d, thx_spec *s, PyObject *const *items, Py_ssize_t n, PyObject *keys,
+                         PyObject *attributes, int depth) {
+    Py_ssize_t m = attributes ? PyDict_GET_SIZE(attributes) : 0;
+    s->kids = PyMem_Calloc((size_t)(n + m + 1), sizeof *s->kids);
     if (!s->kids) return PyErr_NoMemory(), -1;
-    s->nkids = (uint32_t)n;
+    s->nitems = (uint32_t)n;
+    s->nkids = (uint32_t)(n + m);
     for (Py_ssize_t i = 0; i < n; i++)
-        if (describe(x, &s->kids[i], items[i], meta, leaves, depth + 1) < 0) return -1;
+        if (thx_describe(d, &s->kids[i], items[i], depth + 1) < 0) return -1;
+    if (!keys && !attributes) return 0;
+    PyObject *all = PyTuple_New(n + m), *key, *value;
+    if (!all) return -1;
+    s->object = all;
+    for (Py_ssize_t i = 0; i < n; i++) PyTuple_SET_ITEM(all, i, Py_NewRef(keys ? PyTuple_GET_ITEM(keys, i) : Py_None));
+    Py_ssize_t i = n;
+    for (Py_ssize_t at = 0; attributes && PyDict_Next(attributes, &at, &key, &value) && i < n + m; i++) {
+        PyTuple_SET_ITEM(all, i, Py_NewRef(key));
+        if (thx_describe(d, &s->kids[i], value, depth + 1) < 0) return -1;
+    }
     return 0;
 }
 
-/* Is all of an object in its __dict__? Types with fields of their own (partial objects, slots) compare by identity. */
-static bool only_dict(PyObject *o) {
-    return Py_TYPE(o)->tp_basicsize <= (Py_ssize_t)(sizeof(PyObject) + 2 * sizeof(void *)) || PyDict_Check(o);
-}
-
-static PyObject *instance_dict(PyObject *o) { /* new reference or NULL without exception */
-    PyObject *dict = PyObject_GetAttrString(o, "__dict__");
-    if (!dict || !PyDict_Check(dict)) {
-        PyErr_Clear();
-        Py_CLEAR(dict);
-    }
-    return dict;
-}
-
-/* Items of `dict` (may be NULL), then attributes of `attrs` (may be NULL). */
-static int describe_mapping(thx *x, thx_spec *s, PyObject *dict, PyObject *attrs, bool meta, thx_leaves *leaves,
-                            int depth) {
-    Py_ssize_t n = dict ? PyDict_GET_SIZE(dict) : 0, m = attrs ? PyDict_GET_SIZE(attrs) : 0, at = 0, i = 0;
-    PyObject **values = PyMem_Malloc(sizeof *values * (size_t)(n + m + 1)), *keys = PyTuple_New(n + m), *key, *value;
-    int rc = -1;
-    if (values && keys) {
-        while (dict && PyDict_Next(dict, &at, &key, &value) && i < n) {
-            PyTuple_SET_ITEM(keys, i, Py_NewRef(key));
-            values[i++] = value;
-        }
-        for (at = 0; attrs && PyDict_Next(attrs, &at, &key, &value) && i < n + m;) {
-            PyTuple_SET_ITEM(keys, i, Py_NewRef(key));
-            values[i++] = value;
-        }
-        s->nitems = (uint32_t)n;
-        s->object = Py_NewRef(keys);
-        rc = describe_kids(x, s, values, n + m, meta, leaves, depth);
-    } else {
-        PyErr_NoMemory();
-    }
-    Py_XDECREF(keys);
-    PyMem_Free(values);
-    return rc;
-}
-
-static bool plain_value(thx *x, PyObject *o) {
-    PyTypeObject *t = Py_TYPE(o);
-    return o == Py_None || PyLong_Check(o) || PyFloat_Check(o) || PyComplex_Check(o) || PyUnicode_Check(o) ||
-           PyBytes_Check(o) || t == &PyRange_Type || t == &PySlice_Type || t == x->Size || t == x->Device ||
-           t == &PyFrozenSet_Type || t == &PySet_Type || PyObject_TypeCheck(o, x->NumpyGeneric);
-}
-
-static bool opaque_value(thx *x, PyObject *o) { /* compared by identity, not looked into */
-    return PyFunction_Check(o) || PyType_Check(o) || PyModule_Check(o) || PyMethod_Check(o) || PyCFunction_Check(o) ||
-           PyObject_TypeCheck(o, x->NnModule) || Py_TYPE(o) == x->Dtype || PyGen_Check(o) || PyCoro_CheckExact(o);
-}
-
-typedef struct fake_search {
-    thx *x;
-    int depth;
-} fake_search;
-
-static int find_fake(PyObject *o, void *user) { /* a visitproc: 1 when found */
-    fake_search *f = user;
-    if (thx_is_fake(f->x, o)) return 1;
-    if (f->depth > 3 || PyType_Check(o) || PyModule_Check(o) || PyFunction_Check(o) || !PyObject_IS_GC(o)) return 0;
-    fake_search deeper = {f->x, f->depth + 1};
-    return Py_TYPE(o)->tp_traverse(o, find_fake, &deeper);
-}
-
-/* Does an object that is compared by identity keep a tensor of the capture? */
-static bool holds_fake(thx *x, PyObject *o) {
-    fake_search f = {x, 0};
-    return Py_TYPE(o)->tp_traverse && PyObject_IS_GC(o) && Py_TYPE(o)->tp_traverse(o, find_fake, &f) == 1;
-}
-
-static int describe(thx *x, thx_spec *s, PyObject *o, bool meta, thx_leaves *leaves, int depth) {
-    if (depth > MAX_DEPTH) {
-        PyErr_SetString(PyExc_ValueError, "arguments or results are nested more than 24 deep, or contain themselves");
-        return -1;
-    }
-    PyTypeObject *t = Py_TYPE(o);
-    s->type = (PyTypeObject *)Py_NewRef((PyObject *)t);
-    if (thx_is_tensor(x, o)) return describe_tensor(x, s, o, meta, leaves);
-    s->kind = THX_S_CONST;
-    if (plain_value(x, o)) {
-        s->object = PySet_Check(o) ? PyFrozenSet_New(o) : Py_NewRef(o);
-        return s->object ? 0 : -1;
-    }
-    if (t == &PyTuple_Type || t == &PyList_Type) {
-        s->kind = t == &PyTuple_Type ? THX_S_TUPLE : THX_S_LIST;
-        return describe_kids(x, s, PySequence_Fast_ITEMS(o), PySequence_Fast_GET_SIZE(o), meta, leaves, depth);
-    }
-    if (PyTuple_Check(o)) {
-        s->kind = THX_S_NAMED;
-        return describe_kids(x, s, PySequence_Fast_ITEMS(o), PySequence_Fast_GET_SIZE(o), meta, leaves, depth);
-    }
-    PyObject *attrs = t == &PyDict_Type || opaque_value(x, o) || !only_dict(o) ? NULL : instance_dict(o);
-    int rc = 0;
-    if (PyDict_Check(o)) {
-        s->kind = THX_S_DICT;
-        rc = describe_mapping(x, s, o, attrs, meta, leaves, depth);
-    } else if (attrs) {
-        s->kind = THX_S_OBJECT;
-        rc = describe_mapping(x, s, NULL, attrs, meta, leaves, depth);
-        if (rc == 0 && !thx_spec_has_tensor(s) && !meta) { /* an output object without tensors: return it itself */
-            thx_spec_fini(s);
-            *s = (thx_spec){.kind = THX_S_CONST,
-                            .by_identity = true,
-                            .type = (PyTypeObject *)Py_NewRef((PyObject *)t),
-                            .object = Py_NewRef(o)};
-        } else if (rc == 0) { /* an object without tensors is passed on as it is; others are not kept alive */
-            PyObject *pair = PyTuple_Pack(2, s->object, thx_spec_has_tensor(s) ? Py_None : o);
-            if (!pair)
-                rc = -1;
-            else
-                Py_SETREF(s->object, pair);
-        }
-    } else {
-        s->by_identity = true;
-        s->object = Py_NewRef(o);
-        if (!meta && !opaque_value(x, o) && holds_fake(x, o)) {
-            PyErr_Format(x->CaptureError,
-                         "thunder cannot capture a function that returns tensors inside an object of type "
-                         "%.100s, which it does not know how to build again. What to do: return them in tuples, lists, "
-                         "dictionaries or dataclasses.",
-                         t->tp_name);
+/* An OrderedDict keeps an order of its own, which only iteration tells. */
+static int describe_dict(thx_describer *d, thx_spec *s, PyObject *o, PyObject *attributes, int depth) {
+    PyObject *list = PySequence_List(o), *keys = list ? PyList_AsTuple(list) : NULL;
+    Py_XDECREF(list);
+    if (!keys) return -1;
+    Py_ssize_t n = PyTuple_GET_SIZE(keys);
+    PyObject **values = PyMem_Malloc(sizeof *values * (size_t)(n + 1));
+    int rc = values ? 0 : (PyErr_NoMemory(), -1);
+    for (Py_ssize_t i = 0; i < n && rc == 0; i++) {
+        values[i] = PyDict_GetItemWithError(o, PyTuple_GET_ITEM(keys, i));
+        if (!values[i]) {
+            PyErr_SetString(PyExc_RuntimeError, "a dictionary without the keys that it iterates over");
             rc = -1;
         }
     }
-    Py_XDECREF(attrs);
+    rc = rc == 0 ? describe_kids(d, s, values, n, keys, attributes, depth) : rc;
+    PyMem_Free(values);
+    Py_DECREF(keys);
     return rc;
 }
 
-int thx_spec_init(thx *x, thx_spec *spec, PyObject *object, bool with_meta, thx_leaves *leaves) {
-    memset(spec, 0, sizeof *spec);
-    return describe(x, spec, object, with_meta, leaves, 0);
+static int describe_slice(thx_describer *d, thx_spec *s, PyObject *o, int depth) {
+    PySliceObject *slice = (PySliceObject *)o;
+    PyObject *parts[] = {slice->start, slice->stop, slice->step};
+    s->kind = THX_S_SLICE;
+    return describe_kids(d, s, parts, 3, NULL, NULL, depth);
+}
+
+static int describe_deque(thx_describer *d, thx_spec *s, PyObject *o, int depth) {
+    PyObject *items = PySequence_Tuple(o);
+    s->kind = THX_S_DEQUE;
+    int rc = items ? describe_kids(d, s, PySequence_Fast_ITEMS(items), PyTuple_GET_SIZE(items), NULL, NULL, depth) : -1;
+    s->object = rc == 0 ? PyObject_GetAttrString(o, "maxlen") : NULL;
+    Py_XDECREF(items);
+    return s->object ? 0 : -1;
+}
+
+static int describe_buffer(thx_spec *s, PyObject *o) {
+    s->kind = THX_S_BUFFER;
+    s->object = thx_copy_of(o);
+    return s->object ? 0 : -1;
+}
+
+int thx_describe_const(thx_spec *s, PyObject *o, bool by_identity) {
+    s->kind = THX_S_CONST;
+    s->by_identity = by_identity;
+    s->object = Py_NewRef(o);
+    return 0;
+}
+
+static bool watched(const thx_describer *d, PyObject *o) { return d->r && d->guards && thx_guards_knows(d->guards, o); }
+
+static int describe_object(thx_describer *d, thx_spec *s, PyObject *o, PyObject *attributes, int depth) {
+    if (d->r && !thx_has_tensor_inside(d, o) && (s->members || thx_held_elsewhere(d, o)))
+        return thx_describe_opaque_result(d, s, o);
+    s->kind = THX_S_OBJECT;
+    if (describe_kids(d, s, NULL, 0, NULL, attributes, depth) < 0) return -1;
+    if (!d->r && !thx_spec_has_tensor(s)) /* passed on as it is */
+        s->original = Py_NewRef(o);
+    return 0;
+}
+
+/* ---- describe: the walk ---- */
+
+/* A container met again: 1 described as such, 0 first time, -1 error. */
+static int describe_seen(thx_describer *d, thx_spec *s, PyObject *o) {
+    PyObject *id = PyLong_FromVoidPtr(o), *path = NULL, *first = NULL;
+    int rc = id ? 0 : -1;
+    if (rc == 0 && d->inputs && (path = PyDict_GetItemWithError(d->inputs, id))) {
+        s->kind = THX_S_INPUT;
+        s->object = Py_NewRef(path);
+        rc = 1;
+    } else if (rc == 0 && PyTuple_Check(o)) {
+        rc = 0; /* which of two equal tuples it is makes no difference */
+    } else if (rc == 0 && (first = PyDict_GetItemWithError(d->seen, id))) {
+        thx_spec *spec = PyLong_AsVoidPtr(first);
+        if (!spec->memo && d->nshared < THX_MAX_SHARED) spec->memo = ++d->nshared;
+        if (spec->memo) {
+            s->kind = THX_S_SAME;
+            s->leaf = spec->memo - 1;
+            rc = 1;
+        }
+    } else if (rc == 0) {
+        PyObject *address = PyLong_FromVoidPtr(s);
+        rc = address ? PyDict_SetItem(d->seen, id, address) : -1;
+        Py_XDECREF(address);
+    }
+    Py_XDECREF(id);
+    return PyErr_Occurred() ? -1 : rc;
+}
+
+static int describe_container(thx_describer *d, thx_spec *s, PyObject *o, int depth) {
+    PyTypeObject *t = Py_TYPE(o);
+    if (watched(d, o)) return thx_describe_const(s, o, true); /* the module's own */
+    if (t == &PyTuple_Type || PyTuple_Check(o)) {
+        s->kind = t == &PyTuple_Type ? THX_S_TUPLE : THX_S_NAMED;
+        return describe_kids(d, s, PySequence_Fast_ITEMS(o), PyTuple_GET_SIZE(o), NULL, NULL, depth);
+    }
+    if (t == &PyList_Type) {
+        s->kind = THX_S_LIST;
+        return describe_kids(d, s, PySequence_Fast_ITEMS(o), PyList_GET_SIZE(o), NULL, NULL, depth);
+    }
+    if (t == &PyDict_Type) {
+        s->kind = THX_S_DICT;
+        return describe_dict(d, s, o, NULL, depth);
+    }
+    uint32_t members = thx_count_members(t);
+    s->members = members > 0;
+    PyObject *attributes = thx_attributes(o, s->members);
+    int rc;
+    if (PyDict_Check(o)) {
+        s->kind = THX_S_DICT;
+        rc = describe_dict(d, s, o, attributes, depth);
+    } else if (PyList_Check(o)) {
+        s->kind = THX_S_LIST;
+        rc = describe_kids(d, s, PySequence_Fast_ITEMS(o), PyList_GET_SIZE(o), NULL, attributes, depth);
+    } else if (attributes && thx_plain_layout(t, members)) {
+        rc = describe_object(d, s, o, attributes, depth);
+    } else {
+        rc = d->r ? thx_describe_opaque_result(d, s, o) : thx_describe_const(s, o, !valued(o));
+    }
+    Py_XDECREF(attributes);
+    return rc;
+}
+
+int thx_describe(thx_describer *d, thx_spec *s, PyObject *o, int depth) {
+    thx *x = d->x;
+    if (depth > THX_MAX_DEPTH) {
+        PyErr_SetString(PyExc_ValueError, "arguments or results are nested more than 24 deep");
+        return -1;
+    }
+    s->type = (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o));
+    if (thx_is_tensor(x, o)) return describe_tensor(d, s, o);
+    if (thx_is_plain_value(x, o) && !PySet_Check(o)) return thx_describe_const(s, o, false);
+    if (thx_is_opaque_value(x, o)) return d->r ? thx_describe_opaque_result(d, s, o) : thx_describe_const(s, o, true);
+    if (PySlice_Check(o)) return describe_slice(d, s, o, depth);
+    int seen = describe_seen(d, s, o);
+    if (seen) return seen < 0 ? -1 : 0;
+    if (Py_IS_TYPE(o, &PySet_Type)) {
+        if (watched(d, o)) return thx_describe_const(s, o, true);
+        s->kind = THX_S_CONST;
+        s->object = PyFrozenSet_New(o);
+        return s->object ? 0 : -1;
+    }
+    if (named(Py_TYPE(o), "collections.deque")) return describe_deque(d, s, o, depth);
+    if (is_buffer(o) && !(d->r && thx_held_elsewhere(d, o))) return describe_buffer(s, o);
+    return describe_container(d, s, o, depth);
+}
+
+int thx_specs_init(thx *x, thx_spec *specs, PyObject *const *objects, uint32_t count, thx_leaves *leaves) {
+    thx_describer d = {.x = x, .leaves = leaves, .seen = PyDict_New()};
+    int rc = d.seen ? 0 : -1;
+    for (uint32_t i = 0; i < count && rc == 0; i++) rc = thx_describe(&d, &specs[i], objects[i], 0);
+    Py_XDECREF(d.seen);
+    return rc;
+}
+
+void thx_spec_settle(thx_spec *s) {
+    Py_CLEAR(s->original);
+    for (uint32_t i = 0; i < s->nkids; i++) thx_spec_settle(&s->kids[i]);
 }
 
 void thx_spec_fini(thx_spec *s) {
@@ -224,6 +291,7 @@ void thx_spec_fini(thx_spec *s) {
     PyMem_Free(s->dims);
     Py_XDECREF((PyObject *)s->type);
     Py_XDECREF(s->object);
+    Py_XDECREF(s->original);
     memset(s, 0, sizeof *s);
 }
 
@@ -232,6 +300,24 @@ bool thx_spec_has_tensor(const thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++)
         if (thx_spec_has_tensor(&s->kids[i])) return true;
     return false;
+}
+
+int thx_spec_identities(const thx_spec *s, PyObject *list) {
+    if (s->kind == THX_S_CONST && s->by_identity) return PyList_Append(list, s->object);
+    for (uint32_t i = 0; i < s->nkids; i++)
+        if (thx_spec_identities(&s->kids[i], list) < 0) return -1;
+    return 0;
+}
+
+int thx_spec_traverse(const thx_spec *s, visitproc visit, void *arg) {
+    Py_VISIT(s->type);
+    Py_VISIT(s->object);
+    Py_VISIT(s->original);
+    for (uint32_t i = 0; i < s->nkids; i++) {
+        int rc = thx_spec_traverse(&s->kids[i], visit, arg);
+        if (rc) return rc;
+    }
+    return 0;
 }
 
 /* ---- match ---- */
@@ -287,175 +373,145 @@ static int match_const(const thx_spec *s, PyObject *o) {
     return PyObject_RichCompareBool(o, s->object, Py_EQ);
 }
 
-static int match_keys(thx *x, const thx_spec *s, PyObject *keys, uint32_t from, uint32_t count, PyObject *dict,
-                      thx_leaves *leaves) {
-    if ((uint32_t)PyDict_GET_SIZE(dict) != count) return 0;
-    PyObject *key, *value;
-    Py_ssize_t at = 0;
-    for (uint32_t i = from; i < from + count && PyDict_Next(dict, &at, &key, &value); i++) {
-        PyObject *want = PyTuple_GET_ITEM(keys, i);
-        int same = key == want ? 1 : PyObject_RichCompareBool(key, want, Py_EQ);
-        if (same == 1) same = thx_spec_match(x, &s->kids[i], value, leaves);
-        if (same != 1) return same;
+/* Same element type, sizes and bytes. Arrays that are not contiguous compare through a contiguous copy. */
+static int match_buffer(const thx_spec *s, PyObject *o) {
+    Py_buffer a, b;
+    if (PyObject_GetBuffer(s->object, &a, PyBUF_FULL_RO) < 0) return PyErr_Clear(), 0;
+    if (PyObject_GetBuffer(o, &b, PyBUF_FULL_RO) < 0) {
+        PyErr_Clear();
+        PyBuffer_Release(&a);
+        return 0;
     }
-    return 1;
+    bool same = a.len == b.len && a.ndim == b.ndim && strcmp(a.format, b.format) == 0 && !strchr(a.format, 'O');
+    for (int i = 0; i < a.ndim && same; i++) same = a.shape[i] == b.shape[i];
+    char *bytes = same ? PyMem_Malloc((size_t)(2 * a.len + 1)) : NULL;
+    int rc = !same ? 0 : !bytes ? (PyErr_NoMemory(), -1) : 1;
+    if (rc == 1 &&
+        (PyBuffer_ToContiguous(bytes, &a, a.len, 'C') < 0 || PyBuffer_ToContiguous(bytes + a.len, &b, a.len, 'C') < 0))
+        rc = -1;
+    if (rc == 1) rc = memcmp(bytes, bytes + a.len, (size_t)a.len) == 0;
+    PyMem_Free(bytes);
+    PyBuffer_Release(&a);
+    PyBuffer_Release(&b);
+    return rc;
 }
 
-static PyObject *keys_of(const thx_spec *s) {
-    return s->kind == THX_S_OBJECT ? PyTuple_GET_ITEM(s->object, 0) : s->object;
+static bool same_key(PyObject *key, PyObject *want) {
+    return key == want || (Py_TYPE(key) == Py_TYPE(want) && PyObject_RichCompareBool(key, want, Py_EQ) == 1);
+}
+
+static int match_attributes(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
+    PyObject *attributes = thx_attributes(o, s->members), *key, *value;
+    if (!attributes) return s->nkids == s->nitems;
+    int same = (uint32_t)PyDict_GET_SIZE(attributes) == s->nkids - s->nitems;
+    Py_ssize_t at = 0;
+    for (uint32_t i = s->nitems; same == 1 && i < s->nkids && PyDict_Next(attributes, &at, &key, &value); i++)
+        same = same_key(key, PyTuple_GET_ITEM(s->object, i)) ? thx_spec_match(x, &s->kids[i], value, leaves) : 0;
+    Py_DECREF(attributes);
+    return same;
+}
+
+static int match_ordered(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
+    PyObject *iterator = PyObject_GetIter(o), *key;
+    int same = iterator ? 1 : -1;
+    for (uint32_t i = 0; same == 1 && i < s->nitems; i++) {
+        key = PyIter_Next(iterator);
+        PyObject *value = key && same_key(key, PyTuple_GET_ITEM(s->object, i)) ? PyDict_GetItemWithError(o, key) : NULL;
+        same = value ? thx_spec_match(x, &s->kids[i], value, leaves) : PyErr_Occurred() ? -1 : 0;
+        Py_XDECREF(key);
+    }
+    Py_XDECREF(iterator);
+    return same;
+}
+
+static int match_items(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
+    if ((uint32_t)PyDict_GET_SIZE(o) != s->nitems) return 0;
+    if (PyODict_Check(o)) return match_ordered(x, s, o, leaves);
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    int same = 1;
+    for (uint32_t i = 0; same == 1 && i < s->nitems && PyDict_Next(o, &at, &key, &value); i++)
+        same = same_key(key, PyTuple_GET_ITEM(s->object, i)) ? thx_spec_match(x, &s->kids[i], value, leaves) : 0;
+    return same;
+}
+
+static int match_sequence(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
+    if ((uint32_t)PySequence_Fast_GET_SIZE(o) != s->nitems) return 0;
+    int same = 1;
+    for (uint32_t i = 0; i < s->nitems && same == 1; i++)
+        same = thx_spec_match(x, &s->kids[i], PySequence_Fast_ITEMS(o)[i], leaves);
+    return same;
+}
+
+static int match_parts(thx *x, const thx_spec *s, PyObject *const *parts, uint32_t n, thx_leaves *leaves) {
+    int same = n == s->nitems;
+    for (uint32_t i = 0; i < n && same == 1; i++) same = thx_spec_match(x, &s->kids[i], parts[i], leaves);
+    return same;
+}
+
+static int match_deque(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
+    PyObject *maxlen = PyObject_GetAttrString(o, "maxlen"), *items = maxlen ? PySequence_Tuple(o) : NULL;
+    int same = !items ? -1 : PyObject_RichCompareBool(maxlen, s->object, Py_EQ);
+    if (same == 1) same = match_parts(x, s, PySequence_Fast_ITEMS(items), (uint32_t)PyTuple_GET_SIZE(items), leaves);
+    Py_XDECREF(maxlen);
+    Py_XDECREF(items);
+    return same;
 }
 
 int thx_spec_match(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
     if (Py_TYPE(o) != s->type) return 0;
+    if (s->memo) leaves->shared[s->memo - 1] = o;
     int same = 1;
-    PyObject *attrs;
     switch ((thx_spec_kind)s->kind) {
     case THX_S_TENSOR: return match_tensor(x, s, o, leaves);
     case THX_S_CONST: return match_const(s, o);
     case THX_S_TUPLE:
+    case THX_S_NAMED: return match_sequence(x, s, o, leaves);
     case THX_S_LIST:
-    case THX_S_NAMED:
-        if ((uint32_t)PySequence_Fast_GET_SIZE(o) != s->nkids) return 0;
-        for (uint32_t i = 0; i < s->nkids && same == 1; i++)
-            same = thx_spec_match(x, &s->kids[i], PySequence_Fast_ITEMS(o)[i], leaves);
-        return same;
+        same = match_sequence(x, s, o, leaves);
+        return same == 1 && s->type != &PyList_Type ? match_attributes(x, s, o, leaves) : same;
     case THX_S_DICT:
-        same = match_keys(x, s, s->object, 0, s->nitems, o, leaves);
-        if (same != 1 || s->nitems == s->nkids) return same;
-        __attribute__((fallthrough)); /* instance attributes of a dict subclass */
-    case THX_S_OBJECT:
-        attrs = instance_dict(o);
-        if (!attrs) return 0;
-        same = match_keys(x, s, keys_of(s), s->nitems, s->nkids - s->nitems, attrs, leaves);
-        Py_DECREF(attrs);
-        return same;
+        same = match_items(x, s, o, leaves);
+        return same == 1 && s->type != &PyDict_Type ? match_attributes(x, s, o, leaves) : same;
+    case THX_S_OBJECT: return match_attributes(x, s, o, leaves);
+    case THX_S_SLICE: {
+        PySliceObject *slice = (PySliceObject *)o;
+        PyObject *parts[] = {slice->start, slice->stop, slice->step};
+        return match_parts(x, s, parts, 3, leaves);
+    }
+    case THX_S_DEQUE: return match_deque(x, s, o, leaves);
+    case THX_S_BUFFER: return match_buffer(s, o);
+    case THX_S_SAME: return leaves->shared[s->leaf] == o;
+    case THX_S_INPUT: break;
     }
     return 0;
-}
-
-/* ---- build ---- */
-
-static PyObject *build_sequence(thx *x, const thx_spec *s, thx_leaf_fn leaf, void *user) {
-    PyObject *result = s->kind == THX_S_LIST ? PyList_New(s->nkids) : PyTuple_New(s->nkids);
-    for (uint32_t i = 0; result && i < s->nkids; i++) {
-        PyObject *item = thx_spec_build(x, &s->kids[i], leaf, user);
-        if (!item)
-            Py_CLEAR(result);
-        else if (s->kind == THX_S_LIST)
-            PyList_SET_ITEM(result, i, item);
-        else
-            PyTuple_SET_ITEM(result, i, item);
-    }
-    if (!result || s->kind != THX_S_NAMED) return result;
-    PyObject *named;
-    if (PyObject_HasAttr((PyObject *)s->type, x->n.fields)) { /* tuple.__new__(type, items): no user code runs */
-        PyObject *args = PyTuple_Pack(1, result);
-        named = args ? PyTuple_Type.tp_new(s->type, args, NULL) : NULL;
-        Py_XDECREF(args);
-    } else {
-        named = PyObject_CallOneArg((PyObject *)s->type, result);
-    }
-    Py_DECREF(result);
-    return named;
-}
-
-static int build_items(thx *x, const thx_spec *s, PyObject *into, thx_leaf_fn leaf, void *user) {
-    for (uint32_t i = 0; i < s->nitems; i++) {
-        PyObject *item = thx_spec_build(x, &s->kids[i], leaf, user), *key = PyTuple_GET_ITEM(s->object, i);
-        int rc = !item ? -1 : PyODict_Check(into) ? PyODict_SetItem(into, key, item) : PyDict_SetItem(into, key, item);
-        Py_XDECREF(item);
-        if (rc < 0) return -1;
-    }
-    return 0;
-}
-
-static int build_attributes(thx *x, const thx_spec *s, PyObject *into, thx_leaf_fn leaf, void *user) {
-    PyObject *attrs = instance_dict(into), *keys = keys_of(s);
-    if (!attrs) {
-        PyErr_Format(PyExc_TypeError, "cannot rebuild an object of type %.100s", s->type->tp_name);
-        return -1;
-    }
-    int rc = 0;
-    for (uint32_t i = s->nitems; i < s->nkids && rc == 0; i++) {
-        PyObject *item = thx_spec_build(x, &s->kids[i], leaf, user);
-        rc = item ? PyDict_SetItem(attrs, PyTuple_GET_ITEM(keys, i), item) : -1;
-        Py_XDECREF(item);
-    }
-    Py_DECREF(attrs);
-    return rc;
-}
-
-static PyObject *new_instance(thx *x, PyTypeObject *type) {
-    (void)x;
-    PyObject *make = PyObject_GetAttrString((PyObject *)type, "__new__");
-    PyObject *o = make ? PyObject_CallOneArg(make, (PyObject *)type) : NULL;
-    Py_XDECREF(make);
-    return o;
-}
-
-PyObject *thx_spec_build(thx *x, const thx_spec *s, thx_leaf_fn leaf, void *user) {
-    PyObject *o = NULL;
-    switch ((thx_spec_kind)s->kind) {
-    case THX_S_TENSOR: return leaf(user, s->leaf);
-    case THX_S_CONST: return s->type == &PySet_Type ? PySet_New(s->object) : Py_NewRef(s->object);
-    case THX_S_TUPLE:
-    case THX_S_LIST:
-    case THX_S_NAMED: return build_sequence(x, s, leaf, user);
-    case THX_S_DICT:
-        o = s->type == &PyDict_Type ? PyDict_New() : new_instance(x, s->type);
-        if (!o || build_items(x, s, o, leaf, user) < 0 ||
-            (s->nitems < s->nkids && build_attributes(x, s, o, leaf, user) < 0))
-            Py_CLEAR(o);
-        return o;
-    case THX_S_OBJECT:
-        if (!thx_spec_has_tensor(s)) return Py_NewRef(PyTuple_GET_ITEM(s->object, 1));
-        o = new_instance(x, s->type);
-        if (!o || build_attributes(x, s, o, leaf, user) < 0) Py_CLEAR(o);
-        return o;
-    }
-    return thx_raise(x, TH_EINTERNAL);
 }
 
 /* ---- unchanged ---- */
 
-static bool same_leaf(struct thx_recorder *r, uint32_t leaf, PyObject *fake) {
+static bool same_leaf(thx_recorder *r, uint32_t leaf, PyObject *fake) {
     for (uint32_t i = 0; i < r->nroots; i++)
         if (r->roots[i].leaf == (int32_t)leaf) return thx_recorder_fake(r, r->roots[i].real) == fake;
     return false;
 }
 
-static bool unchanged_keys(thx *x, const thx_spec *s, uint32_t from, uint32_t count, PyObject *dict, thx_leaves *seen,
-                           struct thx_recorder *r) {
-    if ((uint32_t)PyDict_GET_SIZE(dict) != count) return false;
-    for (uint32_t i = from; i < from + count; i++) {
-        PyObject *value = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(keys_of(s), i));
-        if (!value || !thx_spec_unchanged(x, &s->kids[i], value, seen, r)) return false;
+bool thx_spec_unchanged(thx *x, const thx_spec *s, PyObject *o, thx_recorder *r) {
+    if (s->kind == THX_S_TENSOR) return same_leaf(r, s->leaf, o);
+    if (s->kind == THX_S_CONST) return Py_TYPE(o) == s->type && match_const(s, o) == 1;
+    if (Py_TYPE(o) != s->type) return false;
+    if (s->kind == THX_S_SAME || s->kind == THX_S_SLICE) return true;
+    if (s->kind == THX_S_BUFFER) return match_buffer(s, o) == 1;
+    bool object = s->kind == THX_S_OBJECT, same = object || (uint32_t)PyObject_Size(o) == s->nitems;
+    if (object || s->nkids > s->nitems) {
+        PyObject *attributes = thx_attributes(o, s->members);
+        same = same && attributes && (uint32_t)PyDict_GET_SIZE(attributes) == s->nkids - s->nitems;
+        Py_XDECREF(attributes);
     }
-    return true;
-}
-
-bool thx_spec_unchanged(thx *x, const thx_spec *s, PyObject *o, thx_leaves *seen, struct thx_recorder *r) {
-    bool same = true;
-    switch ((thx_spec_kind)s->kind) {
-    case THX_S_TENSOR: return same_leaf(r, s->leaf, o);
-    case THX_S_CONST: return Py_TYPE(o) == s->type && match_const(s, o) == 1;
-    case THX_S_TUPLE:
-    case THX_S_LIST:
-    case THX_S_NAMED:
-        if (Py_TYPE(o) != s->type || (uint32_t)PySequence_Fast_GET_SIZE(o) != s->nkids) return false;
-        for (uint32_t i = 0; i < s->nkids && same; i++)
-            same = thx_spec_unchanged(x, &s->kids[i], PySequence_Fast_ITEMS(o)[i], seen, r);
-        return same;
-    case THX_S_DICT:
-        if (!PyDict_Check(o) || !unchanged_keys(x, s, 0, s->nitems, o, seen, r)) return false;
-        if (s->nitems == s->nkids) return true;
-        __attribute__((fallthrough)); /* attributes */
-    case THX_S_OBJECT: {
-        PyObject *attrs = instance_dict(o);
-        same = attrs && unchanged_keys(x, s, s->nitems, s->nkids - s->nitems, attrs, seen, r);
-        Py_XDECREF(attrs);
-        return same;
+    for (uint32_t i = 0; i < s->nkids && same; i++) {
+        PyObject *kid = thx_spec_part(s, o, i);
+        same = kid && thx_spec_unchanged(x, &s->kids[i], kid, r);
+        Py_XDECREF(kid);
     }
-    }
-    return false;
+    PyErr_Clear();
+    return same;
 }

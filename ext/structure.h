@@ -5,22 +5,32 @@
 
 #include "ext.h"
 
+#include "guards.h"
+
 typedef enum thx_spec_kind {
     THX_S_CONST = 1, /* equal value of the same type (numbers, strings, ...), or the same object */
     THX_S_TENSOR,
     THX_S_TUPLE,  /* exact tuple */
-    THX_S_LIST,   /* exact list */
+    THX_S_LIST,   /* list and its subclasses, with instance attributes if any */
     THX_S_NAMED,  /* named tuple or structseq */
+    THX_S_SLICE,  /* start, stop, step */
+    THX_S_DEQUE,  /* object: its maxlen */
     THX_S_DICT,   /* dict and its subclasses, with instance attributes if any: keys are consts */
-    THX_S_OBJECT, /* an object by its __dict__ */
+    THX_S_OBJECT, /* an object by its attributes */
+    THX_S_BUFFER, /* numpy array or bytearray: object is a copy, contents are compared */
+    THX_S_SAME,   /* a container that was met before: number `leaf` */
+    THX_S_INPUT,  /* results only: a container of the arguments; object is the path to it */
 } thx_spec_kind;
 
 typedef struct thx_spec {
     uint8_t kind;
     bool by_identity;       /* CONST */
+    bool members;           /* the type has __slots__ or C members, besides a __dict__ or without one */
     PyTypeObject *type;     /* owned */
-    PyObject *object;       /* owned: the constant; or the tuple of keys */
-    uint32_t nkids, nitems; /* DICT: the first nitems kids are items, the rest attributes */
+    PyObject *object;       /* owned: the constant; or the tuple of keys, of items first, then of attributes */
+    PyObject *original;     /* owned or NULL: an OBJECT argument without tensors is passed on as it is */
+    uint32_t nkids, nitems; /* the first nitems kids are items, the rest attributes */
+    uint32_t memo;          /* above 0: SAME specs refer to this container by memo - 1 */
     struct thx_spec *kids;
     /* TENSOR */
     uint32_t leaf; /* index among the leaves; the same tensor twice has one index */
@@ -30,26 +40,47 @@ typedef struct thx_spec {
     int64_t ndim, *dims; /* ndim sizes, then ndim strides; owned */
 } thx_spec;
 
+enum { THX_MAX_SHARED = 16 }; /* containers that may occur more than once among arguments, and in a result */
+
 typedef struct thx_leaves { /* distinct tensors in the order of the walk (borrowed) */
     PyObject **items;
     uint32_t count, cap;
+    PyObject *const *args;            /* of the call */
+    PyObject *shared[THX_MAX_SHARED]; /* by memo - 1 (borrowed) */
     PyObject *fixed[24];
 } thx_leaves;
 void thx_leaves_init(thx_leaves *l);
 void thx_leaves_fini(thx_leaves *l);
 
-/* Describe `object`; its tensors are appended to leaves. with_meta: record tensor metadata for matching.
- * -1 with an exception: nested too deep, or a container that cannot be described. */
-int thx_spec_init(thx *x, thx_spec *spec, PyObject *object, bool with_meta, thx_leaves *leaves);
+/* Describe the arguments of a call, one spec each (zeroed by the caller); their tensors are appended to leaves.
+ * -1 with an exception: nested too deep, or something that cannot be described. */
+int thx_specs_init(thx *x, thx_spec *specs, PyObject *const *objects, uint32_t count, thx_leaves *leaves);
+void thx_spec_settle(thx_spec *spec); /* nothing is built from it any more: let go of the caller's objects */
 void thx_spec_fini(thx_spec *spec);
 /* 1 matches (leaves appended), 0 does not, -1 error. */
 int thx_spec_match(thx *x, const thx_spec *spec, PyObject *object, thx_leaves *leaves);
-/* Rebuild with each tensor replaced by leaf(user, index) (a new reference). */
+
+/* Rebuild with each tensor replaced by leaf(user, index) (a new reference). shared: THX_MAX_SHARED places, one array
+ * for all arguments of a call. */
 typedef PyObject *(*thx_leaf_fn)(void *user, uint32_t leaf);
-PyObject *thx_spec_build(thx *x, const thx_spec *spec, thx_leaf_fn leaf, void *user);
-/* Is `fake`, built from spec with fakes, still as it was built? Tensors by identity, through the recorder's roots. */
+PyObject *thx_spec_build(thx *x, const thx_spec *spec, thx_leaf_fn leaf, void *user, PyObject **shared);
+
+/* Describe what captured code returned. The objects are the arguments it ran with, built from the specs. */
 struct thx_recorder;
-bool thx_spec_unchanged(thx *x, const thx_spec *spec, PyObject *fake, thx_leaves *seen, struct thx_recorder *r);
+typedef struct thx_inputs {
+    const thx_spec *specs;
+    PyObject *const *objects;
+    uint32_t count;
+} thx_inputs;
+int thx_result_init(struct thx_recorder *r, thx_spec *spec, PyObject *result, const thx_inputs *inputs,
+                    const thx_guards *guards, thx_leaves *leaves);
+PyObject *thx_result_build(thx *x, const thx_spec *spec, thx_leaf_fn leaf, void *user, const thx_inputs *inputs);
+
+/* Is `fake`, built from spec with fakes, still as it was built? Tensors by identity, through the recorder's roots. */
+bool thx_spec_unchanged(thx *x, const thx_spec *spec, PyObject *fake, struct thx_recorder *r);
 bool thx_spec_has_tensor(const thx_spec *spec);
+/* Append the objects that are compared by identity only to `list`. */
+int thx_spec_identities(const thx_spec *spec, PyObject *list);
+int thx_spec_traverse(const thx_spec *spec, visitproc visit, void *arg);
 
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ def _uses_torch_compile(fn: Any) -> str | None:
     """Say how ``fn`` went through torch.compile, or None."""
     if type(fn).__name__ == "OptimizedModule" and type(fn).__module__.startswith("torch._dynamo"):
         return "module"
+    if isinstance(fn, functools.partial):
+        return _uses_torch_compile(fn.func)
     if isinstance(fn, torch.nn.Module):
         if fn.__dict__.get("_compiled_call_impl") is not None:
             return "module"

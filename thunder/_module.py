@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+_get = object.__getattribute__
+
+
+def _overrides(cls: type, name: str) -> bool:
+    """Does ``cls``, or a base of it below ``nn.Module``, define this name?"""
+    return any(name in base.__dict__ for base in cls.__mro__[: cls.__mro__.index(torch.nn.Module)])
+
+
+def _returning(wrapper: ThunderModule, model: torch.nn.Module, method: Any) -> Any:
+    """A method of the original; where it overrides one of ``nn.Module`` and returns itself, it returns the wrapper."""
+    if getattr(method, "__self__", None) is not model or not hasattr(torch.nn.Module, getattr(method, "__name__", "")):
+        return method
+
+    @functools.wraps(method)
+    def through(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        return wrapper if result is model else result
+
+    return through
 
 
 class ThunderModule(torch.nn.Module):
@@ -14,7 +35,7 @@ class ThunderModule(torch.nn.Module):
 
     It shares parameters, buffers and submodules with the original: ``state_dict`` has the same keys, ``to``, ``train``
     and ``load_state_dict`` act on the original, other attributes are looked up there and set there. Hooks belong to the
-    original too, so they are part of what is compiled.
+    original too, so they are part of what is compiled. Methods that the original's class overrides are the original's.
     """
 
     _own = ("_thunder_model", "_thunder_callable")
@@ -25,24 +46,30 @@ class ThunderModule(torch.nn.Module):
         object.__setattr__(self, "_thunder_callable", compiled)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._thunder_callable(*args, **kwargs)
+        return _get(self, "_thunder_callable")(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the compiled module; the same as calling it."""
-        return self._thunder_callable(*args, **kwargs)
+        return _get(self, "_thunder_callable")(*args, **kwargs)
 
     def __getattribute__(self, name: str) -> Any:
-        # What nn.Module keeps in an instance's __dict__ (_parameters, _modules, training, hooks, ...) is the other's.
-        own = object.__getattribute__(self, "__dict__")
+        own = _get(self, "__dict__")
         if name in own:
             return own[name]
         model = own.get("_thunder_model")
-        if model is not None and name in model.__dict__:
+        if model is None:
+            return super().__getattribute__(name)
+        # What nn.Module keeps in an instance's __dict__ (_parameters, training, hooks, ...) is the original's.
+        if name == "__dict__":
+            return model.__dict__
+        if name in model.__dict__:
             return model.__dict__[name]
+        if not name.startswith("__") and name not in ThunderModule.__dict__ and _overrides(type(model), name):
+            return _returning(self, model, getattr(model, name))
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
-        model = object.__getattribute__(self, "__dict__").get("_thunder_model")
+        model = _get(self, "__dict__").get("_thunder_model")
         if model is None:
             raise AttributeError(name)
         return getattr(model, name)
@@ -85,6 +112,15 @@ class ThunderModule(torch.nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> ThunderModule:
         self._thunder_model._apply(fn, recurse)
         return self
+
+    def apply(self, fn: Callable[[torch.nn.Module], None]) -> ThunderModule:
+        """Apply a function to the original and each of its submodules."""
+        self._thunder_model.apply(fn)
+        return self
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The original and its submodules by name."""
+        return self._thunder_model.named_modules(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True) -> ThunderModule:
         """Set requires_grad on the original's parameters."""

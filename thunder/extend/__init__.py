@@ -71,6 +71,8 @@ def resolve_executors(executors: Sequence[Executor | str] | None) -> tuple[Execu
         LookupError: a name is unknown.
         TypeError: an item is neither a name nor an executor.
     """
+    if isinstance(executors, str):
+        raise TypeError(f"executors must be a list of names or executors: write executors=[{executors!r}]")
     chosen: list[Executor] = []
     for item in get_default_executors() if executors is None else executors:
         if isinstance(item, str):

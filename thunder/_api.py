@@ -119,8 +119,8 @@ def _check_target(fn: Any) -> None:
     if how:
         raise TypeError(
             f"thunder.jit was given a {how} that went through torch.compile. Compile with one of them: to have "
-            "torch.compile optimise regions of the program, pass the original and write "
-            "thunder.jit(model, executors=[thunder.extend.get_executor('torchcompile'), *thunder.get_always_executors()])"
+            "torch.compile optimise regions of the program, pass the original and write thunder.jit(model, "
+            "executors=[thunder.extend.get_executor('torchcompile'), *thunder.get_always_executors()])"
         )
     if isinstance(fn, (_C.Callable, ThunderModule)):
         raise TypeError("thunder.jit was given something that is compiled already: pass the original")

@@ -49,9 +49,9 @@ typedef struct th_out {
     bool same;       /* the operation returns its input itself (contiguous() of a contiguous tensor) */
 } th_out;
 
-enum { /* th_call.facts: what this torch does, found out by trying it */
-    TH_FACT_FLASH_LIKE_QUERY = 1, /* CPU flash attention lays its result out like the query */
-    TH_FACT_FLASH_BLHD = 2,       /* ... always as (batch, length, head, size) */
+enum {                               /* th_call.facts: what this torch does, found out by trying it */
+       TH_FACT_FLASH_LIKE_QUERY = 1, /* CPU flash attention lays its result out like the query */
+       TH_FACT_FLASH_BLHD = 2,       /* ... always as (batch, length, head, size) */
 };
 
 struct th_call {

@@ -1,4 +1,4 @@
-"""Training under ambient modes and inside them: grad modes, autocast, gradient scaling, anomaly mode, threads, offload."""
+"""Training under ambient modes and inside them: grad modes, autocast, scaling, anomalies, threads, offload."""
 
 from __future__ import annotations
 

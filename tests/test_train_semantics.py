@@ -1,4 +1,4 @@
-"""Training gives eager's outputs, gradients and side effects: which tensors need grad, what is returned, what is written."""
+"""Training gives eager's outputs, gradients and side effects: what needs grad, is returned, is written."""
 
 from __future__ import annotations
 

@@ -181,7 +181,9 @@ def _scalar(f: Any, returned: Any, has_aux: bool) -> torch.Tensor:
         value = returned[0]
     if not isinstance(value, torch.Tensor):
         hint = "; for a value and further results pass has_aux=True" if isinstance(value, tuple | list) else ""
-        raise TypeError(f"{_name(f)} must return a tensor of shape () to have a gradient, not {_described(value)}{hint}")
+        raise TypeError(
+            f"{_name(f)} must return a tensor of shape () to have a gradient, not {_described(value)}{hint}"
+        )
     if value.shape != () or not value.is_floating_point():
         raise TypeError(
             f"{_name(f)} must return a real floating tensor of shape () to have a gradient, not {_described(value)}"
@@ -200,9 +202,7 @@ def _described(value: Any) -> str:
 def _differentiate(value: torch.Tensor, variables: list[torch.Tensor], again: bool) -> list[torch.Tensor]:
     if not value.requires_grad:
         return [torch.zeros_like(variable) for variable in variables]
-    return list(
-        torch.autograd.grad(value, variables, create_graph=again, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(value, variables, create_graph=again, allow_unused=True, materialize_grads=True))
 
 
 def _detached(value: Any) -> Any:

@@ -55,10 +55,13 @@ def _samples(op: OpInfo, seed: int) -> list[SampleInput]:
 
 def _leaves(value: Any) -> Any:
     """The arguments with each tensor that is the result of an operation cut from it."""
-    return tree_map(
-        lambda v: v.detach().requires_grad_() if isinstance(v, torch.Tensor) and v.requires_grad and not v.is_leaf else v,
-        value,
-    )  # fmt: skip
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, torch.Tensor) and not part.is_leaf:
+            return part.detach().requires_grad_()
+        return part
+
+    return tree_map(cut, value)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -44,7 +44,7 @@ static int read_autocast(thx *x, thx_ambient *a) {
 static int read_ambient(thx *x, thx_ambient *a) {
     memset(a, 0, sizeof *a);
     long functions = call_long(x->f_stack_len), dispatches = call_long(x->d_stack_len);
-    int grad = x->abi.on ? x->abi.aoti_torch_grad_mode_is_enabled() : call_flag(x->grad_enabled);
+    int grad = thx_grad_mode(x);
     int inference = call_flag(x->inference), autocast = call_flag(x->any_autocast);
     PyObject *dtype = PyObject_CallNoArgs(x->default_dtype);
     if (functions < 0 || dispatches < 0 || grad < 0 || inference < 0 || autocast < 0 || !dtype) {

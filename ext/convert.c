@@ -71,8 +71,26 @@ static int read_ints(PyObject *tuple, int64_t *out, int64_t *count) {
 
 static PyObject *get_attr(PyObject *o, const char *name) { return PyObject_GetAttrString(o, name); }
 
+PyObject *thx_quiet_begin(thx *x) {
+    PyObject *off = PyObject_CallNoArgs(x->modes_off),
+             *entered = off ? PyObject_CallMethodNoArgs(off, x->n.enter) : NULL;
+    if (!entered) Py_CLEAR(off);
+    Py_XDECREF(entered);
+    return off;
+}
+
+void thx_quiet_end(thx *x, PyObject *off) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *left = PyObject_CallMethodObjArgs(off, x->n.exit, Py_None, Py_None, Py_None, NULL);
+    Py_XDECREF(left);
+    Py_DECREF(off);
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+}
+
 /* The road through Python getters, where the ABI is off. */
-static int read_meta_slow(thx *x, PyObject *tensor, thx_meta *m) {
+static int ask_meta(thx *x, PyObject *tensor, thx_meta *m) {
     int64_t count = 0;
     PyObject *shape = get_attr(tensor, "shape"), *stride = PyObject_CallMethod(tensor, "stride", NULL);
     PyObject *offset = PyObject_CallMethod(tensor, "storage_offset", NULL),
@@ -89,6 +107,21 @@ static int read_meta_slow(thx *x, PyObject *tensor, thx_meta *m) {
     Py_XDECREF(offset);
     Py_XDECREF(dtype);
     return rc;
+}
+
+static int read_meta_slow(thx *x, PyObject *tensor, thx_meta *m) {
+    PyObject *off = thx_quiet_begin(x);
+    if (!off) return -1;
+    int rc = ask_meta(x, tensor, m);
+    thx_quiet_end(x, off);
+    return rc;
+}
+
+int thx_grad_mode(thx *x) {
+    if (x->abi.on) return x->abi.aoti_torch_grad_mode_is_enabled();
+    PyObject *on = PyObject_CallNoArgs(x->grad_enabled);
+    Py_XDECREF(on); /* a singleton */
+    return on ? on == Py_True : -1;
 }
 
 int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *m) {
@@ -139,12 +172,14 @@ void *thx_storage_base(thx *x, PyObject *tensor) {
             return NULL;
         return (char *)data - offset * th_dtype_get((th_dtype)x->abi.dtypes[number])->bytes;
     }
-    PyObject *storage = PyObject_CallMethod(tensor, "untyped_storage", NULL);
+    PyObject *off = thx_quiet_begin(x);
+    PyObject *storage = off ? PyObject_CallMethod(tensor, "untyped_storage", NULL) : NULL;
     PyObject *address = storage ? PyObject_CallMethod(storage, "data_ptr", NULL) : NULL;
     data = address ? PyLong_AsVoidPtr(address) : NULL;
     PyErr_Clear();
     Py_XDECREF(address);
     Py_XDECREF(storage);
+    if (off) thx_quiet_end(x, off);
     return data;
 }
 

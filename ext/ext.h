@@ -73,8 +73,8 @@ typedef struct thx {
     uint32_t nfuncs, cap_funcs;
     thx_func transient; /* description of a function without importable name; valid until the next look-up */
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
-    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *get_rng_state, *set_rng_state, *equal,
-        *rand;
+    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *modes_off, *get_rng_state,
+        *set_rng_state, *equal, *rand;
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
     getter version_get, requires_grad_get;
     void *version_closure, *requires_grad_closure;
@@ -109,6 +109,11 @@ typedef struct thx_meta {
 static inline bool thx_is_tensor(const thx *x, PyObject *o) { return PyObject_TypeCheck(o, x->Tensor); }
 int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *meta);
 th_typeref thx_meta_type(thx *x, const thx_meta *meta);
+/* While we call torch on our own account no function mode, ours or the user's, may see it. Closed by thx_quiet_end,
+ * which keeps a pending exception. */
+PyObject *thx_quiet_begin(thx *x);
+void thx_quiet_end(thx *x, PyObject *quiet);
+int thx_grad_mode(thx *x);                        /* 0, 1, -1 with an exception */
 void *thx_storage_base(thx *x, PyObject *tensor); /* equal for real tensors that share storage; NULL: no memory */
 th_dev thx_device_ref(thx *x, PyObject *device);
 PyObject *thx_device_object(thx *x, th_dev device);

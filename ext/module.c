@@ -87,6 +87,8 @@ static int load_functions(thx *x) {
         {&x->autocast_dtype, x->torch, "get_autocast_dtype"},
         {&x->set_autocast, x->torch, "set_autocast_enabled"},
         {&x->grad_enabled, x->torch, "is_grad_enabled"},
+        {&x->set_grad, x->torch_c, "_set_grad_enabled"},
+        {&x->modes_off, x->torch_c, "DisableTorchFunction"},
         {&x->default_dtype, x->torch, "get_default_dtype"},
         {&x->default_device, x->torch, "get_default_device"},
         {&x->inference, x->torch, "is_inference_mode_enabled"},

@@ -518,7 +518,8 @@ static bool autocast_on(thx *x) {
 }
 
 static int needs_grad(thx_recorder *r) {
-    if (!r->x->abi.on || !r->x->abi.aoti_torch_grad_mode_is_enabled()) return 0;
+    int on = thx_grad_mode(r->x);
+    if (on <= 0) return on;
     for (uint32_t i = 0; i < r->ninputs; i++) {
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
         if (cell && th_type_get(r->x->ctx, r->t->values[cell->value].type)->flags & TH_TYPE_REQUIRES_GRAD) {
@@ -667,20 +668,8 @@ PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     return PyObject_Call(a[0], a[2], kwargs);
 }
 
-PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n) {
-    thx *x = PyModule_GetState(module);
-    thx_recorder *r = (thx_recorder *)x->active;
-    if (n < 3) return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
-    PyObject *func = a[0], *args = a[2], *kwargs = n > 3 && a[3] != Py_None && PyDict_GET_SIZE(a[3]) ? a[3] : NULL;
-    if (!r) {
-        PyErr_SetString(x->CaptureError,
-                        "a tensor that was made while thunder.jit captured a function is used after the "
-                        "capture: it holds no data. Do not keep intermediate tensors in globals or closures");
-        return NULL;
-    }
-    if (r->depth) { /* inside a recorded operation: torch's fake kernels answer */
-        return PyObject_Vectorcall(x->fake_dispatch, a, (size_t)n, NULL);
-    }
+static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
+    thx *x = r->x;
     call c = {.r = r, .func = func, .args = args, .kwargs = kwargs};
     const thx_func *f = thx_func_find(x, func);
     if (!f) return NULL;
@@ -696,4 +685,25 @@ PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n)
         return NULL;
     }
     return slow(&c);
+}
+
+PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+    thx *x = PyModule_GetState(module);
+    thx_recorder *r = (thx_recorder *)x->active;
+    if (n < 3) return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
+    PyObject *func = a[0], *args = a[2], *kwargs = n > 3 && a[3] != Py_None && PyDict_GET_SIZE(a[3]) ? a[3] : NULL;
+    if (!r) {
+        PyErr_SetString(x->CaptureError,
+                        "a tensor that was made while thunder.jit captured a function is used after the "
+                        "capture: it holds no data. Do not keep intermediate tensors in globals or closures");
+        return NULL;
+    }
+    if (r->depth) { /* inside a recorded operation: torch's fake kernels answer */
+        return PyObject_Vectorcall(x->fake_dispatch, a, (size_t)n, NULL);
+    }
+    PyObject *quiet = thx_quiet_begin(x); /* layer 1 is on the stack still */
+    if (!quiet) return NULL;
+    PyObject *result = record_overload(r, func, args, kwargs);
+    thx_quiet_end(x, quiet);
+    return result;
 }

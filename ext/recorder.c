@@ -367,7 +367,6 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
 
 typedef struct surroundings { /* state of torch that is different while a program is captured */
     PyObject *previous, *compiler, *compiling, *script;
-    bool grad;
 } surroundings;
 
 static int set_script_optimize(thx *x, PyObject *on) {
@@ -447,11 +446,29 @@ static void explain_exception(thx_recorder *r) {
     Py_XDECREF(trace);
 }
 
+/* 1: it was another, -1: it cannot be told; keeps a pending exception. */
+static int restore_grad_mode(thx_recorder *r, int before) {
+    thx *x = r->x;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    int now = thx_grad_mode(x), changed = now < 0 || before < 0 ? -1 : now != before;
+    if (changed == 1 && x->abi.on && x->abi.aoti_torch_grad_mode_set_enabled) {
+        x->abi.aoti_torch_grad_mode_set_enabled(before);
+    } else if (changed == 1) {
+        PyObject *done = PyObject_CallOneArg(x->set_grad, before ? Py_True : Py_False);
+        Py_XDECREF(done);
+    }
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return changed;
+}
+
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result) {
     thx *x = r->x;
-    surroundings s = {.grad = x->abi.on && x->abi.aoti_torch_grad_mode_is_enabled()};
+    int grad = thx_grad_mode(x);
+    surroundings s = {0};
     *result = NULL;
-    if (enter(r, &s) == 0) {
+    if (grad >= 0 && enter(r, &s) == 0) {
         *result = PyObject_Call(fn, args, kwargs);
         leave(r, &s);
         if (!*result && !PyErr_ExceptionMatches(x->CaptureError) && !PyErr_ExceptionMatches(x->GradNeeded))
@@ -460,13 +477,10 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
     Py_XDECREF(s.script);
     Py_XDECREF(s.compiling);
     Py_XDECREF(s.compiler);
-    if (x->abi.on && x->abi.aoti_torch_grad_mode_set_enabled && x->abi.aoti_torch_grad_mode_is_enabled() != s.grad) {
-        x->abi.aoti_torch_grad_mode_set_enabled(s.grad);
-        if (*result) {
-            Py_CLEAR(*result);
-            thx_capture_error(r, "the grad mode", "the function leaves it other than it found it",
-                              "switch it outside, or in a with block");
-        }
+    if (restore_grad_mode(r, grad) != 0 && *result) {
+        Py_CLEAR(*result);
+        thx_capture_error(r, "the grad mode", "the function leaves it other than it found it",
+                          "switch it outside, or in a with block");
     }
     if (*result && thx_random_before(r) < 0) Py_CLEAR(*result);
     if (thx_random_end(r) < 0) Py_CLEAR(*result);

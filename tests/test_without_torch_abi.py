@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = ["test_jit_values.py", "test_jit_effects.py", "test_jit_module.py"]
+FILES = sorted(path.name for path in Path(__file__).parent.glob("test_jit_*.py"))
 
 
 def test_the_same_tests_pass_without_torchs_c_abi() -> None:

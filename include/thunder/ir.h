@@ -70,6 +70,8 @@ th_typeref th_type_tensor(th_ctx *ctx, th_dtype dtype, th_dev device, uint32_t n
 th_typeref th_type_plain(th_ctx *ctx, th_type_kind kind); /* TH_TYPE_INT and the like */
 const th_type *th_type_get(const th_ctx *ctx, th_typeref type);
 int64_t th_type_numel(const th_type *type);
+th_typeref th_type_set_grad(th_ctx *ctx, th_typeref type,
+                            bool grad); /* the type with or without TH_TYPE_REQUIRES_GRAD */
 
 /* ---- argument nodes ---- */
 
@@ -124,10 +126,15 @@ enum {                   /* effects of one operation */
        TH_FX_STATE = 4,  /* touches state outside the trace: never removed, merged or moved; text: "effect" */
 };
 
+enum {                        /* marks of one operation: what a derivative does with it */
+       TH_MARK_NO_GRAD = 1,   /* ran while gradients were off: its results require none */
+       TH_MARK_RECOMPUTE = 2, /* inside torch.utils.checkpoint: run again in the backward pass, not saved */
+};
+
 typedef enum th_op_kind { TH_OP_CALL = 1, TH_OP_DEL } th_op_kind;
 
 typedef struct th_op {
-    uint8_t kind, effects;
+    uint8_t kind, effects, marks;
     bool outs_list; /* the callee returns a list or tuple even when there is one output: prints "(t0,) = ..." */
     th_str callee;  /* dotted name: torch.nn.functional.linear; or the name of an opaque entry (see callee_opaque) */
     uint32_t callee_opaque; /* index into the opaque table when the callee is a Python object without importable name */
@@ -198,6 +205,8 @@ th_node th_node_symbol(th_trace *t, th_str dotted);
 th_node th_node_value(th_trace *t, th_val v);
 th_node th_node_ellipsis(th_trace *t);
 th_node th_node_seq(th_trace *t, th_node_kind kind, uint32_t n, const th_node *kids); /* TUPLE, LIST, DICT, SLICE */
+/* A node of another trace of the same context, with its values replaced: map is by value of `from`. */
+th_node th_node_import(th_trace *t, const th_trace *from, th_node n, const th_val *map);
 th_node th_node_opaque(th_trace *t, const char *hint, void *object);   /* same object: same entry; retains it */
 uint32_t th_trace_opaque(th_trace *t, const char *hint, void *object); /* the entry's index */
 
@@ -207,7 +216,7 @@ typedef struct th_op_args { /* arguments of th_trace_op; zero what does not appl
     uint32_t callee_opaque;
     th_node args, kwargs, outs;
     bool outs_list;
-    uint8_t effects;
+    uint8_t effects, marks;
     uint32_t nwrites;
     const th_val *writes;
     th_str file;

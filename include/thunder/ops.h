@@ -31,6 +31,11 @@ typedef struct th_call th_call;
  * and gives the answer or its own error. So a rule never has to word an error, and must never guess. */
 typedef th_status (*th_meta_fn)(th_call *call);
 
+/* The catalogue's derivative of an operator: src/ops/backward.h. TH_DECLINED: the derivative of this call is derived
+ * from torch's own autograd. */
+struct th__backward;
+typedef th_status (*th_grad_fn)(struct th__backward *b);
+
 typedef struct th_opdef {
     const char *name;   /* short name, unique in the catalogue: "linear" */
     const char *params; /* "input, weight, bias=None"; "*" before keyword-only ones; "*sizes" collects the rest;
@@ -39,6 +44,7 @@ typedef struct th_opdef {
     uint8_t effects;    /* TH_FX_*, TH_OPDEF_* */
     uint8_t fusion;     /* th_fusion */
     th_meta_fn meta;
+    th_grad_fn grad;        /* NULL: derived */
     const char *functional; /* TH_OPDEF_INPLACE: dotted name of the functional twin: torch.Tensor.add_ -> torch.add */
 } th_opdef;
 
@@ -49,9 +55,9 @@ typedef struct th_out {
     bool same;       /* the operation returns its input itself (contiguous() of a contiguous tensor) */
 } th_out;
 
-enum { /* th_call.facts: what this torch does, found out by trying it */
-    TH_FACT_FLASH_LIKE_QUERY = 1, /* CPU flash attention lays its result out like the query */
-    TH_FACT_FLASH_BLHD = 2,       /* ... always as (batch, length, head, size) */
+enum {                               /* th_call.facts: what this torch does, found out by trying it */
+       TH_FACT_FLASH_LIKE_QUERY = 1, /* CPU flash attention lays its result out like the query */
+       TH_FACT_FLASH_BLHD = 2,       /* ... always as (batch, length, head, size) */
 };
 
 struct th_call {

@@ -158,7 +158,7 @@ static th_status note_writes(th__parser *p, note_text *n) {
     return TH_OK;
 }
 
-/* One part after the type: alias N, offset N, random, effect, writes a, b. */
+/* One part after the type: alias N, offset N, random, effect, no_grad, recompute, writes a, b. */
 static th_status note_part(th__parser *p, note_text *n, th__facts *f, bool of_value, bool of_op) {
     size_t size = note_word(n);
     note_text start = *n;
@@ -178,14 +178,23 @@ static th_status note_part(th__parser *p, note_text *n, th__facts *f, bool of_va
             f->offset = number, f->has_offset = true;
         return TH_OK;
     }
-    if (!of_op || !(random || effect || writes)) {
+    uint8_t mark = note_is(n, size, "no_grad")     ? TH_MARK_NO_GRAD
+                   : note_is(n, size, "recompute") ? TH_MARK_RECOMPUTE
+                                                   : 0;
+    if (!of_op || !(random || effect || writes || mark)) {
         return FAIL_NOTE(p, &start, "expected one of:%s%s", of_value ? " alias, offset" : "",
-                         of_op ? " random, effect, writes" : "");
+                         of_op ? " random, effect, no_grad, recompute, writes" : "");
+    }
+    f->has_effects = true;
+    if (mark) {
+        if (f->marks & mark) return FAIL_NOTE(p, &start, "given twice");
+        f->marks |= mark;
+        note_skip(n, size);
+        return TH_OK;
     }
     uint8_t bit = random ? TH_FX_RANDOM : effect ? TH_FX_STATE : TH_FX_WRITES;
     if (f->effects & bit) return FAIL_NOTE(p, &start, "given twice");
     f->effects |= bit;
-    f->has_effects = true;
     note_skip(n, size);
     return writes ? note_writes(p, n) : TH_OK;
 }

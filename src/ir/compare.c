@@ -107,7 +107,8 @@ static bool node_equal(side *a, th_node na, side *b, th_node nb, bool defining) 
 }
 
 static bool op_equal(side *a, const th_op *x, side *b, const th_op *y) {
-    if (x->kind != y->kind || x->effects != y->effects || x->nwrites != y->nwrites) return false;
+    if (x->kind != y->kind || x->effects != y->effects || x->marks != y->marks || x->nwrites != y->nwrites)
+        return false;
     if ((x->callee_opaque != 0) != (y->callee_opaque != 0)) return false;
     bool same = x->callee_opaque ? opaque_equal(a->t, x->callee_opaque, b->t, y->callee_opaque)
                                  : str_equal(a->t->ctx, x->callee, b->t->ctx, y->callee);
@@ -189,7 +190,7 @@ static uint64_t hash_node(uint64_t hash, side *s, th_node n, bool defining) {
 }
 
 static uint64_t hash_op(uint64_t hash, side *s, const th_op *op) {
-    hash = th__hash_mix(hash, (uint64_t)op->kind << 8 | op->effects);
+    hash = th__hash_mix(hash, (uint64_t)op->kind << 16 | (uint64_t)op->marks << 8 | op->effects);
     hash = th__hash_mix(hash,
                         op->callee_opaque ? hash_opaque(s->t, op->callee_opaque) : th__str_hash(s->t->ctx, op->callee));
     hash = hash_node(hash, s, op->args, false);

@@ -64,3 +64,27 @@ th_node th_node_seq(th_trace *t, th_node_kind kind, uint32_t n, const th_node *k
     t->nkids += n;
     return add(t, (th_node_data){.kind = (uint8_t)kind, .depth = (uint8_t)depth, .count = n, .u.kids = at});
 }
+
+static th_node import_seq(th_trace *t, const th_trace *from, const th_node_data *d, const th_val *map) {
+    th_node few[16], *kids = few;
+    if (d->count > sizeof few / sizeof *few && !(kids = th_ctx_alloc(t->ctx, NULL, d->count * sizeof *kids))) {
+        th__trace_fail(t, th_fail(t->ctx, TH_ENOMEM, "out of memory"));
+        return 0;
+    }
+    for (uint32_t i = 0; i < d->count; i++) kids[i] = th_node_import(t, from, from->kids[d->u.kids + i], map);
+    th_node result = th_node_seq(t, (th_node_kind)d->kind, d->count, kids);
+    if (kids != few) th_ctx_alloc(t->ctx, kids, 0);
+    return result;
+}
+
+th_node th_node_import(th_trace *t, const th_trace *from, th_node n, const th_val *map) {
+    const th_node_data *d = &from->nodes[n];
+    if (n == 0) return 0;
+    if (d->kind == TH_N_VALUE) return th_node_value(t, map[d->u.ref]);
+    if (d->kind >= TH_N_TUPLE && d->kind <= TH_N_SLICE) return import_seq(t, from, d, map);
+    if (d->kind == TH_N_OPAQUE) {
+        const th_opaque *entry = &from->opaques[d->u.ref];
+        return th_node_opaque(t, th_str_get(from->ctx, entry->name), entry->object);
+    }
+    return add(t, *d);
+}

@@ -277,7 +277,7 @@ static th_status annotated(th__parser *p) {
     th_str s;
     TRY(th__parse_intern(p, &name, &s));
     if (assigns) {
-        th_op_args op = {.effects = f.effects};
+        th_op_args op = {.effects = f.effects, .marks = f.marks};
         th_val value = 0;
         if (!ignored) {
             TRY(new_value(p, s, &f, &value));
@@ -360,7 +360,7 @@ static th_status targets(th__parser *p, int close, bool *trailing_comma) {
 
 static th_status assigned(th__parser *p) {
     th__token first = p->tok;
-    th_op_args op = {.effects = p->pending_effects.effects};
+    th_op_args op = {.effects = p->pending_effects.effects, .marks = p->pending_effects.marks};
     uint32_t base = p->nstack;
     bool comma;
     TRY(targets(p, '=', &comma));

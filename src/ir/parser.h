@@ -18,7 +18,7 @@ typedef struct th__facts { /* what an annotation says */
     th_typeref type;
     uint32_t alias;
     int64_t offset;
-    uint8_t effects;
+    uint8_t effects, marks;
     bool has_effects, has_alias, has_offset;
 } th__facts;
 

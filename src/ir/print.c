@@ -147,7 +147,14 @@ static void print_effects(th__text *out, const th_trace *t, const th_op *op, con
     static const struct {
         uint8_t bit;
         const char *text;
-    } words[] = {{TH_FX_RANDOM, "random"}, {TH_FX_STATE, "effect"}};
+    } words[] = {{TH_FX_RANDOM, "random"}, {TH_FX_STATE, "effect"}},
+      marks[] = {{TH_MARK_NO_GRAD, "no_grad"}, {TH_MARK_RECOMPUTE, "recompute"}};
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
+        if (!(op->marks & marks[i].bit)) continue;
+        th__text_z(out, separator);
+        th__text_z(out, marks[i].text);
+        separator = "; ";
+    }
     for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
         if (!(op->effects & words[i].bit)) continue;
         th__text_z(out, separator);
@@ -201,7 +208,7 @@ static void print_left(th__text *out, const th_trace *t, const th_op *op) {
     const th_node_data *outs = &t->nodes[op->outs < t->nnodes ? op->outs : 0];
     if (outs->kind == TH_N_TUPLE) {
         print_declarations(out, t, op->outs);
-        if (op->effects) {
+        if (op->effects || op->marks) {
             th__text_z(out, "    _: \"");
             print_effects(out, t, op, "");
             th__text_z(out, "\"\n");
@@ -218,7 +225,7 @@ static void print_left(th__text *out, const th_trace *t, const th_op *op) {
         if (outs->kind == TH_N_VALUE && outs->u.ref < t->nvalues) print_facts(out, t, &t->values[outs->u.ref]);
         print_effects(out, t, op, "; ");
         th__text_z(out, "\" = ");
-    } else if (op->effects) {
+    } else if (op->effects || op->marks) {
         th__text_z(out, "_: \"");
         print_effects(out, t, op, "");
         th__text_z(out, "\" = ");

@@ -202,6 +202,7 @@ th_opref th_trace_op(th_trace *t, const th_op_args *op) {
     t->ops[t->nops] = (th_op){
         .kind = (uint8_t)op->kind,
         .effects = effects | (op->nwrites ? TH_FX_WRITES : 0),
+        .marks = op->marks,
         .outs_list = t->nodes[outs].kind == TH_N_TUPLE,
         .callee = op->callee_opaque ? t->opaques[op->callee_opaque].name : op->callee,
         .callee_opaque = op->callee_opaque,

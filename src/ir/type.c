@@ -165,3 +165,10 @@ int64_t th_type_numel(const th_type *type) {
     }
     return count;
 }
+
+th_typeref th_type_set_grad(th_ctx *ctx, th_typeref ref, bool grad) {
+    const th_type *type = th_type_get(ctx, ref);
+    uint8_t flags = (uint8_t)(grad ? type->flags | TH_TYPE_REQUIRES_GRAD : type->flags & ~TH_TYPE_REQUIRES_GRAD);
+    if (type->kind != TH_TYPE_TENSOR || flags == type->flags) return ref;
+    return th_type_tensor(ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, type->stride, flags);
+}

@@ -187,8 +187,8 @@ static void merge_results(merger *m, th_node a, th_node b) {
 }
 
 static bool same_call(const th_trace *t, const th_op *a, const th_op *b) {
-    return a->callee == b->callee && a->outs_list == b->outs_list && same_node(t, a->args, b->args) &&
-           same_node(t, a->kwargs, b->kwargs);
+    return a->callee == b->callee && a->marks == b->marks && a->outs_list == b->outs_list &&
+           same_node(t, a->args, b->args) && same_node(t, a->kwargs, b->kwargs);
 }
 
 /* The operation was just appended: take it back when an earlier one has its results, remember it otherwise. */

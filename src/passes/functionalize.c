@@ -72,6 +72,7 @@ typedef struct pass {
     th__rewrite r;
     th_str file; /* of the operation that is being rewritten */
     uint32_t line;
+    uint8_t marks;
     th_opref op; /* being examined */
     bool suspicious;
     const th__view *region; /* that it writes */
@@ -252,6 +253,7 @@ static th_val emit(pass *p, const char *callee, th_typeref type, uint32_t n, con
                                  .args = th_node_seq(t, TH_N_TUPLE, n, args),
                                  .kwargs = kwargs,
                                  .outs = th_node_value(t, out),
+                                 .marks = p->marks,
                                  .file = p->file,
                                  .line = p->line});
     return out;
@@ -422,6 +424,7 @@ static th_val new_contents(pass *p, const th__write *w, bool *fresh) {
                                      .args = args,
                                      .kwargs = kwargs,
                                      .outs = th_node_value(t, v),
+                                     .marks = p->marks,
                                      .file = p->file,
                                      .line = p->line});
     } else {
@@ -500,6 +503,7 @@ static void rewrite_op(pass *p, th_opref op) {
     if (data.kind == TH_OP_DEL) return; /* lifetime makes them anew */
     p->file = data.file;
     p->line = data.line;
+    p->marks = data.marks;
     if (w && group_of(p, w->dest)->taken) {
         rewrite_write(p, &data, w);
         return;
@@ -555,6 +559,7 @@ static th_status rewrite(pass *p) {
     th_trace *t = p->t;
     TRY(th__rewrite_begin(&p->r, t));
     for (th_opref op = 1; op < p->nops && th_trace_status(t) == TH_OK; op++) rewrite_op(p, op);
+    p->marks = 0;
     for (uint32_t i = 0; i < t->ninputs; i++) {
         const group *g = group_of(p, t->inputs[i]);
         if (g->taken) write_back(p, t->inputs[i], g);

@@ -1,0 +1,119 @@
+/* See backward.h. */
+#include "ops/backward.h"
+
+#include <string.h>
+
+/* ---- emitting ---- */
+
+th_val th__emit_typed(th__emitter *e, const char *callee, th_typeref type, uint32_t n, const th_node *args) {
+    th_trace *t = e->t;
+    th_val out = type ? th_trace_value(t, 0, type) : 0;
+    th_op_args op = {.kind = TH_OP_CALL,
+                     .callee = th_intern_z(t->ctx, callee),
+                     .args = th_node_seq(t, TH_N_TUPLE, n, args),
+                     .outs = out ? th_node_value(t, out) : 0,
+                     .marks = e->marks,
+                     .file = e->file,
+                     .line = e->line};
+    return out && th_trace_op(t, &op) ? out : 0;
+}
+
+th_val th__emit(th__emitter *e, const char *callee, uint32_t n, const th_node *args) {
+    th_trace *t = e->t;
+    for (uint32_t i = 0; i < n; i++)
+        if (!args[i]) return 0;
+    th_str name = th_intern_z(t->ctx, callee);
+    const th_opdef *def = name ? th_catalog_find(e->catalog, name) : NULL;
+    th_node tuple = th_node_seq(t, TH_N_TUPLE, n, args);
+    if (!def || !def->meta || !tuple) return 0;
+    th_call call = {.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
+    if (th_call_bind(&call, def, t, tuple, 0) != TH_OK || def->meta(&call) != TH_OK || call.nouts != 1) return 0;
+    const th_out *out = &call.outs[0];
+    if (out->same) return out->alias_of;
+    th_val made = th__emit_typed(e, callee, th_type_set_grad(t->ctx, out->type, false), n, args);
+    if (made && out->alias_of) {
+        if (!t->values[out->alias_of].alias) t->values[out->alias_of].alias = th_trace_alias(t);
+        t->values[made].alias = t->values[out->alias_of].alias;
+        t->values[made].offset = out->offset;
+    }
+    return made;
+}
+
+th_val th__emit_add(th__emitter *e, th_val a, th_val b) {
+    th_trace *t = e->t;
+    th_node args[] = {th_node_value(t, a), th_node_value(t, b)};
+    th_val sum = th__emit(e, "torch.add", 2, args);
+    if (sum || th_trace_status(t) != TH_OK) return sum;
+    const th_type *x = th_type_get(t->ctx, t->values[a].type); /* complex numbers have no rule of their own */
+    bool plain = t->values[a].type == t->values[b].type && th__is_dense(x->ndim, x->shape, x->stride);
+    return plain ? th__emit_typed(e, "torch.add", t->values[a].type, 2, args) : 0;
+}
+
+th_val th__emit_packed(th__emitter *e, th_val v) {
+    th_trace *t = e->t;
+    const th_type *type = th_type_get(t->ctx, t->values[v].type);
+    th_typeref packed = th_type_tensor(t->ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, NULL, 0);
+    th_node arg = th_node_value(t, v);
+    th_node kwargs[] = {th_node_str(t, th_intern_z(t->ctx, "memory_format")),
+                        th_node_symbol(t, th_intern_z(t->ctx, "torch.contiguous_format"))};
+    th_val out = packed ? th_trace_value(t, 0, packed) : 0;
+    th_op_args op = {.kind = TH_OP_CALL,
+                     .callee = th_intern_z(t->ctx, "torch.clone"),
+                     .args = th_node_seq(t, TH_N_TUPLE, 1, &arg),
+                     .kwargs = th_node_seq(t, TH_N_DICT, 2, kwargs),
+                     .outs = out ? th_node_value(t, out) : 0,
+                     .marks = e->marks,
+                     .file = e->file,
+                     .line = e->line};
+    return out && th_trace_op(t, &op) ? out : 0;
+}
+
+/* ---- running a rule ---- */
+
+typedef struct mark { /* how much of a trace there was */
+    uint32_t nvalues, nops, nnodes, nkids;
+} mark;
+
+static th_status run(th__backward *b, const th_val *tangents) {
+    b->tangents = tangents;
+    b->ngrads = 0;
+    b->failed = false;
+    b->out_grad = ~UINT64_C(0);
+    th_status status = b->def->grad(b);
+    if (th_trace_status(b->e.t) != TH_OK) return th_trace_status(b->e.t);
+    return status == TH_OK && b->failed ? TH_DECLINED : status;
+}
+
+th_status th__backward_probe(th__backward *b, th_trace *t, const th_catalog *catalog, const th_opdef *def,
+                             const th_op *op, uint32_t nouts, const th_val *outs, uint32_t nuses, const th_val *uses,
+                             const bool *needs) {
+    if (nouts > TH_MAX_OUTS) return TH_DECLINED;
+    *b = (th__backward){.e = {t, catalog, op->file, op->line, op->marks & TH_MARK_RECOMPUTE},
+                        .def = def,
+                        .op = op,
+                        .nouts = nouts,
+                        .outs = outs,
+                        .nuses = nuses,
+                        .uses = uses,
+                        .needs = needs};
+    b->call = (th_call){.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
+    mark start = {t->nvalues, t->nops, t->nnodes, t->nkids};
+    th_status status = th_call_bind(&b->call, def, t, op->args, op->kwargs);
+    if (status != TH_OK) return status;
+    th_val tangents[TH_MAX_OUTS];
+    for (uint32_t i = 0; i < nouts; i++)
+        tangents[i] = th_trace_value(t, 0, th_type_set_grad(t->ctx, t->values[outs[i]].type, false));
+    status = run(b, tangents);
+    if (th_trace_status(t) != TH_OK) return th_trace_status(t);
+    t->nvalues = start.nvalues;
+    t->nops = start.nops;
+    t->nnodes = start.nnodes;
+    t->nkids = start.nkids;
+    return status;
+}
+
+th_status th__backward_run(th__backward *b, const th_val *tangents) {
+    b->call = (th_call){.default_dtype = TH_F32, .default_device = th_device(b->e.t->ctx, "cpu", -1)};
+    th_status status = th_call_bind(&b->call, b->def, b->e.t, b->op->args, b->op->kwargs);
+    return status == TH_OK ? run(b, tangents) : status;
+}

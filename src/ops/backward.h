@@ -1,0 +1,54 @@
+/* What derivative rules of the catalogue are written with.
+ *
+ *     static th_status mul(th__backward *b) {
+ *         th_val x = th__use(b, 0), y = th__use(b, 1), g = b->tangents[0];
+ *         if (th__wants(b, x)) th__give_reduced(b, x, th__emit2(b, "torch.mul", g, th__arg_node(b, 1)));
+ *         ...
+ *         return TH_OK;
+ *     }
+ *
+ * A rule emits operations through the catalogue's own meta rules; when one of those declines, the rule as a whole does
+ * (b->failed), and the derivative is derived from torch's own autograd instead. The operation itself stays as it was,
+ * so a rule may use its arguments and its results.
+ */
+#ifndef THUNDER_OPS_BACKWARD_H
+#define THUNDER_OPS_BACKWARD_H
+
+#include "ops/meta.h"
+
+typedef struct th__emitter { /* appends operations whose types the catalogue knows */
+    th_trace *t;
+    const th_catalog *catalog;
+    th_str file;
+    uint32_t line;
+    uint8_t marks;
+} th__emitter;
+
+/* 0: the catalogue declined, or memory ran out (then the trace's status says so). Nodes of 0 fail too. */
+th_val th__emit(th__emitter *e, const char *callee, uint32_t n, const th_node *args);
+th_val th__emit_typed(th__emitter *e, const char *callee, th_typeref type, uint32_t n, const th_node *args);
+th_val th__emit_add(th__emitter *e, th_val a, th_val b);
+th_val th__emit_packed(th__emitter *e, th_val v); /* a row-major copy */
+
+typedef struct th__backward {
+    th__emitter e;
+    const th_opdef *def;
+    th_call call; /* arguments by parameter */
+    const th_op *op;
+    uint32_t nouts, nuses, ngrads;
+    const th_val *outs, *uses, *tangents; /* tangents: by result; 0: no gradient reaches it */
+    const bool *needs;
+    uint64_t out_grad; /* bit by result: it requires grad; all, unless the rule says otherwise */
+    bool failed;
+    struct {
+        th_val of, gradient;
+    } grads[TH_MAX_PARAMS];
+} th__backward;
+
+/* Does the rule cover this call? It is run with gradients like the results, and what it emits is taken back. */
+th_status th__backward_probe(th__backward *b, th_trace *t, const th_catalog *catalog, const th_opdef *def,
+                             const th_op *op, uint32_t nouts, const th_val *outs, uint32_t nuses, const th_val *uses,
+                             const bool *needs);
+th_status th__backward_run(th__backward *b, const th_val *tangents);
+
+#endif

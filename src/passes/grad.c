@@ -1,0 +1,583 @@
+/* Joins a program with its derivative: see thunder/grad.h.
+ *
+ * Forwards, each operation that takes part is replaced by what its rule makes of it, or stays when its catalogue rule
+ * works on it as it is. Then, from the last operation to the first, the gradients of its results become gradients of
+ * what it used; gradients that meet are added. Which values take part is decided here, from the inputs that require
+ * grad, the marks of operations (no_grad) and what rules say of their results: the `grad` flag of other values' types
+ * is what the user's code was told, and is not looked at.
+ *
+ * Writes: functionalisation has left write-backs of inputs at the end. One that takes part in autograd becomes a result
+ * (`mutated`); any other write of something that takes part cannot be differentiated.
+ */
+#include "thunder/grad.h"
+
+#include "ops/backward.h"
+#include "passes/pass.h"
+
+#include <string.h>
+
+typedef struct record {  /* of an operation that takes part */
+    th__backward *own;   /* its catalogue rule applies */
+    const th_rule *rule; /* or this one */
+    th_op op;            /* with its arguments as they are in the joint trace */
+    th_val *uses, *outs; /* joint values; outs as the rule's forward part made them */
+    bool *needs;
+    uint32_t nuses, nouts;
+    th_val *map;     /* by value of the rule's trace: joint value */
+    uint32_t *alias; /* by alias group of the rule's trace: the joint one */
+    bool *forward;   /* by operation of the rule's trace: spliced already */
+} record;
+
+typedef struct joiner {
+    th_trace *t;
+    th__rewrite r;
+    th__scratch scratch;
+    th_catalog *catalog;
+    th_rule_fn rules;
+    void *user;
+    bool *grad;       /* by joint value: requires grad */
+    th_val *tangent;  /* by joint value: its gradient so far */
+    uint32_t cap;     /* of both */
+    record **records; /* by old operation */
+    th_joint *joint;
+    bool *written; /* by input: a write-back of it takes part */
+} joiner;
+
+/* ---- values ---- */
+
+static bool requires_grad(const joiner *j, th_val v) { return v < j->cap && j->grad[v]; }
+
+static th_status reserve_values(joiner *j) {
+    uint32_t need = j->t->nvalues;
+    if (need <= j->cap) return TH_OK;
+    need += need / 2;
+    bool *grad = th__scratch_zeroed(&j->scratch, need, sizeof *grad);
+    th_val *tangent = th__scratch_zeroed(&j->scratch, need, sizeof *tangent);
+    if (!grad || !tangent) return TH_ENOMEM;
+    memcpy(grad, j->grad, j->cap * sizeof *grad);
+    memcpy(tangent, j->tangent, j->cap * sizeof *tangent);
+    j->grad = grad;
+    j->tangent = tangent;
+    j->cap = need;
+    return TH_OK;
+}
+
+typedef struct collect {
+    th_val *items;
+    uint32_t count;
+    bool unique;
+} collect;
+
+static void count_value(void *user, th_val *v) {
+    (void)v;
+    ++*(uint32_t *)user;
+}
+
+static void collect_value(void *user, th_val *v) {
+    collect *c = user;
+    for (uint32_t i = 0; c->unique && i < c->count; i++)
+        if (c->items[i] == *v) return;
+    c->items[c->count++] = *v;
+}
+
+static th_val *values_of(joiner *j, th_node a, th_node b, bool unique, uint32_t *count) {
+    uint32_t total = 0;
+    th_node_each_value(j->t, a, count_value, &total);
+    th_node_each_value(j->t, b, count_value, &total);
+    collect c = {th__scratch_zeroed(&j->scratch, total, sizeof *c.items), 0, unique};
+    if (c.items) {
+        th_node_each_value(j->t, a, collect_value, &c);
+        th_node_each_value(j->t, b, collect_value, &c);
+    }
+    *count = c.count;
+    return c.items;
+}
+
+static bool may_require_grad(const joiner *j, th_val v) {
+    const th_type *type = th_type_get(j->t->ctx, j->t->values[v].type);
+    char class_ = type->kind == TH_TYPE_TENSOR ? th_dtype_get((th_dtype)type->dtype)->class_ : 0;
+    return class_ == 'f' || class_ == 'c';
+}
+
+static th_status declined(joiner *j, const th_op *op, const char *why) {
+    const char *file = op->file ? th_str_get(j->t->ctx, op->file) : "?";
+    th_fail(j->t->ctx, TH_DECLINED, "%s (%s, line %u): %s", th__op_callee(j->t, op), file, op->line, why);
+    return TH_DECLINED;
+}
+
+/* ---- splicing a rule ---- */
+
+typedef struct reach {
+    const th_trace *t;
+    bool *value;
+    bool hit;
+} reach;
+
+static void reach_test(void *user, th_val *v) {
+    reach *r = user;
+    r->hit |= r->value[*v];
+}
+static void reach_set(void *user, th_val *v) { ((reach *)user)->value[*v] = true; }
+
+/* Which operations of a rule belong to its forward part: needed for the results, or with effects that no gradient is
+ * part of. */
+static th_status find_forward(joiner *j, const th_rule *rule, bool *forward) {
+    th_trace *t = rule->trace;
+    reach late = {t, th__scratch_zeroed(&j->scratch, t->nvalues, sizeof(bool)), false};
+    reach used = {t, th__scratch_zeroed(&j->scratch, t->nvalues, sizeof(bool)), false};
+    bool *depends = th__scratch_zeroed(&j->scratch, t->nops, sizeof *depends);
+    if (!late.value || !used.value || !depends) return TH_ENOMEM;
+    for (uint32_t i = rule->nuses; i < t->ninputs; i++) late.value[t->inputs[i]] = true;
+    for (th_opref o = 1; o < t->nops; o++) {
+        late.hit = false;
+        th_op_each_use(t, o, reach_test, &late);
+        depends[o] = late.hit;
+        if (late.hit) th_op_each_out(t, o, reach_set, &late);
+    }
+    const th_node_data *result = &t->nodes[t->result];
+    for (uint32_t i = 0; i < rule->nouts; i++) th_node_each_value(t, t->kids[result->u.kids + i], reach_set, &used);
+    for (th_opref o = t->nops; o-- > 1;) {
+        used.hit = t->ops[o].effects != 0;
+        th_op_each_out(t, o, reach_test, &used);
+        forward[o] = used.hit && !depends[o] && t->ops[o].kind == TH_OP_CALL;
+        if (forward[o]) th_op_each_use(t, o, reach_set, &used);
+    }
+    return TH_OK;
+}
+
+static void splice_out(joiner *j, record *rec, const th_trace *from, th_val v) {
+    th_trace *t = j->t;
+    const th_value *value = &from->values[v];
+    th_val made = rec->map[v] = th_trace_value(t, 0, th_type_set_grad(t->ctx, value->type, false));
+    if (!made || !value->alias) return;
+    uint32_t *alias = &rec->alias[value->alias];
+    int64_t shift = 0;
+    for (uint32_t i = 0; i < from->ninputs; i++) { /* a view of an input counts from where the input starts */
+        const th_value *input = &from->values[from->inputs[i]];
+        th_val is = rec->map[from->inputs[i]];
+        if (input->alias != value->alias || !is) continue;
+        if (!t->values[is].alias) t->values[is].alias = th_trace_alias(t);
+        *alias = t->values[is].alias;
+        shift = t->values[is].offset - input->offset;
+        break;
+    }
+    if (!*alias) *alias = th_trace_alias(t);
+    t->values[made].alias = *alias;
+    t->values[made].offset = value->offset + shift > 0 ? value->offset + shift : 0;
+}
+
+static bool is_detach(const th_trace *t, const th_op *op) {
+    return th__op_is(t, op, "torch.ops.aten.detach.default") && t->nodes[op->outs].kind == TH_N_VALUE;
+}
+
+static void splice_op(joiner *j, record *rec, const th_trace *from, th_opref o) {
+    th_trace *t = j->t;
+    const th_op *op = &from->ops[o];
+    if (is_detach(from, op) && !from->values[from->nodes[op->outs].u.ref].def) return;
+    if (is_detach(from, op)) { /* inside a rule nobody can tell the two tensors apart */
+        rec->map[from->nodes[op->outs].u.ref] = rec->map[th__node_as_value(from, th__op_arg(from, op, 0, NULL))];
+        return;
+    }
+    collect outs = {th__scratch_zeroed(&j->scratch, from->nvalues, sizeof(th_val)), 0, false};
+    th_val *writes = th__scratch_zeroed(&j->scratch, op->nwrites, sizeof *writes);
+    if (!outs.items || !writes) {
+        t->sticky = TH_ENOMEM;
+        return;
+    }
+    th_op_each_out((th_trace *)from, o, collect_value, &outs);
+    for (uint32_t i = 0; i < outs.count; i++) splice_out(j, rec, from, outs.items[i]);
+    for (uint32_t i = 0; i < op->nwrites; i++) writes[i] = rec->map[from->kids[op->writes + i]];
+    th_op_args args = {.kind = TH_OP_CALL,
+                       .callee = op->callee,
+                       .args = th_node_import(t, from, op->args, rec->map),
+                       .kwargs = th_node_import(t, from, op->kwargs, rec->map),
+                       .outs = th_node_import(t, from, op->outs, rec->map),
+                       .outs_list = op->outs_list,
+                       .effects = op->effects,
+                       .marks = rec->op.marks,
+                       .nwrites = op->nwrites,
+                       .writes = writes,
+                       .file = rec->op.file,
+                       .line = rec->op.line};
+    if (op->callee_opaque)
+        args.callee_opaque = th_trace_opaque(t, th_str_get(t->ctx, from->opaques[op->callee_opaque].name),
+                                             from->opaques[op->callee_opaque].object);
+    th_trace_op(t, &args);
+}
+
+static th_status begin_map(joiner *j, record *rec, const th_rule *rule) {
+    rec->rule = rule;
+    rec->map = th__scratch_zeroed(&j->scratch, rule->trace->nvalues, sizeof *rec->map);
+    rec->alias = th__scratch_zeroed(&j->scratch, rule->trace->next_alias + 1, sizeof *rec->alias);
+    rec->forward = th__scratch_zeroed(&j->scratch, rule->trace->nops, sizeof *rec->forward);
+    if (!rec->map || !rec->alias || !rec->forward) return TH_ENOMEM;
+    for (uint32_t i = 0; i < rec->nuses; i++) rec->map[rule->trace->inputs[i]] = rec->uses[i];
+    return find_forward(j, rule, rec->forward);
+}
+
+static th_node rule_result(const th_rule *rule, uint32_t i) {
+    return rule->trace->kids[rule->trace->nodes[rule->trace->result].u.kids + i];
+}
+
+static bool same_layout(const th_ctx *ctx, th_typeref a, th_typeref b) {
+    const th_type *x = th_type_get(ctx, a), *y = th_type_get(ctx, b);
+    if (x->kind != y->kind || x->dtype != y->dtype || x->device != y->device || x->ndim != y->ndim) return false;
+    bool same = true, empty = th_type_numel(x) == 0;
+    for (uint32_t i = 0; i < x->ndim; i++)
+        same &= x->shape[i] == y->shape[i] && (empty || x->shape[i] == 1 || x->stride[i] == y->stride[i]);
+    return same;
+}
+
+/* The operation's results in the joint trace: what the rule's forward part made, in the layout that was recorded. */
+static th_val settle_out(joiner *j, const record *rec, th_val old, th_val made) {
+    th_trace *t = j->t;
+    th_typeref was = t->values[old].type, is = t->values[made].type;
+    if (same_layout(t->ctx, was, is)) return made;
+    const th_type *type = th_type_get(t->ctx, was);
+    th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, 0};
+    if (type->contiguous) return th__emit_packed(&e, made);
+    return 0;
+}
+
+static th_status splice_forward(joiner *j, record *rec, const th_op *old, const th_val *old_outs) {
+    th_trace *from = rec->rule->trace;
+    for (th_opref o = 1; o < from->nops; o++)
+        if (rec->forward[o]) splice_op(j, rec, from, o);
+    for (uint32_t i = 0; i < rec->nouts; i++) {
+        th_val made = th__node_as_value(from, rule_result(rec->rule, i));
+        made = made ? rec->map[made] : 0;
+        if (made) made = settle_out(j, rec, old_outs[i], made);
+        if (!made)
+            return th_trace_status(j->t) ? th_trace_status(j->t) : declined(j, old, "its rule has another layout");
+        rec->outs[i] = made;
+        j->r.value[old_outs[i]] = made;
+    }
+    TRY(reserve_values(j));
+    for (uint32_t i = 0; i < rec->nouts; i++)
+        if (rec->rule->out_grad >> i & 1) j->grad[rec->outs[i]] = true;
+    return th_trace_status(j->t);
+}
+
+/* ---- forwards ---- */
+
+static th_status ask(joiner *j, record *rec, const th_val *outs, const th_typeref *tangents, const th_rule **rule) {
+    const th_rule_request request = {j->t, &rec->op, rec->nuses, rec->uses, rec->needs, rec->nouts, outs, tangents};
+    th_status status = j->rules(j->user, &request, rule);
+    if (status != TH_OK) return status;
+    if ((*rule)->nuses != rec->nuses || (*rule)->nouts != rec->nouts || rec->nouts > 64)
+        return th_fail(j->t->ctx, TH_EINTERNAL, "a rule for %s has another signature", th__op_callee(j->t, &rec->op));
+    return TH_OK;
+}
+
+static th_status take_part(joiner *j, th_opref at, record *rec) {
+    const th_op *old = &j->r.ops[at];
+    uint32_t nouts = 0;
+    th_val *old_outs = values_of(j, old->outs, 0, false, &nouts);
+    rec->outs = th__scratch_zeroed(&j->scratch, nouts, sizeof *rec->outs);
+    rec->needs = th__scratch_zeroed(&j->scratch, rec->nuses, sizeof *rec->needs);
+    if (!old_outs || !rec->outs || !rec->needs) return TH_ENOMEM;
+    rec->nouts = nouts;
+    for (uint32_t i = 0; i < rec->nuses; i++) rec->needs[i] = requires_grad(j, rec->uses[i]);
+    const th_opdef *def = old->callee_opaque ? NULL : th_catalog_find(j->catalog, old->callee);
+    if (def && def->grad && !old->effects) {
+        if (!th__op_push(j->t, &rec->op)) return th_trace_status(j->t);
+        memcpy(rec->outs, old_outs, nouts * sizeof *old_outs);
+        rec->own = th__scratch_zeroed(&j->scratch, 1, sizeof *rec->own);
+        if (!rec->own) return TH_ENOMEM;
+        th_status status = th__backward_probe(rec->own, j->t, j->catalog, def, &rec->op, nouts, rec->outs, rec->nuses,
+                                              rec->uses, rec->needs);
+        TRY(reserve_values(j));
+        if (status == TH_OK) {
+            for (uint32_t i = 0; i < nouts; i++)
+                j->grad[rec->outs[i]] = may_require_grad(j, rec->outs[i]) && rec->own->out_grad >> i & 1;
+            j->records[at] = rec;
+            return TH_OK;
+        }
+        if (status != TH_DECLINED) return status;
+        rec->own = NULL;
+        j->t->nops--;
+    }
+    const th_rule *rule = NULL;
+    TRY(ask(j, rec, old_outs, NULL, &rule));
+    if (!rule->out_grad) { /* detach, argmax: nothing of it is differentiable */
+        th__op_push(j->t, &rec->op);
+        return th_trace_status(j->t);
+    }
+    j->records[at] = rec;
+    TRY(begin_map(j, rec, rule));
+    return splice_forward(j, rec, old, old_outs);
+}
+
+static bool any_requires_grad(const joiner *j, const th_val *values, uint32_t n) {
+    bool any = false;
+    for (uint32_t i = 0; i < n; i++) any |= requires_grad(j, values[i]);
+    return any;
+}
+
+static uint32_t input_index(const th_trace *t, th_val v) {
+    for (uint32_t i = 0; i < t->ninputs; i++)
+        if (t->inputs[i] == v) return i;
+    return UINT32_MAX;
+}
+
+typedef struct search {
+    const th_trace *t;
+    uint32_t group;
+    bool found;
+} search;
+
+static void find_group(void *user, th_val *v) {
+    search *s = user;
+    s->found |= th__group_of(s->t, *v) == s->group;
+}
+
+/* Does an operation after `at` use a member of the value's group? */
+static bool used_later(const joiner *j, th_opref at, th_val v) {
+    search s = {j->t, th__group_of(j->t, v), false};
+    for (th_opref o = at + 1; o < j->r.nops; o++) {
+        if (j->r.ops[o].kind == TH_OP_DEL) continue;
+        th_node_each_value(j->t, j->r.ops[o].args, find_group, &s);
+        th_node_each_value(j->t, j->r.ops[o].kwargs, find_group, &s);
+    }
+    return s.found;
+}
+
+/* A write: inside the forward trace when autograd has no part in it, after the call when it has. */
+static th_status join_write(joiner *j, th_opref at, record *rec) {
+    const th_op *old = &j->r.ops[at];
+    th_val dest = th__node_as_value(j->t, th__op_arg(j->t, &rec->op, 0, NULL));
+    uint32_t input = input_index(j->t, dest);
+    bool part = any_requires_grad(j, rec->uses, rec->nuses) && !(old->marks & TH_MARK_NO_GRAD);
+    if (!part) {
+        th__op_push(j->t, &rec->op);
+        return th_trace_status(j->t);
+    }
+    th_val source = th__node_as_value(j->t, th__op_arg(j->t, &rec->op, 1, NULL));
+    if (!th__op_is(j->t, old, "torch.Tensor.copy_") || input == UINT32_MAX || !source || old->outs ||
+        j->written[input] || used_later(j, at, dest))
+        return declined(j, old, "writes to a tensor that takes part in autograd");
+    j->joint->mutated[j->joint->nmutated] = dest;
+    j->written[input] = true;
+    j->joint->tangent_of[j->joint->nmutated++] = source; /* a value for now */
+    return TH_OK;
+}
+
+static th_status join_op(joiner *j, th_opref at) {
+    const th_op *old = &j->r.ops[at];
+    if (old->kind == TH_OP_DEL) return TH_OK;
+    record *rec = th__scratch_zeroed(&j->scratch, 1, sizeof *rec);
+    if (!rec) return TH_ENOMEM;
+    rec->op = *old;
+    rec->op.args = th__rewrite_node(&j->r, old->args);
+    rec->op.kwargs = th__rewrite_node(&j->r, old->kwargs);
+    rec->uses = values_of(j, rec->op.args, rec->op.kwargs, true, &rec->nuses);
+    if (!rec->uses) return TH_ENOMEM;
+    if (old->nwrites) return join_write(j, at, rec);
+    if (!any_requires_grad(j, rec->uses, rec->nuses) || (old->marks & TH_MARK_NO_GRAD)) {
+        th__op_push(j->t, &rec->op);
+        return th_trace_status(j->t);
+    }
+    return take_part(j, at, rec);
+}
+
+/* ---- backwards ---- */
+
+static th_status accumulate(joiner *j, const th_op *site, th_val v, th_val gradient) {
+    th_trace *t = j->t;
+    TRY(reserve_values(j));
+    const th_type *type = th_type_get(t->ctx, t->values[v].type), *g = th_type_get(t->ctx, t->values[gradient].type);
+    bool fits = type->ndim == g->ndim && type->dtype == g->dtype &&
+                (!type->ndim || memcmp(type->shape, g->shape, type->ndim * sizeof *type->shape) == 0);
+    if (!fits) return declined(j, site, "its rule gives a gradient of another shape or dtype");
+    if (!j->tangent[v]) {
+        j->tangent[v] = gradient;
+        return TH_OK;
+    }
+    th__emitter e = {t, j->catalog, site->file, site->line, 0};
+    th_val sum = th__emit_add(&e, j->tangent[v], gradient);
+    if (!sum) return th_trace_status(t) ? th_trace_status(t) : declined(j, site, "its gradients cannot be added");
+    TRY(reserve_values(j));
+    j->tangent[v] = sum;
+    return TH_OK;
+}
+
+/* A rule made for other gradients: its forward part is the one that was spliced. */
+static th_status follow(joiner *j, record *rec, const th_rule *rule) {
+    record before = *rec;
+    const th_trace *a = before.rule->trace, *b = rule->trace;
+    TRY(begin_map(j, rec, rule));
+    th_opref at = 1;
+    for (th_opref o = 1; o < b->nops; o++) {
+        if (!rec->forward[o]) continue;
+        while (at < a->nops && !before.forward[at]) at++;
+        if (at == a->nops || a->ops[at].callee != b->ops[o].callee)
+            return declined(j, &rec->op, "its derivative depends on its gradient in a way that has no rule");
+        collect outs = {th__scratch_zeroed(&j->scratch, a->nvalues + b->nvalues, sizeof(th_val)), 0, false};
+        if (!outs.items) return TH_ENOMEM;
+        th_op_each_out((th_trace *)a, at, collect_value, &outs);
+        uint32_t half = outs.count;
+        th_op_each_out((th_trace *)b, o, collect_value, &outs);
+        if (outs.count != 2 * half) return declined(j, &rec->op, "its derivative has no rule");
+        for (uint32_t i = 0; i < half; i++) {
+            th_val x = outs.items[i], y = outs.items[half + i];
+            rec->map[y] = before.map[x];
+            if (b->values[y].alias) rec->alias[b->values[y].alias] = j->t->values[before.map[x]].alias;
+        }
+        at++;
+    }
+    return TH_OK;
+}
+
+static th_status backward_by_rule(joiner *j, record *rec, const th_val *tangents) {
+    th_typeref *types = th__scratch_zeroed(&j->scratch, rec->nouts, sizeof *types);
+    if (!types) return TH_ENOMEM;
+    for (uint32_t i = 0; i < rec->nouts; i++) types[i] = tangents[i] ? j->t->values[tangents[i]].type : 0;
+    const th_rule *rule = NULL;
+    TRY(ask(j, rec, rec->outs, types, &rule));
+    if (rule != rec->rule) TRY(follow(j, rec, rule));
+    th_trace *from = rule->trace;
+    uint32_t input = rec->nuses;
+    for (uint32_t i = 0; i < rec->nouts; i++)
+        if (tangents[i]) rec->map[from->inputs[input++]] = tangents[i];
+    for (th_opref o = 1; o < from->nops; o++)
+        if (!rec->forward[o] && from->ops[o].kind == TH_OP_CALL) splice_op(j, rec, from, o);
+    TRY(th_trace_status(j->t));
+    for (uint32_t i = 0; i < rec->nuses; i++) {
+        th_val g = th__node_as_value(from, rule_result(rule, rec->nouts + i));
+        if (g && rec->needs[i]) TRY(accumulate(j, &rec->op, rec->uses[i], rec->map[g]));
+    }
+    return TH_OK;
+}
+
+static th_status backward_by_catalogue(joiner *j, record *rec, const th_val *tangents) {
+    th__backward *b = rec->own;
+    th_status status = th__backward_run(b, tangents);
+    if (status == TH_DECLINED) return declined(j, &rec->op, "its catalogue rule does not cover this gradient");
+    TRY(status);
+    for (uint32_t i = 0; i < b->ngrads; i++)
+        if (requires_grad(j, b->grads[i].of)) TRY(accumulate(j, &rec->op, b->grads[i].of, b->grads[i].gradient));
+    return TH_OK;
+}
+
+static th_status backward_op(joiner *j, th_opref at) {
+    record *rec = j->records[at];
+    if (!rec) return TH_OK;
+    bool any = false;
+    th_val *tangents = th__scratch_zeroed(&j->scratch, rec->nouts, sizeof *tangents);
+    if (!tangents) return TH_ENOMEM;
+    TRY(reserve_values(j));
+    for (uint32_t i = 0; i < rec->nouts; i++) {
+        tangents[i] = requires_grad(j, rec->outs[i]) ? j->tangent[rec->outs[i]] : 0;
+        any |= tangents[i] != 0;
+    }
+    if (!any) return TH_OK;
+    return rec->own ? backward_by_catalogue(j, rec, tangents) : backward_by_rule(j, rec, tangents);
+}
+
+/* ---- all of it ---- */
+
+/* Strides that a gradient is asked to come in: the result's own where no two elements share a place. */
+static th_typeref tangent_type(joiner *j, th_val v) {
+    th_typeref ref = th_type_set_grad(j->t->ctx, j->t->values[v].type, false);
+    const th_type *type = th_type_get(j->t->ctx, ref);
+    if (th__is_dense(type->ndim, type->shape, type->stride)) return ref;
+    return th_type_tensor(j->t->ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, NULL, 0);
+}
+
+/* The results of the call, then the new contents of inputs; those that require grad get a gradient as a new input. */
+static th_status add_tangents(joiner *j, uint32_t *nvalues, th_val **values) {
+    th_trace *t = j->t;
+    th_joint *joint = j->joint;
+    th_node result = th__rewrite_node(&j->r, t->result);
+    uint32_t n = 0;
+    th_val *all = values_of(j, result, 0, false, &n);
+    *values = th__scratch_zeroed(&j->scratch, n + joint->nmutated, sizeof **values);
+    if (!all || !*values) return TH_ENOMEM;
+    joint->nresults = n;
+    memcpy(*values, all, n * sizeof *all);
+    for (uint32_t i = 0; i < joint->nmutated; i++) (*values)[n + i] = joint->tangent_of[i];
+    *nvalues = n + joint->nmutated;
+    th_ctx_alloc(t->ctx, joint->tangent_of, 0);
+    joint->tangent_of = th_ctx_alloc(t->ctx, NULL, (*nvalues + 1) * sizeof *joint->tangent_of);
+    if (!joint->tangent_of) return th_fail(t->ctx, TH_ENOMEM, "out of memory");
+    uint32_t ninputs = t->ninputs;
+    for (uint32_t i = 0; i < *nvalues; i++) {
+        th_val v = (*values)[i];
+        uint32_t at = input_index(t, v);
+        if (!requires_grad(j, v) || (at < ninputs) || j->tangent[v]) continue;
+        th_val tangent = th_trace_input(t, th_intern_z(t->ctx, "g"), tangent_type(j, v));
+        TRY(reserve_values(j));
+        j->tangent[v] = tangent;
+        joint->tangent_of[joint->ntangents++] = i;
+    }
+    return th_trace_status(t);
+}
+
+static void set_result(joiner *j, uint32_t nvalues, const th_val *values) {
+    th_trace *t = j->t;
+    th_joint *joint = j->joint;
+    th_node *kids = th__scratch_zeroed(&j->scratch, nvalues + joint->nwrt, sizeof *kids);
+    if (!kids) {
+        t->sticky = TH_ENOMEM;
+        return;
+    }
+    for (uint32_t i = 0; i < nvalues; i++) kids[i] = th_node_value(t, values[i]);
+    for (uint32_t i = 0; i < joint->nwrt; i++) {
+        th_val g = joint->wrt[i] < j->cap ? j->tangent[joint->wrt[i]] : 0;
+        kids[nvalues + i] = g ? th_node_value(t, g) : th_node_none(t);
+    }
+    t->result = th_node_seq(t, TH_N_TUPLE, nvalues + joint->nwrt, kids);
+}
+
+static th_status join(joiner *j) {
+    th_trace *t = j->t;
+    for (th_opref o = 1; o < j->r.nops; o++) TRY(join_op(j, o));
+    uint32_t nvalues = 0;
+    th_val *values = NULL;
+    TRY(add_tangents(j, &nvalues, &values));
+    for (th_opref o = j->r.nops; o-- > 1;) TRY(backward_op(j, o));
+    set_result(j, nvalues, values);
+    return th_trace_status(t);
+}
+
+static th_status prepare(joiner *j) {
+    th_trace *t = j->t;
+    th_joint *joint = j->joint;
+    uint32_t n = t->ninputs + 1;
+    joint->mutated = th_ctx_alloc(t->ctx, NULL, n * sizeof *joint->mutated);
+    joint->wrt = th_ctx_alloc(t->ctx, NULL, n * sizeof *joint->wrt);
+    joint->tangent_of = th_ctx_alloc(t->ctx, NULL, n * sizeof *joint->tangent_of);
+    j->records = th__scratch_zeroed(&j->scratch, t->nops, sizeof(record *));
+    j->written = th__scratch_zeroed(&j->scratch, n, sizeof *j->written);
+    if (!joint->mutated || !joint->wrt || !joint->tangent_of) return th_fail(t->ctx, TH_ENOMEM, "out of memory");
+    if (!j->records || !j->written) return TH_ENOMEM;
+    TRY(reserve_values(j));
+    for (uint32_t i = 0; i < t->ninputs; i++) {
+        th_val v = t->inputs[i];
+        if (!(th_type_get(t->ctx, t->values[v].type)->flags & TH_TYPE_REQUIRES_GRAD)) continue;
+        j->grad[v] = true;
+        joint->wrt[joint->nwrt++] = v;
+    }
+    return th_catalog_new(t->ctx, &j->catalog);
+}
+
+th_status th_grad_join(th_trace *t, th_rule_fn rules, void *user, th_joint *joint) {
+    joiner j = {.t = t, .scratch = {.ctx = t->ctx}, .rules = rules, .user = user, .joint = joint};
+    *joint = (th_joint){.t = t};
+    th_status status = prepare(&j);
+    if (status == TH_OK) status = th__rewrite_begin(&j.r, t);
+    if (status == TH_OK) status = th__rewrite_end(&j.r, join(&j));
+    th_catalog_free(j.catalog);
+    th__scratch_fini(&j.scratch);
+    return status;
+}
+
+void th_joint_fini(th_joint *joint) {
+    if (!joint->t) return;
+    th_ctx *ctx = joint->t->ctx;
+    th_ctx_alloc(ctx, joint->mutated, 0);
+    th_ctx_alloc(ctx, joint->wrt, 0);
+    th_ctx_alloc(ctx, joint->tangent_of, 0);
+    th_trace_free(joint->t);
+    *joint = (th_joint){0};
+}

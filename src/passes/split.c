@@ -1,0 +1,313 @@
+/* Splits a joint trace: see thunder/grad.h.
+ *
+ * What depends on no gradient and is needed for the results, or has effects, is the forward trace; the rest is the
+ * backward one. The backward trace needs values of the forward one: they are saved, or computed again from others that
+ * are. Which, is a minimum cut through the forward operations: the source is what exists anyway (inputs) or cannot be
+ * made again (random numbers, matrix products, anything that is not known to be cheap), the sink is what backward
+ * operations use, and cutting a value costs its bytes.
+ */
+#include "thunder/grad.h"
+
+#include "ops/backward.h"
+#include "passes/cut.h"
+#include "passes/pass.h"
+
+#include <string.h>
+
+typedef struct splitter {
+    const th_joint *joint;
+    th_trace *t;
+    th__scratch scratch;
+    th_catalog *catalog;
+    bool *late;      /* by value: depends on a gradient */
+    bool *forward;   /* by operation: part of the forward trace */
+    bool *backward;  /* by operation: part of the backward trace; both: computed twice */
+    bool *made;      /* by value: the forward trace has it */
+    bool *input;     /* by value: an input of the call */
+    uint8_t *groups; /* flags of th__groups; what is copied to after the call counts as written */
+    bool *wanted;    /* by value: the backward trace uses it and does not make it */
+    bool hit;
+} splitter;
+
+static void test_late(void *user, th_val *v) { ((splitter *)user)->hit |= ((splitter *)user)->late[*v]; }
+static void set_late(void *user, th_val *v) { ((splitter *)user)->late[*v] = true; }
+static void test_wanted(void *user, th_val *v) { ((splitter *)user)->hit |= ((splitter *)user)->wanted[*v]; }
+static void set_wanted(void *user, th_val *v) { ((splitter *)user)->wanted[*v] = true; }
+static void set_made(void *user, th_val *v) { ((splitter *)user)->made[*v] = true; }
+
+static th_node result_kid(const th_trace *t, uint32_t i) { return t->kids[t->nodes[t->result].u.kids + i]; }
+
+static uint32_t nvalues(const th_joint *joint) { return joint->nresults + joint->nmutated; }
+
+/* ---- which operation belongs where ---- */
+
+static void find_forward(splitter *s) {
+    th_trace *t = s->t;
+    uint32_t first = t->ninputs - s->joint->ntangents;
+    for (uint32_t i = 0; i < t->ninputs; i++) {
+        if (i < first)
+            s->input[t->inputs[i]] = s->made[t->inputs[i]] = true;
+        else
+            s->late[t->inputs[i]] = true;
+    }
+    for (th_opref o = 1; o < t->nops; o++) {
+        s->hit = false;
+        th_op_each_use(t, o, test_late, s);
+        if (s->hit) th_op_each_out(t, o, set_late, s);
+        s->backward[o] = s->hit; /* for now: late */
+    }
+    for (uint32_t i = 0; i < nvalues(s->joint); i++) th_node_each_value(t, result_kid(t, i), set_wanted, s);
+    for (th_opref o = t->nops; o-- > 1;) {
+        if (t->ops[o].kind == TH_OP_DEL || s->backward[o]) continue;
+        s->hit = t->ops[o].effects != 0;
+        th_op_each_out(t, o, test_wanted, s);
+        s->forward[o] = s->hit;
+        if (s->hit) th_op_each_use(t, o, set_wanted, s);
+    }
+    for (th_opref o = 1; o < t->nops; o++)
+        if (s->forward[o]) th_op_each_out(t, o, set_made, s);
+}
+
+/* Everything that the gradients need and the forward trace does not make; wanted: what it uses. */
+static void find_backward(splitter *s) {
+    th_trace *t = s->t;
+    memset(s->wanted, 0, t->nvalues * sizeof *s->wanted);
+    for (uint32_t i = 0; i < s->joint->nwrt; i++)
+        th_node_each_value(t, result_kid(t, nvalues(s->joint) + i), set_wanted, s);
+    for (th_opref o = t->nops; o-- > 1;) {
+        s->hit = s->backward[o] && t->ops[o].effects != 0;
+        s->backward[o] = false;
+        if (t->ops[o].kind == TH_OP_DEL || s->forward[o]) continue;
+        th_op_each_out(t, o, test_wanted, s);
+        s->backward[o] = s->hit;
+        if (s->hit) th_op_each_use(t, o, set_wanted, s);
+    }
+}
+
+/* ---- what to save ---- */
+
+static int64_t bytes_of(const th_trace *t, th_val v) {
+    const th_type *type = th_type_get(t->ctx, t->values[v].type);
+    return type->kind == TH_TYPE_TENSOR ? th_type_numel(type) * th_dtype_get((th_dtype)type->dtype)->bytes : 0;
+}
+
+/* A view costs nothing to make again, as long as nobody wrote to what it shows. */
+static bool is_view(const splitter *s, th_opref o) {
+    const th_trace *t = s->t;
+    const th_op *op = &t->ops[o];
+    th_val from = th__node_as_value(t, th__op_arg(t, op, 0, NULL));
+    const th_node_data *outs = &t->nodes[op->outs];
+    th_val out = outs->kind == TH_N_VALUE                  ? outs->u.ref
+                 : outs->kind == TH_N_TUPLE && outs->count ? th__node_as_value(t, t->kids[outs->u.kids])
+                                                           : 0;
+    return !op->effects && from && out && t->values[out].alias && t->values[out].alias == t->values[from].alias &&
+           !(s->groups[th__group_of(t, out)] & TH__GROUP_WRITTEN);
+}
+
+static bool is_cheap(const splitter *s, th_opref o) {
+    const th_op *op = &s->t->ops[o];
+    if (op->effects || op->callee_opaque) return false;
+    const th_opdef *def = th_catalog_find(s->catalog, op->callee);
+    return def && (def->fusion == TH_FUSE_POINTWISE || def->fusion == TH_FUSE_VIEW || def->fusion == TH_FUSE_FACTORY) &&
+           !(def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM | TH_FX_STATE));
+}
+
+/* Make what may be made again part of the backward trace too, from the last operation to the first. */
+static void recompute_views(splitter *s) {
+    th_trace *t = s->t;
+    for (th_opref o = t->nops; o-- > 1;) {
+        if (!s->forward[o]) continue;
+        s->hit = false;
+        th_op_each_out(t, o, test_wanted, s);
+        if (!s->hit || !is_view(s, o)) continue;
+        s->backward[o] = true;
+        th_op_each_use(t, o, set_wanted, s);
+    }
+}
+
+static void link_use(void *user, th_val *v) {
+    th__cut_link *link = user;
+    th__cut_edge(link->cut, link->graph, *v, link->to);
+}
+
+/* What the cheapest cut leaves out of the saved values is computed again. */
+static th_status recompute_cheap(splitter *s, th_remat remat) {
+    th_trace *t = s->t;
+    th__cut cut;
+    TRY(th__cut_init(&cut, &s->scratch, t->nvalues));
+    for (th_val v = 1; v < t->nvalues; v++) {
+        if (!s->made[v]) continue;
+        th_opref def = t->values[v].def;
+        bool again =
+            !s->input[v] && def &&
+            (is_view(s, def) || is_cheap(s, def) || (t->ops[def].marks & TH_MARK_RECOMPUTE && !t->ops[def].effects));
+        int64_t cost = s->input[v] || (again && is_view(s, def)) ? 0 : bytes_of(t, v);
+        th__cut_value(&cut, v, cost, !again, s->wanted[v]);
+        th__cut_link link = {&cut, NULL, v};
+        if (again) th_op_each_use(t, def, link_use, &link);
+    }
+    (void)remat;
+    TRY(th__cut_solve(&cut));
+    for (th_opref o = t->nops; o-- > 1;) {
+        if (!s->forward[o]) continue;
+        s->hit = false;
+        th_op_each_out(t, o, test_wanted, s);
+        const th_node_data *outs = &t->nodes[t->ops[o].outs];
+        if (!s->hit || outs->kind != TH_N_VALUE || th__cut_saved(&cut, outs->u.ref) || t->ops[o].effects) continue;
+        if (!is_view(s, o) && !is_cheap(s, o) && !(t->ops[o].marks & TH_MARK_RECOMPUTE)) continue;
+        s->backward[o] = true;
+        th_op_each_use(t, o, set_wanted, s);
+    }
+    return TH_OK;
+}
+
+static void not_wanted(void *user, th_val *v) { ((splitter *)user)->wanted[*v] = false; }
+
+static void collect_saved(splitter *s, th_halves *out) {
+    th_trace *t = s->t;
+    for (th_opref o = 1; o < t->nops; o++)
+        if (s->backward[o]) th_op_each_out(t, o, not_wanted, s);
+    for (th_val v = 1; v < t->nvalues; v++)
+        if (s->wanted[v] && s->made[v]) out->saved[out->nsaved++] = v;
+}
+
+/* Bytes of the distinct storages among the saved values that are not inputs. */
+static int64_t saved_bytes(const splitter *s, const bool *wanted) {
+    const th_trace *t = s->t;
+    int64_t sum = 0;
+    for (th_val v = 1; v < t->nvalues; v++) {
+        if (!wanted[v] || !s->made[v] || s->input[v]) continue;
+        uint32_t alias = t->values[v].alias;
+        bool counted = false;
+        for (th_val w = 1; alias && w < t->nvalues && !counted; w++)
+            counted = t->values[w].alias == alias && (s->input[w] || (w < v && wanted[w] && s->made[w]));
+        if (!counted) sum += bytes_of(t, v);
+    }
+    return sum;
+}
+
+/* ---- the two traces ---- */
+
+static void keep_ops(th_trace *t, const bool *keep) {
+    uint32_t n = 1;
+    for (th_opref o = 1; o < t->nops; o++)
+        if (keep[o]) t->ops[n++] = t->ops[o];
+    t->nops = n;
+    for (th_val v = 1; v < t->nvalues; v++) t->values[v].def = 0;
+    for (th_opref o = 1; o < t->nops; o++) th__node_define(t, t->ops[o].outs, o);
+}
+
+/* The backward trace wants an input as it was before the call wrote to it: a copy, made first, is saved in its place.
+ */
+static void save_copies(const splitter *s, th_trace *t, th_halves *out) {
+    uint32_t before = t->nops;
+    for (uint32_t i = 0; i < out->nsaved; i++) {
+        th_val v = out->saved[i];
+        if (!s->input[v] || !(s->groups[th__group_of(s->t, v)] & TH__GROUP_WRITTEN)) continue;
+        th__emitter e = {t, s->catalog, 0, 0, 0};
+        th_node arg = th_node_value(t, v);
+        out->saved[i] = th__emit_typed(&e, "torch.clone", th_type_set_grad(t->ctx, t->values[v].type, false), 1, &arg);
+    }
+    uint32_t count = t->nops - before;
+    th_op *copies = count ? th__scratch_zeroed((th__scratch *)&s->scratch, count, sizeof *copies) : NULL;
+    if (!copies) return;
+    memcpy(copies, t->ops + before, count * sizeof *copies);
+    memmove(t->ops + 1 + count, t->ops + 1, (before - 1) * sizeof *copies);
+    memcpy(t->ops + 1, copies, count * sizeof *copies);
+    for (th_opref o = 1; o < t->nops; o++) th__node_define(t, t->ops[o].outs, o);
+}
+
+static th_status build_forward(splitter *s, th_halves *out) {
+    TRY(th_trace_clone(s->t, &out->forward));
+    th_trace *t = out->forward;
+    uint32_t n = nvalues(s->joint), at = 0;
+    keep_ops(t, s->forward);
+    t->ninputs -= s->joint->ntangents;
+    save_copies(s, t, out);
+    th_node *kids = th__scratch_zeroed(&s->scratch, n + out->nsaved, sizeof *kids);
+    if (!kids) return TH_ENOMEM;
+    for (; at < n; at++) kids[at] = result_kid(s->t, at);
+    for (uint32_t i = 0; i < out->nsaved; i++) kids[at++] = th_node_value(t, out->saved[i]);
+    t->result = th_node_seq(t, TH_N_TUPLE, at, kids);
+    t->name = th_intern_z(t->ctx, "forward");
+    TRY(th_trace_status(t));
+    return th_pass_lifetime(t, NULL);
+}
+
+static th_status build_backward(splitter *s, th_halves *out) {
+    TRY(th_trace_clone(s->t, &out->backward));
+    th_trace *t = out->backward;
+    uint32_t nwrt = s->joint->nwrt, ntangents = s->joint->ntangents, first = t->ninputs - ntangents;
+    keep_ops(t, s->backward);
+    th_val *inputs = th_ctx_alloc(t->ctx, NULL, (out->nsaved + ntangents + 1) * sizeof *inputs);
+    th_node *kids = th__scratch_zeroed(&s->scratch, nwrt, sizeof *kids);
+    if (!inputs || !kids) {
+        th_ctx_alloc(t->ctx, inputs, 0);
+        return th_fail(t->ctx, TH_ENOMEM, "out of memory");
+    }
+    memcpy(inputs, out->saved, out->nsaved * sizeof *inputs);
+    memcpy(inputs + out->nsaved, t->inputs + first, ntangents * sizeof *inputs);
+    th_ctx_alloc(t->ctx, t->inputs, 0);
+    t->inputs = inputs;
+    t->ninputs = out->nsaved + ntangents;
+    t->cap_inputs = t->ninputs + 1;
+    for (uint32_t i = 0; i < nwrt; i++) kids[i] = result_kid(s->t, nvalues(s->joint) + i);
+    t->result = th_node_seq(t, TH_N_TUPLE, nwrt, kids);
+    t->name = th_intern_z(t->ctx, "backward");
+    TRY(th_trace_status(t));
+    return th_pass_lifetime(t, NULL);
+}
+
+/* ---- all of it ---- */
+
+static th_status prepare(splitter *s) {
+    th_trace *t = s->t;
+    s->late = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
+    s->made = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
+    s->input = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
+    s->wanted = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
+    s->forward = th__scratch_zeroed(&s->scratch, t->nops, sizeof(bool));
+    s->backward = th__scratch_zeroed(&s->scratch, t->nops, sizeof(bool));
+    s->groups = th__groups(t, &s->scratch);
+    if (!s->groups || !s->late || !s->made || !s->input || !s->wanted || !s->forward || !s->backward) return TH_ENOMEM;
+    for (uint32_t i = 0; i < s->joint->nmutated; i++)
+        s->groups[th__group_of(t, s->joint->mutated[i])] |= TH__GROUP_WRITTEN;
+    return th_catalog_new(t->ctx, &s->catalog);
+}
+
+static th_status split(splitter *s, th_remat remat, th_halves *out) {
+    th_trace *t = s->t;
+    TRY(prepare(s));
+    find_forward(s);
+    find_backward(s);
+    bool *plain = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof *plain);
+    out->saved = th_ctx_alloc(t->ctx, NULL, t->nvalues * sizeof *out->saved);
+    if (!plain || !out->saved) return th_fail(t->ctx, TH_ENOMEM, "out of memory");
+    memcpy(plain, s->wanted, t->nvalues * sizeof *plain);
+    out->bytes = saved_bytes(s, plain);
+    if (remat == TH_REMAT_OFF)
+        recompute_views(s);
+    else
+        TRY(recompute_cheap(s, remat));
+    collect_saved(s, out);
+    out->bytes_kept = saved_bytes(s, s->wanted);
+    TRY(build_backward(s, out));
+    return build_forward(s, out);
+}
+
+th_status th_grad_split(const th_joint *joint, th_remat remat, th_halves *out) {
+    splitter s = {.joint = joint, .t = joint->t, .scratch = {.ctx = joint->t->ctx}};
+    *out = (th_halves){0};
+    th_status status = split(&s, remat, out);
+    th_catalog_free(s.catalog);
+    th__scratch_fini(&s.scratch);
+    if (status != TH_OK) th_halves_fini(joint->t->ctx, out);
+    return status;
+}
+
+void th_halves_fini(th_ctx *ctx, th_halves *halves) {
+    th_trace_free(halves->forward);
+    th_trace_free(halves->backward);
+    th_ctx_alloc(ctx, halves->saved, 0);
+    *halves = (th_halves){0};
+}

@@ -418,4 +418,6 @@ TRAINING_GAPS = {
     "test_coverage_models.py::test_model_trains_like_eager[litgpt_llama3]": NOT_YET,
     "test_coverage_models.py::test_model_trains_like_eager[timm_vit]": NOT_YET,
     "test_coverage_models.py::test_model_trains_like_eager[timm_resnet18]": NOT_YET,
+    "test_examples.py::test_gpt_side_by_side": NOT_YET,
+    "test_examples.py::test_minilm_training_follows_eager_without_fallback": NOT_YET,
 }

@@ -28,8 +28,8 @@ help:
 	@echo "make test              C tests, then the quick tier of the Python tests"
 	@echo "make setup             create .venv with everything (the other targets do it too)"
 	@echo "make bench             measured cost against eager and torch.compile     (ARGS=--help for options)"
-	@echo "make coverage-ops      every operator of torch's op_db against eager     (writes docs/coverage.md)"
-	@echo "make coverage-models   60+ model configurations against eager            (writes docs/coverage.md)"
+	@echo "make coverage-ops      torch's op_db against eager, values and gradients (writes docs/coverage.md)"
+	@echo "make coverage-models   60+ models against eager, inference and training  (writes docs/coverage.md)"
 	@echo "make sanitize          all C tests under ASan and UBSan"
 	@echo "make fuzz              fuzz targets under ASan and UBSan, FUZZ_SECONDS=20 each"
 	@echo "make lint format docs clean"
@@ -75,10 +75,10 @@ bench: $(STAMP)-install
 	$(BIN)/python bench/run.py $(ARGS)
 
 coverage-ops: $(STAMP)-install
-	$(BIN)/python tools/coverage_ops.py $(ARGS)
+	$(BIN)/python tools/coverage_ops.py $(ARGS); first=$$?; $(BIN)/python tools/coverage_ops.py --grad $(ARGS) && exit $$first
 
 coverage-models: $(STAMP)-install
-	$(BIN)/python tools/coverage_models.py $(ARGS)
+	$(BIN)/python tools/coverage_models.py $(ARGS); first=$$?; $(BIN)/python tools/coverage_models.py --train $(ARGS) && exit $$first
 
 # ---- check ----------------------------------------------------------------------------------------------------------
 test: test-c test-py

@@ -1,9 +1,10 @@
 """Times the first call of a compiled litgpt GPT in a fresh process; prints one line of JSON.
 
-    python bench/first_call.py thunder|compile LAYERS
+    python bench/first_call.py thunder|compile LAYERS [--train]
 
 eager: seconds of one warm eager forward (minimum of 20). cold: the first call in this process. again: the first call of
-a further, fresh module in the same process (minimum of 5; thunder only).
+a further, fresh module in the same process (minimum of 5; thunder only). With --train a call is a training step:
+forward, loss, backward.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from bench.programs import gpt
+from bench.train_programs import tiny_gpt
 
 
 def _once(call: Callable[[], object]) -> float:
@@ -28,7 +31,15 @@ def _once(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main(engine: str, layers: int) -> None:
+def _program(layers: int, train: bool) -> tuple[torch.nn.Module, Callable[[Callable[..., Any]], Any]]:
+    """A fresh module, and what one call of it is."""
+    if train:
+        return tiny_gpt(layers)
+    model, arguments = gpt(layers)
+    return model, lambda call: call(*arguments)
+
+
+def main(engine: str, layers: int, train: bool) -> None:
     """Measures and prints."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -38,20 +49,22 @@ def main(engine: str, layers: int) -> None:
         compiler = thunder.jit
     else:
         compiler = torch.compile
-    model, arguments = gpt(layers)
-    with torch.no_grad():
-        model(*arguments)
-        result = {"eager": min(_once(lambda: model(*arguments)) for _ in range(20))}
+    model, step = _program(layers, train)
+    with torch.set_grad_enabled(train):
+        step(model)
+        result = {"eager": min(_once(lambda: step(model)) for _ in range(20))}
         compiled = compiler(model)
-        result["cold"] = _once(lambda: compiled(*arguments))
+        result["cold"] = _once(lambda: step(compiled))
         if engine == "thunder":
             again = []
             for _ in range(5):
-                fresh = compiler(gpt(layers)[0])
-                again.append(_once(lambda: fresh(*arguments)))
+                module, own_step = _program(layers, train)
+                fresh = compiler(module)
+                again.append(_once(lambda: own_step(fresh)))
             result["again"] = min(again)
+            result["fallbacks"] = thunder.compile_stats(compiled).fallbacks
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), "--train" in sys.argv[3:])

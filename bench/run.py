@@ -1,4 +1,4 @@
-"""`make bench`: what a call, a first call, a guard and an import cost, beside eager and torch.compile.
+"""`make bench`: what a call, a training step, a first call, a guard and an import cost, beside eager and torch.compile.
 
     python bench/run.py [--no-compile] [--full] [--seconds S] [-k TEXT]
 
@@ -9,15 +9,11 @@ them; what counts is the ratio. Writes out/bench.json. The exit status is 1 when
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import thunder
+from bench import training
 from bench.programs import PROGRAMS, ManyParameters, Program, chain
-from tests.harness.report import ROOT, environment, write_json
+from bench.row import Row, fresh_process
+from tests.harness.report import environment, write_json
 from thunder.measure import interleaved
-
-
-@dataclass
-class Row:
-    """One figure and what it must reach; `target` is an upper bound."""
-
-    name: str
-    measured: float
-    target: float | None
-    unit: str  # "x eager", "us", ...
-    detail: str
-
-    @property
-    def missed(self) -> bool:
-        """Whether there is a target and it was not reached."""
-        return self.target is not None and self.measured > self.target
-
-    def __str__(self) -> str:
-        verdict = "" if self.target is None else f"<= {self.target:g} {'MISSED' if self.missed else 'reached'}"
-        return f"{self.name:46} {self.measured:8.3f} {self.unit:16} {verdict:18} {self.detail}"
 
 
 def per_call(program: Program, options: argparse.Namespace) -> list[Row]:
@@ -79,13 +57,13 @@ def per_call(program: Program, options: argparse.Namespace) -> list[Row]:
 
 def first_call(layers: int, against_compile: bool) -> list[Row]:
     """The first call of litgpt's GPT in a fresh process; torch.compile with an empty cache."""
-    ours = _fresh_process("bench/first_call.py", "thunder", str(layers))
+    ours = fresh_process("bench/first_call.py", "thunder", str(layers))
     over_eager = 2.5 if layers == 24 else None
     name = f"first call, litgpt GPT, {layers} layers"
     detail = f"{1e3 * ours['cold']:.1f} ms, again {1e3 * ours['again']:.1f} ms, eager {1e3 * ours['eager']:.2f} ms"
     rows = [Row(name, ours["cold"] / ours["eager"], over_eager, "x eager", detail)]
     if against_compile:
-        other = _fresh_process("bench/first_call.py", "compile", str(layers))
+        other = fresh_process("bench/first_call.py", "compile", str(layers))
         rows.append(
             Row("", ours["cold"] / other["cold"], 0.03, "x torch.compile", f"its cold call {other['cold']:.1f} s")
         )
@@ -125,7 +103,7 @@ def guards(options: argparse.Namespace) -> Row:
 
 def import_cost() -> Row:
     """Seconds of `import thunder` after `import torch`, the least of 7 processes."""
-    times = [_fresh_process("-c", IMPORT)["seconds"] for _ in range(7)]
+    times = [fresh_process("-c", IMPORT)["seconds"] for _ in range(7)]
     return Row("import thunder beyond import torch", min(times), 0.15, "s", f"largest of 7: {max(times):.3f} s")
 
 
@@ -135,18 +113,6 @@ start = time.perf_counter()
 import thunder
 print(json.dumps({"seconds": time.perf_counter() - start}))
 """
-
-
-def _fresh_process(*arguments: str) -> dict[str, float]:
-    """Runs Python in a new process with empty compile caches; its last line of output is JSON."""
-    with tempfile.TemporaryDirectory() as caches:
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)[:60]} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> int:
@@ -170,6 +136,7 @@ def main() -> int:
             )
             for n in (4, 12, 24)
         ),
+        *training.jobs(options),
         ("capture per operation, own rules", capture_cost),
         ("guards of 300 parameters, per call", lambda: guards(options)),
         ("import thunder beyond import torch", import_cost),

@@ -1,10 +1,11 @@
-"""One model of each kind gives eager's outputs on two inputs, the second from the cache."""
+"""One model of each kind gives eager's outputs and trains like eager, on two inputs."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.harness.judge_model import RIGHT, judge
+from tests.harness.judge_model_train import judge_training
 from tests.models import QUICK, zoo
 
 
@@ -22,6 +23,13 @@ def one_thread():
 @pytest.mark.parametrize("name", QUICK)
 def test_model_equals_eager(name):
     verdict = judge(zoo()[name])
+    assert verdict.outcome == RIGHT, verdict.reason
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", QUICK)
+def test_model_trains_like_eager(name):
+    verdict = judge_training(zoo()[name])
     assert verdict.outcome == RIGHT, verdict.reason
 
 

@@ -36,10 +36,10 @@ def test_coverage_page_has_the_sections_that_the_tools_write(tmp_path):
 
     copy = tmp_path / "coverage.md"
     copy.write_text(COVERAGE.read_text())
-    for name in ("models", "ops"):
+    for name in ("models", "models-train", "ops", "ops-grad"):
         write_section(name, ["twelve of twelve"], copy)
-    assert copy.read_text().count("twelve of twelve") == 2
+    assert copy.read_text().count("twelve of twelve") == 4
     write_section("ops", ["eleven"], copy)
-    assert copy.read_text().count("twelve of twelve") == 1
+    assert copy.read_text().count("twelve of twelve") == 3
     with pytest.raises(ValueError, match="no section"):
         write_section("absent", [], copy)

@@ -18,6 +18,7 @@ from thunder._api import (
 )
 from thunder._C import Trace
 from thunder._errors import CaptureError, ThunderError, ThunderWarning
+from thunder._grad import grad, value_and_grad
 from thunder._module import ThunderModule
 from thunder.extend import (
     get_all_executors,
@@ -45,8 +46,10 @@ __all__ = [
     "get_always_executors",
     "get_default_executors",
     "get_executor",
+    "grad",
     "jit",
     "last_compile_options",
     "last_traces",
     "pytorch_executor",
+    "value_and_grad",
 ]

@@ -182,8 +182,7 @@ def _reporter(fn: Any) -> Callable[[str, Any], None]:
 
 
 def _compiled(fn: Any) -> Any:
-    if isinstance(fn, ThunderModule):
-        return fn._thunder_callable
+    fn = getattr(fn, "_thunder_callable", fn)  # of a module, of thunder.grad
     if isinstance(fn, _C.Callable):
         return fn
     raise TypeError(f"not something that thunder.jit returned: {type(fn).__name__}")

@@ -1,9 +1,10 @@
 """`make coverage-ops`: every entry of torch's op_db, eager against thunder.jit, with fresh values on the second call.
 
-    python tools/coverage_ops.py [-k TEXT] [--no-write]
+    python tools/coverage_ops.py [--grad] [-k TEXT] [--no-write]
 
 float32, and int64 and bool where an entry supports them; the first five samples each. An entry is right when every one
-of them is, without a fallback. Prints each entry that is not right, writes out/coverage_ops.json and the operator
+of them is, without a fallback. With --grad: the differentiable entries in float64, forward and backward with random
+incoming gradients. Prints each entry that is not right, writes out/coverage_ops.json (coverage_ops_grad.json) and the
 section of docs/coverage.md. The exit status is 1 when any entry is wrong or fails unclearly, or when fewer than 96%
 are right.
 """
@@ -26,6 +27,7 @@ from torch.testing._internal.opinfo.core import OpInfo
 
 from tests.harness.isolated import isolated
 from tests.harness.judge_op import CLEAR, OTHER, RIGHT, SKIPPED, WRONG, Verdict, full_name, judge
+from tests.harness.judge_op_grad import FELL_BACK, GradVerdict, differentiable, judge_gradients
 from tests.harness.report import environment, one_line, write_json, write_section
 
 REQUIRED = 0.96
@@ -36,6 +38,11 @@ def lost(op: OpInfo, reason: str) -> Verdict:
     return Verdict(full_name(op), OTHER, reason)
 
 
+def lost_gradients(op: OpInfo, reason: str) -> GradVerdict:
+    """The same with gradients."""
+    return GradVerdict(full_name(op), OTHER, reason)
+
+
 def summary(verdicts: list[Verdict]) -> tuple[float, collections.Counter[str], str]:
     """The share of right entries among those that eager accepts, the counts, and a sentence."""
     count = collections.Counter(v.outcome for v in verdicts)
@@ -43,14 +50,14 @@ def summary(verdicts: list[Verdict]) -> tuple[float, collections.Counter[str], s
     share = count[RIGHT] / accepted if accepted else 0.0
     sentence = (
         f"{count[RIGHT]} of {accepted} entries ({share:.1%}) are right; {count[WRONG]} wrong, {count[CLEAR]} refused "
-        f"with a clear error, {count[OTHER]} other errors; "
+        f"with a clear error, {count[OTHER]} other errors, {count[FELL_BACK]} ran in eager; "
         f"{count[SKIPPED]} not counted: eager runs none of their samples"
     )
     return share, count, sentence
 
 
 def section(verdicts: list[Verdict]) -> list[str]:
-    """The operator section of docs/coverage.md."""
+    """An operator section of docs/coverage.md."""
     _, _, sentence = summary(verdicts)
     samples = sum(v.samples for v in verdicts)
     lines = [
@@ -61,31 +68,37 @@ def section(verdicts: list[Verdict]) -> list[str]:
         "| entry | outcome | first reason |",
         "| --- | --- | --- |",
     ]
-    rest = [v for v in verdicts if v.outcome not in (RIGHT, SKIPPED)]
+    rest = [v for v in verdicts if v.outcome not in (RIGHT, SKIPPED, FELL_BACK)]
     lines += [f"| `{v.name}` | {v.outcome} | {one_line(v.reason)} |" for v in sorted(rest, key=lambda v: v.name)]
-    skipped = sorted(v.name for v in verdicts if v.outcome == SKIPPED)
-    if skipped:
-        lines += ["", "Not counted: " + ", ".join(f"`{name}`" for name in skipped) + "."]
+    for title, outcome in (("Ran in eager", FELL_BACK), ("Not counted", SKIPPED)):
+        names = sorted(v.name for v in verdicts if v.outcome == outcome)
+        if names:
+            lines += ["", f"{title}: " + ", ".join(f"`{name}`" for name in names) + "."]
     return lines
 
 
 def main() -> int:
     """Judges the chosen entries; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grad", action="store_true", help="gradients of the differentiable entries, in float64")
     parser.add_argument("-k", metavar="TEXT", default="", help="only entries whose name contains TEXT")
     parser.add_argument("--no-write", action="store_true", help="leave docs/coverage.md and out/ alone")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
 
-    chosen = [op for op in op_db if options.k in full_name(op)]
+    chosen = [op for op in op_db if options.k in full_name(op) and (not options.grad or differentiable(op))]
+    if not chosen and options.grad and any(options.k in full_name(op) for op in op_db):
+        print(f"no entry called like {options.k!r} has gradients")
+        return 0
     if not chosen:
         parser.error(f"no entry is called like {options.k!r}")
     start = time.monotonic()
     verdicts: list[Verdict] = []
-    for v in isolated(chosen, judge, lost):
+    judges = (judge_gradients, lost_gradients) if options.grad else (judge, lost)
+    for v in isolated(chosen, *judges):
         verdicts.append(v)
-        if v.outcome not in (RIGHT, SKIPPED):
+        if v.outcome not in (RIGHT, SKIPPED, FELL_BACK):
             print(f"{v.name:44} {v.outcome:12} {one_line(v.reason, 200)}", flush=True)
         elif len(verdicts) % 100 == 0:
             print(f"... {len(verdicts)} of {len(chosen)} entries, {time.monotonic() - start:.0f} s", flush=True)
@@ -93,8 +106,9 @@ def main() -> int:
     share, count, sentence = summary(verdicts)
     print(f"\n{sentence} ({time.monotonic() - start:.0f} s)")
     if not options.no_write and not options.k:
-        write_section("ops", section(verdicts))
-        print(write_json("coverage_ops", [dataclasses.asdict(v) for v in verdicts]))
+        write_section("ops-grad" if options.grad else "ops", section(verdicts))
+        file = "coverage_ops_grad" if options.grad else "coverage_ops"
+        print(write_json(file, [dataclasses.asdict(v) for v in verdicts]))
     return int(share < REQUIRED or count[WRONG] + count[OTHER] > 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def _walk(a: Any, b: Any, where: str, strides: bool, found: list[str], seen: set
     if id(a) in seen:
         return
     seen.add(id(a))
-    children_a, children_b = _children(a), _children(b)
+    children_a, children_b = children(a), children(b)
     if children_a is None or children_b is None:
         return
     if list(children_a) != list(children_b):
@@ -83,7 +83,7 @@ def _walk(a: Any, b: Any, where: str, strides: bool, found: list[str], seen: set
         _walk(part, children_b[key], f"{where}{key}", strides, found, seen)
 
 
-def _children(value: Any) -> dict[str, Any] | None:
+def children(value: Any) -> dict[str, Any] | None:
     """The parts of a container by their access path, or None when there is nothing to look into."""
     if isinstance(value, Mapping):
         return {f"[{k!r}]": v for k, v in value.items()}
@@ -148,6 +148,43 @@ def values_differ(a: torch.Tensor, b: torch.Tensor) -> str | None:
     return f"{int((~close).sum())} of {a.numel()} values differ, by up to {float(gap.max()):.3g}"
 
 
+# What rounding in another order may cost a gradient: relative to the largest component of the tensor, because sums of
+# many terms cancel, and absolute.
+GRADIENT_TOLERANCE: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-8, 1e-10),
+    torch.float32: (5e-5, 1e-6),
+    torch.float16: (5e-3, 1e-4),
+    torch.bfloat16: (3e-2, 1e-3),
+    torch.complex128: (1e-8, 1e-10),
+    torch.complex64: (5e-5, 1e-6),
+}
+
+
+def gradients_differ(
+    eager: Sequence[torch.Tensor | None], ours: Sequence[torch.Tensor | None], names: Sequence[str] | None = None
+) -> list[str]:
+    """Every gradient that is not eager's, as readable lines; empty when all are equal within rounding.
+
+    A gradient that is None in eager must be None here: an optimizer skips the one and applies weight decay to the
+    other. Strides are not compared.
+    """
+    if len(eager) != len(ours):
+        return [f"{len(eager)} gradients in eager, {len(ours)} here"]
+    found = []
+    for i, (a, b) in enumerate(zip(eager, ours, strict=True)):
+        where = names[i] if names else f"[{i}]"
+        lines = differences(a, b)
+        if len(lines) == 1 and "values differ" in lines[0] and a.dtype in GRADIENT_TOLERANCE:
+            relative, absolute = GRADIENT_TOLERANCE[a.dtype]
+            a, b = (t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in (a, b))
+            finite = a.isfinite()
+            scale = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
+            if torch.allclose(a, b, rtol=relative, atol=absolute + relative * scale, equal_nan=True):
+                continue
+        found += [f"{where}{line.removeprefix('output')}" for line in lines]
+    return found
+
+
 def as_float64(value: Any) -> Any:
     """A copy of nested inputs with floating tensors in float64 and complex ones in complex128."""
     if isinstance(value, torch.Tensor):
@@ -167,7 +204,7 @@ def _errors(value: Any, exact: Any, out: list[float]) -> None:
         if value.is_floating_point() and value.shape == exact.shape and value.numel():
             out.append(float((value.detach().double() - exact.detach()).abs().nan_to_num(math.inf).max()))
         return
-    left, right = _children(value), _children(exact)
+    left, right = children(value), children(exact)
     if left is not None and right is not None:
         for key, part in left.items():
             if key in right:

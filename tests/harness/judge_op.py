@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.testing._internal.common_utils import set_rng_seed
@@ -27,6 +27,7 @@ UNDEFINED_VALUES = {"empty", "empty_like", "empty_permuted", "empty_strided", "n
 class Verdict:
     """What became of one entry: the worst that happened over its dtypes and samples."""
 
+    severity: ClassVar[tuple[str, ...]] = SEVERITY
     name: str
     outcome: str = SKIPPED
     reason: str = ""
@@ -34,7 +35,7 @@ class Verdict:
 
     def worse(self, outcome: str, reason: str) -> None:
         """Takes note of one sample's outcome; the first reason of the worst kind stays."""
-        if SEVERITY.index(outcome) > SEVERITY.index(self.outcome):
+        if self.severity.index(outcome) > self.severity.index(self.outcome):
             self.outcome, self.reason = outcome, reason
 
 

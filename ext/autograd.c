@@ -30,6 +30,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyTypeObject *type = Py_TYPE(g);
     thx_program_fini(&g->backward);
     thx_program_fini(&g->again);
+    thx_program_fini(&g->batched);
     PyMem_Free(g->wrt);
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->mutated);
@@ -405,7 +406,7 @@ static bool laid_out_so(thx *x, PyObject *tensor, const th_type *t) {
 }
 
 /* The gradients in the layout that the backward program was made for; a list of new references. */
-static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t, bool graph) {
+static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t, bool as_they_are) {
     PyObject *list = PyList_New(g->ntangents);
     for (uint32_t i = 0; list && i < g->ntangents; i++) {
         th_val v = t->inputs[t->ninputs - g->ntangents + i];
@@ -413,7 +414,7 @@ static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const 
         PyObject *o = grads[i];
         if (o == Py_None)
             o = laid_out(x, type, NULL);
-        else if (graph || laid_out_so(x, o, type))
+        else if (as_they_are || laid_out_so(x, o, type))
             o = Py_NewRef(o);
         else
             o = laid_out(x, type, o);
@@ -423,6 +424,28 @@ static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const 
             PyList_SET_ITEM(list, i, o);
     }
     return list;
+}
+
+/* 1 some gradient is a wrapper around others (vmap), 0 none, -1 error. */
+static int any_batched(thx *x, PyObject *const *grads, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) {
+        if (grads[i] == Py_None) continue;
+        PyObject *const tests[] = {x->is_functorch, x->is_legacy_batched};
+        for (int j = 0; j < 2; j++) {
+            PyObject *yes = tests[j] ? PyObject_CallOneArg(tests[j], grads[i]) : Py_NewRef(Py_False);
+            if (!yes) return -1;
+            Py_DECREF(yes);
+            if (yes == Py_True) return 1;
+        }
+    }
+    return 0;
+}
+
+/* vmap runs the backward on many gradients at once: each operation must go through torch's dispatcher. */
+static thx_program *batched_program(thx *x, thx_gradient *g) {
+    if (g->batched.plan) return &g->batched;
+    if (!g->batched.t && thx_check(x, th_trace_clone(g->backward.t, &g->batched.t)) < 0) return NULL;
+    return thx_program_lower(x, &g->batched, true) < 0 ? NULL : &g->batched;
 }
 
 static void put_object(thx *x, th_slot *slot, PyObject *o) {
@@ -549,14 +572,17 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
                         "graph a second time or if you need to access saved tensors after calling backward.");
     else
         s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
-    int graph = thx_grad_mode(x);
+    int graph = thx_grad_mode(x), batched = any_batched(x, a + 1, p->g->ntangents);
     thx_autocast cast;
+    if (batched < 0) Py_CLEAR(s.shown);
     if (s.shown && graph >= 0 && thx_autocast_off(x, &cast) == 0) {
-        s.tangents = settle_tangents(x, p->g, a + 1, p->g->backward.t, graph);
+        s.tangents = settle_tangents(x, p->g, a + 1, p->g->backward.t, graph || batched);
         if (s.tangents && graph)
             result = backward_graph(&s);
-        else if (s.tangents)
-            result = run_gradients(x, p->g, &p->g->backward, fill_backward, &s);
+        else if (s.tangents) {
+            thx_program *program = batched ? batched_program(x, p->g) : &p->g->backward;
+            result = program ? run_gradients(x, p->g, program, fill_backward, &s) : NULL;
+        }
         thx_autocast_on(x, &cast);
     }
     if (result && !keeps_graph(x)) {
@@ -627,5 +653,11 @@ int thx_autograd_init(thx *x, PyObject *module) {
     x->keep_graph = PyObject_GetAttrString(autograd, "_get_current_graph_task_keep_graph");
     PyErr_Clear(); /* a torch without them: see where they are used */
     Py_DECREF(autograd);
+    PyObject *functorch = PyObject_GetAttrString(x->torch_c, "_functorch");
+    x->is_legacy_batched = functorch ? PyObject_GetAttrString(functorch, "is_legacy_batchedtensor") : NULL;
+    PyErr_Clear();
+    x->below_autograd = PyObject_GetAttrString(x->torch_c, "_AutoDispatchBelowAutograd");
+    PyErr_Clear();
+    Py_XDECREF(functorch);
     return make_class(x, module);
 }

@@ -35,6 +35,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->mutated);
     PyMem_Free(g->saved);
+    PyMem_Free(g->depends);
     type->tp_free((PyObject *)g);
     Py_DECREF(type);
 }
@@ -69,6 +70,39 @@ static int describe_saved(thx_gradient *g, const th_trace *forward, const th_hal
         g->saved[i] =
             (thx_saved){input ? (int32_t)root : -1, g->nresults + i, input || is_shown(g, forward, halves->saved[i])};
     }
+    return 0;
+}
+
+typedef struct spread {
+    uint64_t *mask, all;
+} spread;
+
+static void gather(void *user, th_val *v) { ((spread *)user)->all |= ((spread *)user)->mask[*v]; }
+static void scatter(void *user, th_val *v) { ((spread *)user)->mask[*v] |= ((spread *)user)->all; }
+
+/* Which of the incoming gradients each outgoing one depends on. */
+static int find_dependences(thx_gradient *g) {
+    th_trace *t = g->backward.t;
+    spread s = {PyMem_Calloc(t->nvalues, sizeof *s.mask), 0};
+    g->depends = PyMem_Calloc(g->nwrt + 1, sizeof *g->depends);
+    if (!s.mask || !g->depends) {
+        PyMem_Free(s.mask);
+        return PyErr_NoMemory(), -1;
+    }
+    for (uint32_t i = 0; i < g->ntangents && i < 64; i++)
+        s.mask[t->inputs[t->ninputs - g->ntangents + i]] = UINT64_C(1) << i;
+    for (th_opref o = 1; o < t->nops; o++) {
+        s.all = 0;
+        th_op_each_use(t, o, gather, &s);
+        th_op_each_out(t, o, scatter, &s);
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) scatter(&s, &t->kids[t->ops[o].writes + i]);
+    }
+    const th_node_data *result = &t->nodes[t->result];
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        const th_node_data *d = &t->nodes[t->kids[result->u.kids + i]];
+        g->depends[i] = d->kind == TH_N_VALUE ? s.mask[d->u.ref] : 0;
+    }
+    PyMem_Free(s.mask);
     return 0;
 }
 
@@ -112,7 +146,7 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     g->bytes_kept = halves.bytes_kept;
     int rc =
         copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 || copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
-                copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 || describe_saved(g, f, &halves) < 0
+                copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 || describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0
             ? -1
             : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -546,6 +580,19 @@ static PyObject *backward_graph(sources *s) {
     return run_gradients(x, g, &g->again, fill_again, s);
 }
 
+/* A gradient that depends on none of those that came in is none, as in eager. */
+static void drop_undefined(const thx_gradient *g, PyObject *const *grads, PyObject *result) {
+    uint64_t defined = 0;
+    if (g->ntangents > 64) return;
+    for (uint32_t i = 0; i < g->ntangents; i++)
+        if (grads[i] != Py_None) defined |= UINT64_C(1) << i;
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        if (g->depends[i] & defined) continue;
+        Py_DECREF(PyTuple_GET_ITEM(result, i + 1));
+        PyTuple_SET_ITEM(result, i + 1, Py_NewRef(Py_None));
+    }
+}
+
 static bool keeps_graph(thx *x) {
     PyObject *keep = x->keep_graph ? PyObject_CallNoArgs(x->keep_graph) : NULL;
     PyErr_Clear();
@@ -572,7 +619,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
                         "graph a second time or if you need to access saved tensors after calling backward.");
     else
         s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
-    int graph = thx_grad_mode(x), batched = any_batched(x, a + 1, p->g->ntangents);
+    int graph = thx_grad_mode(x), batched = s.shown ? any_batched(x, a + 1, p->g->ntangents) : 0;
     thx_autocast cast;
     if (batched < 0) Py_CLEAR(s.shown);
     if (s.shown && graph >= 0 && thx_autocast_off(x, &cast) == 0) {
@@ -585,6 +632,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
         }
         thx_autocast_on(x, &cast);
     }
+    if (result) drop_undefined(p->g, a + 1, result);
     if (result && !keeps_graph(x)) {
         p->freed = true;
         pending_release(p);

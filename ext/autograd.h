@@ -22,6 +22,7 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     uint32_t nwrt, *wrt;       /* inputs of the call that require grad */
     uint32_t ntangents, *tangent_of;
     uint32_t nmutated, *mutated; /* inputs that take new contents under autograd; these are the last results */
+    uint64_t *depends; /* by input that requires grad: bits of the incoming gradients that its own depends on */
     uint32_t nsaved;
     thx_saved *saved;
     int64_t bytes, bytes_kept;

@@ -134,7 +134,7 @@ def _compare(eager: _Side, ours: _Side) -> None:
     for a, b in zip(tensors_in(eager.outputs), tensors_in(ours.outputs), strict=True):
         assert a.is_leaf == b.is_leaf, f"is_leaf {a.is_leaf} in eager, {b.is_leaf} here"
     assert torch.equal(eager.drawn, ours.drawn), "another number of random draws than eager"
-    assert_same(eager.loss.detach(), ours.loss.detach())
+    assert_same(eager.loss.detach().float(), ours.loss.detach().float())  # float64 sum of what may be float32 results
     assert_same(eager.passed, ours.passed)
     assert_same(eager.state(), ours.state())
     assert_gradients_same(eager.gradients(), ours.gradients())

@@ -204,11 +204,29 @@ static int set_result(derivation *d) {
     if (!PyErr_Occurred()) t->result = th_node_seq(t, TH_N_TUPLE, q->nouts + q->nuses, kids);
     PyMem_Free(kids);
     if (PyErr_Occurred()) return -1;
-    if (d->r->nroots) {
-        PyErr_SetString(PyExc_RuntimeError, "its derivative holds a tensor of its own");
+    return thx_check(d->x, th_trace_status(t));
+}
+
+/* Tensors that the operation made out of plain arguments (x[[0, 2]]) are constants of the rule. */
+static int embed_constants(derivation *d) {
+    thx_recorder *r = d->r;
+    th_trace *t = r->t;
+    uint32_t ninputs = 0;
+    th__rewrite w;
+    if (!r->nroots) return 0;
+    for (uint32_t i = 0; i < r->nroots; i++) {
+        if (!r->roots[i].requires_grad) continue;
+        PyErr_SetString(PyExc_RuntimeError, "it differentiates with respect to a tensor that is not among its arguments");
         return -1;
     }
-    return thx_check(d->x, th_trace_status(t));
+    if (thx_check(d->x, th__rewrite_begin(&w, t)) < 0) return -1;
+    for (uint32_t i = 0; i < r->nroots; i++)
+        w.node[r->roots[i].value] = th_node_opaque(t, "constant", r->roots[i].real);
+    for (th_opref o = 1; o < w.nops; o++) th__rewrite_copy(&w, &w.ops[o]);
+    for (uint32_t i = 0; i < t->ninputs; i++)
+        if (!w.node[t->inputs[i]]) t->inputs[ninputs++] = t->inputs[i];
+    t->ninputs = ninputs;
+    return thx_check(d->x, th__rewrite_end(&w, th_trace_status(t)));
 }
 
 /* ---- names ---- */
@@ -327,6 +345,7 @@ static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
         leave(x, &a);
     }
     if (rc == 0) rc = set_result(&d);
+    if (rc == 0) rc = embed_constants(&d);
     if (rc == 0) {
         th_trace *t = d.r->t;
         rc = thx_check(x, th_pipeline_run(t, "functionalize", NULL, false, NULL, NULL));

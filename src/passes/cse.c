@@ -187,7 +187,7 @@ static void merge_results(merger *m, th_node a, th_node b) {
 }
 
 static bool same_call(const th_trace *t, const th_op *a, const th_op *b) {
-    return a->callee == b->callee && a->marks == b->marks && a->outs_list == b->outs_list &&
+    return a->callee == b->callee && ((a->marks ^ b->marks) & ~TH_MARK_LATE) == 0 && a->outs_list == b->outs_list &&
            same_node(t, a->args, b->args) && same_node(t, a->kwargs, b->kwargs);
 }
 

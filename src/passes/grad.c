@@ -210,7 +210,7 @@ static void splice_op(joiner *j, record *rec, const th_trace *from, th_opref o) 
                        .outs = th_node_import(t, from, op->outs, rec->map),
                        .outs_list = op->outs_list,
                        .effects = op->effects,
-                       .marks = rec->op.marks,
+                       .marks = rec->op.marks | (op->effects ? op->marks & TH_MARK_LATE : 0),
                        .nwrites = op->nwrites,
                        .writes = writes,
                        .file = rec->op.file,

@@ -59,7 +59,7 @@ static void find_forward(splitter *s) {
     for (uint32_t i = 0; i < nvalues(s->joint); i++) th_node_each_value(t, result_kid(t, i), set_wanted, s);
     for (th_opref o = t->nops; o-- > 1;) {
         if (t->ops[o].kind == TH_OP_DEL || s->backward[o]) continue;
-        s->hit = t->ops[o].effects != 0;
+        s->hit = t->ops[o].effects != 0 && !(t->ops[o].marks & TH_MARK_LATE);
         th_op_each_out(t, o, test_wanted, s);
         s->forward[o] = s->hit;
         if (s->hit) th_op_each_use(t, o, set_wanted, s);
@@ -75,7 +75,7 @@ static void find_backward(splitter *s) {
     for (uint32_t i = 0; i < s->joint->nwrt; i++)
         th_node_each_value(t, result_kid(t, nvalues(s->joint) + i), set_wanted, s);
     for (th_opref o = t->nops; o-- > 1;) {
-        s->hit = s->backward[o] && t->ops[o].effects != 0;
+        s->hit = t->ops[o].effects != 0 && (s->backward[o] || t->ops[o].marks & TH_MARK_LATE);
         s->backward[o] = false;
         if (t->ops[o].kind == TH_OP_DEL || s->forward[o]) continue;
         th_op_each_out(t, o, test_wanted, s);

@@ -3,62 +3,10 @@
  * A hit runs no Python: ambient state, argument structure, guards, plan, outputs. A miss goes to compile.c.
  */
 #include "callable.h"
+
 #include "lower.h"
 
 #include <string.h>
-
-/* ---- ambient state ---- */
-
-static long call_long(PyObject *builtin) {
-    PyObject *o = PyObject_CallNoArgs(builtin);
-    long n = o ? PyLong_AsLong(o) : -1;
-    Py_XDECREF(o);
-    return n;
-}
-
-static int call_flag(PyObject *builtin) {
-    PyObject *o = PyObject_CallNoArgs(builtin);
-    Py_XDECREF(o);
-    return o ? o == Py_True : -1;
-}
-
-static int read_autocast(thx *x, thx_ambient *a) {
-    static const char *const devices[] = {"cpu", "cuda"};
-    for (int i = 0; i < 2; i++) {
-        PyObject *on = PyObject_CallFunction(x->autocast_enabled, "s", devices[i]);
-        PyObject *dtype = on ? PyObject_CallFunction(x->autocast_dtype, "s", devices[i]) : NULL;
-        if (!dtype) { /* a build without that device type */
-            PyErr_Clear();
-            Py_XDECREF(on);
-            continue;
-        }
-        *(i ? &a->autocast_gpu : &a->autocast_cpu) = on == Py_True;
-        if (on == Py_True) *(i ? &a->gpu_dtype : &a->cpu_dtype) = dtype;
-        Py_DECREF(on);
-        Py_DECREF(dtype);
-    }
-    return 0;
-}
-
-/* 1: modes of the user are active, nothing may be assumed; 0: read; -1 error. */
-static int read_ambient(thx *x, thx_ambient *a) {
-    memset(a, 0, sizeof *a);
-    long functions = call_long(x->f_stack_len), dispatches = call_long(x->d_stack_len);
-    int grad = thx_grad_mode(x);
-    int inference = call_flag(x->inference), autocast = call_flag(x->any_autocast);
-    PyObject *dtype = PyObject_CallNoArgs(x->default_dtype);
-    if (functions < 0 || dispatches < 0 || grad < 0 || inference < 0 || autocast < 0 || !dtype) {
-        Py_XDECREF(dtype);
-        return -1;
-    }
-    a->grad = grad;
-    a->inference = inference;
-    a->autocast = autocast;
-    a->default_dtype = dtype;
-    Py_DECREF(dtype);
-    if (autocast && read_autocast(x, a) < 0) return -1;
-    return functions > 0 || dispatches > 0;
-}
 
 /* ---- matching ---- */
 
@@ -139,7 +87,7 @@ static int replay_writes(thx *x, const thx_entry *e, th_slot *slots) {
 static void refresh_roots(thx *x, thx_entry *e) { /* a bound tensor was replaced by one of the same kind */
     PyObject *const *live;
     thx_guards_bound(e->guards, &live);
-    for (uint32_t i = 0; i < e->plan->nroots; i++)
+    for (uint32_t i = 0; i < e->nroots; i++)
         if (e->root_leaf[i] < 0) {
             e->roots[i].object = live[-1 - e->root_leaf[i]];
             e->roots[i].handle = x->abi.on ? thx_borrow(&x->abi, e->roots[i].object) : NULL;
@@ -147,152 +95,69 @@ static void refresh_roots(thx *x, thx_entry *e) { /* a bound tensor was replaced
     e->generation = thx_guards_generation(e->guards);
 }
 
-/* Name the user's line on an exception that a kernel raised. */
-static void add_line(thx *x, const thx_entry *e, const th_frame *f) {
-    uint32_t o = e->plan->instrs[f->failed].op;
-    const th_op *op = &e->final->ops[o];
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    if (!type) return thx_raise(x, TH_ERUN), (void)0;
-    PyErr_NormalizeException(&type, &value, &trace);
-    if (value && op->file) {
-        PyObject *text =
-            PyUnicode_FromFormat("raised by compiled code for %s, line %u: %s", th_str_get(x->ctx, op->file), op->line,
-                                 op->callee ? th_str_get(x->ctx, op->callee) : "a function");
-        PyObject *done = text ? PyObject_CallMethod(value, "add_note", "O", text) : NULL;
-        Py_XDECREF(done);
-        Py_XDECREF(text);
-        PyErr_Clear();
-    }
-    PyErr_Restore(type, value, trace);
-}
-
-/* Is a result what the trace says? Strides of dimensions with at most one element do not matter. */
-static bool as_predicted(thx *x, th_slot *slot, const th_type *t) {
-    if ((!slot->handle && !slot->object) || t->kind != TH_TYPE_TENSOR) return true;
-    th_h h = thx_slot_handle(x, slot);
-    int64_t ndim = -1, *sizes = NULL, *strides = NULL;
-    int32_t dtype = -1;
-    if (x->abi.aoti_torch_get_dim(h, &ndim) || ndim != t->ndim || x->abi.aoti_torch_get_dtype(h, &dtype) ||
-        dtype != x->abi.scalar_types[t->dtype] || x->abi.aoti_torch_get_sizes(h, &sizes) ||
-        x->abi.aoti_torch_get_strides(h, &strides))
-        return false;
-    bool same = true, empty = th_type_numel(t) == 0;
-    for (int64_t i = 0; i < ndim; i++)
-        same &= sizes[i] == t->shape[i] && (empty || sizes[i] <= 1 || strides[i] == t->stride[i]);
-    return same;
-}
-
-typedef struct prediction {
+typedef struct filling {
     thx *x;
     const thx_entry *e;
-    th_frame *frame;
-    const th_instr *instr;
-    bool holds;
-} prediction;
+    const thx_leaves *leaves;
+} filling;
 
-/* A result that nobody uses may be what it likes. */
-static bool dies_here(const prediction *p, uint32_t slot) {
-    const uint32_t *dead = p->e->plan->frees + p->instr->frees;
-    for (uint32_t i = 0; i < p->instr->nfrees; i++)
-        if (dead[i] == slot) return true;
-    return false;
-}
-
-static void check_out(void *user, th_val *value) {
-    prediction *p = user;
-    uint32_t slot = p->e->slot_of[*value];
-    if (slot != UINT32_MAX && !dies_here(p, slot))
-        p->holds &=
-            as_predicted(p->x, &p->frame->slots[slot], th_type_get(p->x->ctx, p->e->final->values[*value].type));
-}
-
-/* As th_plan_run, comparing each result with the trace: 0, -1 error, 1 a result differs. */
-static int run_checked(thx *x, const thx_entry *e, th_frame *f) {
-    prediction p = {x, e, f, NULL, true};
-    for (uint32_t i = 0; i < e->plan->ninstrs; i++) {
-        const th_instr *instr = p.instr = &e->plan->instrs[i];
-        int rc = instr->run(f, instr);
-        if (rc == 0 && instr->op) th_op_each_out(e->final, instr->op, check_out, &p);
-        if (rc || !p.holds) {
-            f->failed = i;
-            th_plan_clear(e->plan, f);
-            return rc ? -1 : 1;
+static int fill_roots(void *user, th_slot *slots) {
+    const filling *f = user;
+    memcpy(slots, f->e->roots, sizeof *slots * f->e->nroots);
+    for (uint32_t i = 0; i < f->e->nroots; i++)
+        if (f->e->root_leaf[i] >= 0) {
+            slots[i].object = f->leaves->items[f->e->root_leaf[i]];
+            slots[i].handle = f->x->abi.on ? thx_borrow(&f->x->abi, slots[i].object) : NULL;
         }
-        for (uint32_t j = 0; j < instr->nfrees; j++) th_slot_drop(e->plan, &f->slots[e->plan->frees[instr->frees + j]]);
-    }
     return 0;
 }
 
-static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves);
-
-/* Predicted strides were wrong: lower without what trusts them, and run again. */
-static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, const th_frame *f) {
-    const th_op *op = &e->final->ops[e->plan->instrs[f->failed].op];
-    if (e->writes_inputs)
-        return PyErr_Format(PyExc_RuntimeError,
-                            "%s (%s, line %u) gave other strides than torch's fake kernel said, after inputs "
-                            "were written; please report this",
-                            th_str_get(x->ctx, op->callee), th_str_get(x->ctx, op->file), op->line);
-    return thx_entry_lower(x, e, true) < 0 ? NULL : run_plan(x, e, leaves);
-}
-
-static PyObject *run_plan(thx *x, thx_entry *e, const thx_leaves *leaves) {
-    enum { ON_STACK = 192 };
-    th_slot fixed[ON_STACK], *slots = fixed;
-    const th_plan *plan = e->plan;
-    if (plan->nslots > ON_STACK && !(slots = PyMem_Malloc(sizeof *slots * plan->nslots))) return PyErr_NoMemory();
-    if (e->generation != thx_guards_generation(e->guards)) refresh_roots(x, e);
-    memcpy(slots, e->roots, sizeof *slots * plan->nroots);
-    memset(slots + plan->nroots, 0, sizeof *slots * (plan->nslots - plan->nroots));
-    for (uint32_t i = 0; i < plan->nroots; i++)
-        if (e->root_leaf[i] >= 0) {
-            slots[i].object = leaves->items[e->root_leaf[i]];
-            slots[i].handle = x->abi.on ? thx_borrow(&x->abi, slots[i].object) : NULL;
-        }
+/* The plan has run: its results as the caller gets them, writes to state replayed, everything else released. */
+static PyObject *finish(thx *x, thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
+    output o = {x, e, slots};
+    const thx_inputs inputs = {e->args, leaves->args, e->nargs};
+    PyObject *result = thx_result_build(x, &e->result, output_leaf, &o, &inputs);
+    if (result && e->nwrites && replay_writes(x, e, slots) < 0) Py_CLEAR(result);
     th_frame frame = {slots, x, 0};
-    PyObject *result = NULL;
-    int rc = e->checked ? th_plan_run(plan, &frame) : run_checked(x, e, &frame);
-    if (rc == 1 && !e->checked) {
-        result = run_plain(x, e, leaves, &frame);
-    } else if (rc) {
-        add_line(x, e, &frame);
-    } else {
-        e->checked = true;
-        output o = {x, e, slots};
-        const thx_inputs inputs = {e->args, leaves->args, e->nargs};
-        result = thx_result_build(x, &e->result, output_leaf, &o, &inputs);
-        if (result && e->nwrites && replay_writes(x, e, slots) < 0) Py_CLEAR(result);
-        th_plan_clear(plan, &frame);
-    }
-    if (slots != fixed) PyMem_Free(slots);
+    th_plan_clear(e->main.plan, &frame);
     return result;
 }
 
-/* Casts are explicit in the trace: autocast must not act on its operations again. */
-static PyObject *run_without_autocast(thx *x, thx_entry *e, const thx_leaves *leaves) {
-    const char *const devices[] = {"cpu", "cuda"};
-    const bool on[] = {e->ambient.autocast_cpu, e->ambient.autocast_gpu};
-    PyObject *result = NULL, *done;
-    for (int i = 0; i < 2; i++)
-        if (on[i]) {
-            done = PyObject_CallFunction(x->set_autocast, "sO", devices[i], Py_False);
-            Py_XDECREF(done);
-        }
-    if (!PyErr_Occurred()) result = run_plan(x, e, leaves);
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    for (int i = 0; i < 2; i++)
-        if (on[i]) {
-            done = PyObject_CallFunction(x->set_autocast, "sO", devices[i], Py_True);
-            Py_XDECREF(done);
-        }
-    PyErr_Restore(type, value, trace);
+static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves) {
+    th_slot fixed[THX_SLOTS_ON_STACK], *slots;
+    filling f = {x, e, leaves};
+    PyObject *result = NULL;
+    for (int rc = 1; rc == 1;) {
+        uint32_t n = e->main.plan->nslots;
+        slots = n <= THX_SLOTS_ON_STACK ? fixed : PyMem_Malloc(sizeof *slots * n);
+        if (!slots) return PyErr_NoMemory();
+        fill_roots(&f, slots);
+        rc = thx_program_run(x, &e->main, slots);
+        if (rc == 1 && thx_entry_place(x, e) < 0) rc = -1;
+        if (rc == 0) result = finish(x, e, leaves, slots);
+        if (slots != fixed) PyMem_Free(slots);
+    }
+    return result;
+}
+
+/* Under autograd: a node of ours in its graph runs the plan. */
+static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leaves) {
+    filling f = {x, e, leaves};
+    thx_forward run = {.program = &e->main, .gradient = e->gradient, .fill = fill_roots, .user = &f};
+    if (thx_forward_run(x, &run) < 0) return NULL;
+    PyObject *result = thx_entry_place(x, e) == 0 ? finish(x, e, leaves, run.slots) : NULL;
+    thx_forward_fini(&run);
     return result;
 }
 
 static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves) {
-    return e->ambient.autocast ? run_without_autocast(c->x, e, leaves) : run_plan(c->x, e, leaves);
+    thx *x = c->x;
+    thx_autocast cast;
+    if (e->ambient.autocast && thx_autocast_off(x, &cast) < 0) return NULL;
+    if (e->generation != thx_guards_generation(e->guards)) refresh_roots(x, e);
+    PyObject *result = e->gradient ? run_differentiable(x, e, leaves) : run_plain(x, e, leaves);
+    if (e->ambient.autocast) thx_autocast_on(x, &cast);
+    return result;
 }
 
 /* ---- the call ---- */
@@ -306,18 +171,6 @@ static int tell(thx_callable_object *c, const char *event, PyObject *detail) {
     PyObject *done = PyObject_CallFunction(c->on_event, "sO", event, detail ? detail : Py_None);
     Py_XDECREF(done);
     return done ? 0 : -1;
-}
-
-static bool any_requires_grad(thx *x, PyObject *const *objects, Py_ssize_t n) {
-    for (Py_ssize_t i = 0; i < n; i++) {
-        if (thx_is_tensor(x, objects[i])) {
-            PyObject *flag = x->requires_grad_get(objects[i], x->requires_grad_closure);
-            PyErr_Clear();
-            Py_XDECREF(flag);
-            if (flag == Py_True) return true;
-        }
-    }
-    return false;
 }
 
 /* Say once why calls run the original; the pending exception holds the reason. */
@@ -429,7 +282,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         x->active_thread ==
             PyThread_get_thread_ident()) /* called inside another capture: its operations belong to that trace */
         return call_original(c, args, nargsf, kwnames);
-    int modes = read_ambient(x, &ambient);
+    int modes = thx_ambient_read(x, &ambient);
     if (modes < 0) return NULL;
     if (modes) {
         if (!c->warned_modes && (c->warned_modes = true, tell(c, "modes", NULL) < 0)) return NULL;
@@ -449,12 +302,6 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
             return NULL;
         }
         if (!same) continue;
-        bool grad = ambient.grad && e->eager < THX_EAGER_INSIDE &&
-                    (any_requires_grad(x, leaves.items, leaves.count) || thx_guards_need_grad(x, e->guards));
-        if (grad != (e->eager == THX_EAGER_GRAD)) { /* requires_grad of a parameter changed since */
-            e->dead = true;
-            continue;
-        }
         if (e->eager) {
             thx_leaves_fini(&leaves);
             c->fallbacks++;
@@ -477,10 +324,11 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 /* ---- the type ---- */
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"fn", "module", "cache", "fallback_eager", "on_event", NULL};
+    static char *names[] = {"fn", "module", "cache", "fallback_eager", "on_event", "remat", NULL};
     PyObject *fn, *module = Py_None, *on_event = Py_None;
-    int cache = 0, fallback = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipO", names, &fn, &module, &cache, &fallback, &on_event))
+    int cache = 0, fallback = 0, remat = TH_REMAT_AUTO;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipOi", names, &fn, &module, &cache, &fallback, &on_event,
+                                     &remat))
         return NULL;
     thx_callable_object *c = (thx_callable_object *)type->tp_alloc(type, 0);
     if (!c) return NULL;
@@ -491,6 +339,7 @@ static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     c->on_event = on_event == Py_None ? NULL : Py_NewRef(on_event);
     c->cache = (uint8_t)cache;
     c->fallback_eager = fallback;
+    c->remat = (uint8_t)remat;
     return (PyObject *)c;
 }
 
@@ -551,11 +400,12 @@ static PyObject *callable_get(PyObject *self, PyObject *object, PyObject *type) 
 
 static PyObject *entry_stats(thx *x, const thx_entry *e) {
     (void)x;
-    return Py_BuildValue(
-        "{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "hits", e->hits, "capture_ms", e->capture_ms, "passes_ms",
-        e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow, "queries",
-        e->nqueries, "evaluated", e->nevals, "operations", e->final ? e->final->nops - 1 : 0, "instructions",
-        e->plan ? e->plan->ninstrs : 0, "shim_instructions", e->nshim, "builtin_instructions", e->nbuiltin);
+    return Py_BuildValue("{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "hits", e->hits, "capture_ms",
+                         e->capture_ms, "passes_ms", e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule",
+                         e->nfast, "recorded_by_torch", e->nslow, "queries", e->nqueries, "evaluated", e->nevals,
+                         "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
+                         e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
+                         "builtin_instructions", e->main.nbuiltin);
 }
 
 static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
@@ -580,7 +430,7 @@ static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     if (!e) Py_RETURN_NONE;
     th_trace *captured = NULL, *final = NULL;
     if (thx_check(c->x, th_trace_clone(e->captured, &captured)) < 0) return NULL;
-    if (thx_check(c->x, th_trace_clone(e->final, &final)) < 0) {
+    if (thx_check(c->x, th_trace_clone(e->main.t, &final)) < 0) {
         th_trace_free(captured);
         return NULL;
     }

@@ -2,22 +2,15 @@
 #ifndef THUNDER_CALLABLE_H
 #define THUNDER_CALLABLE_H
 
+#include "ambient.h"
+#include "autograd.h"
 #include "capture.h"
 #include "guards.h"
 #include "structure.h"
 
-#include "runtime/plan.h"
-
-typedef struct thx_ambient { /* state around a call that changes what operations mean */
-    bool grad, inference, autocast;
-    bool autocast_cpu, autocast_gpu;
-    PyObject *default_dtype, *cpu_dtype, *gpu_dtype; /* immortal objects of torch: borrowed */
-} thx_ambient;
-
 enum {
-    THX_EAGER_GRAD = 1,   /* arguments or parameters require grad, as long as they do */
-    THX_EAGER_INSIDE = 2, /* the function itself needs gradients */
-    THX_EAGER_REFUSED = 3 /* it cannot be captured, and the user asked for the fallback */
+    THX_EAGER_GRAD = 1,   /* it uses autograd in a way that is not compiled */
+    THX_EAGER_REFUSED = 2 /* it cannot be captured, and the user asked for the fallback */
 };
 
 typedef struct thx_write { /* a write to the module tree, replayed after each run */
@@ -34,13 +27,13 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_spec *args; /* nargs */
     thx_guards *guards;
     uint64_t generation; /* of the guards, when `roots` was filled */
-    th_trace *captured, *final;
-    th_plan *plan;
-    uint32_t *slot_of;  /* by value of `final` */
-    uint32_t nvalues;   /* outputs and tensors written to state */
-    bool checked;       /* a run has confirmed the sizes and strides that the trace states */
-    th_slot *roots;     /* nroots filled slots: the template of a frame */
-    int32_t *root_leaf; /* by root: argument leaf, or -1 - index of a bound tensor */
+    th_trace *captured;
+    thx_program main;
+    thx_gradient *gradient;   /* owned; NULL: nothing to differentiate */
+    const th_plan *placed;    /* the plan that result_slots and writes belong to */
+    uint32_t nroots, nvalues; /* nvalues: outputs and tensors written to state */
+    th_slot *roots;           /* nroots filled slots: the template of a frame */
+    int32_t *root_leaf;       /* by root: argument leaf, or -1 - index of a bound tensor */
     thx_spec result;
     uint32_t *result_slots; /* by output leaf */
     uint32_t nresults;
@@ -57,7 +50,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     bool dead;          /* its guards failed for good */
     uint64_t hits;
     double capture_ms, passes_ms, lower_ms;
-    uint32_t nfast, nslow, nqueries, nevals, nshim, nbuiltin;
+    uint32_t nfast, nslow, nqueries, nevals;
     struct thx_entry *next;
 } thx_entry;
 
@@ -69,6 +62,7 @@ typedef struct thx_callable_object {
     thx_entry *entries; /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint8_t cache; /* 0 constant values, 1 no caching, 2 same input */
+    uint8_t remat; /* th_remat */
     bool fallback_eager;
     bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */
@@ -80,7 +74,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
                        Py_ssize_t npositional, PyObject *kwnames);
 /* Which of the leaves share storage, as thx_entry.sharing describes; out holds leaves->count numbers. */
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
-int thx_entry_lower(thx *x, thx_entry *entry, bool plain); /* plain: trust no predicted strides */
+int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
 int thx_callable_init(thx *x, PyObject *module);
 PyObject *thx_trace_object(thx *x, th_trace *t); /* py_trace.c: takes the trace */

@@ -39,6 +39,8 @@ typedef struct thx_recorder {
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
     bool forgivable;    /* a CaptureError now is the user's to catch: only a message was to be made */
     bool saw_random;
+    bool hidden_write;      /* something that requires grad was written while gradients were off */
+    bool deriving;          /* records what autograd does for one operation: derive.c */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
@@ -82,6 +84,17 @@ int thx_random_before(thx_recorder *r); /* before a random operation is recorded
 int thx_random_after(thx_recorder *r);  /* after one */
 int thx_random_end(thx_recorder *r);    /* put the generator back as it was */
 int thx_emit(thx_recorder *r, const th_op_args *op); /* append an operation at the user's current line */
+
+/* ---- gradstate.c: what autograd would say ---- */
+typedef struct thx_grad_note { /* of one operation */
+    bool grad;                 /* its results require grad */
+    uint8_t marks;             /* TH_MARK_* */
+} thx_grad_note;
+int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_note *note); /* of r->inputs */
+th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_note *note);
+void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
+PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
+PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
 
 /* ---- constants.c ---- */
 int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t); /* new constants become roots of r */

@@ -1,6 +1,7 @@
 /* A miss: capture, effects on the module tree, passes, lowering. */
 #include "callable.h"
-#include "lower.h"
+
+#include "derive.h"
 
 #include <string.h>
 #include <time.h>
@@ -20,9 +21,8 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     Py_XDECREF(e->kwnames);
     thx_guards_free(x, e->guards);
     th_trace_free(e->captured);
-    th_trace_free(e->final);
-    th_plan_free(e->plan);
-    PyMem_Free(e->slot_of);
+    thx_program_fini(&e->main);
+    Py_XDECREF((PyObject *)e->gradient);
     PyMem_Free(e->sharing);
     PyMem_Free(e->roots);
     PyMem_Free(e->root_leaf);
@@ -52,7 +52,6 @@ typedef struct compile {
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
-    bool capturing; /* the user's code has been run */
 } compile;
 
 /* ---- arguments ---- */
@@ -75,16 +74,6 @@ static int make_guards(compile *k) {
     if (rc == 0 && !(k->e->guards = thx_guards_new(k->x, roots))) rc = -1;
     Py_XDECREF(roots);
     return rc;
-}
-
-static bool wants_grad(compile *k) {
-    for (uint32_t i = 0; i < k->leaves.count; i++) {
-        PyObject *flag = k->x->requires_grad_get(k->leaves.items[i], k->x->requires_grad_closure);
-        PyErr_Clear();
-        Py_XDECREF(flag);
-        if (flag == Py_True) return true;
-    }
-    return thx_guards_need_grad(k->x, k->e->guards);
 }
 
 static PyObject *fake_leaf(void *user, uint32_t leaf) {
@@ -238,8 +227,9 @@ static int capture(compile *k) {
 static int bind_roots(compile *k) {
     thx_entry *e = k->e;
     thx *x = k->x;
-    const th_trace *t = e->final;
+    const th_trace *t = e->main.t;
     uint32_t bound = 0;
+    e->nroots = t->ninputs;
     e->roots = PyMem_Calloc(t->ninputs + 1, sizeof *e->roots);
     e->root_leaf = PyMem_Calloc(t->ninputs + 1, sizeof *e->root_leaf);
     if (!e->roots || !e->root_leaf) return PyErr_NoMemory(), -1;
@@ -273,15 +263,14 @@ static bool writes_inputs(const th_trace *t) {
 
 /* ---- all of it ---- */
 
-/* The result's nodes hold the values as the passes left them, outputs first, then writes. */
-static int find_results(thx *x, thx_entry *e) {
-    const th_trace *t = e->final;
-    const th_node_data *result = &t->nodes[t->result];
+int thx_entry_place(thx *x, thx_entry *e) {
+    if (e->placed == e->main.plan) return 0;
+    if (!e->result_slots && !(e->result_slots = PyMem_Calloc(e->nresults + 1, sizeof *e->result_slots)))
+        return PyErr_NoMemory(), -1;
     uint32_t at = 0;
-    for (uint32_t i = 0; i < e->nvalues; i++) {
-        th_node node = e->nvalues == 1 ? t->result : t->kids[result->u.kids + i];
-        uint32_t slot = e->slot_of[t->nodes[node].u.ref];
-        if (t->nodes[node].kind != TH_N_VALUE || slot == UINT32_MAX) return thx_raise(x, TH_EINTERNAL), -1;
+    for (uint32_t i = 0; i < e->nvalues; i++) { /* outputs first, then writes */
+        uint32_t slot = thx_program_result(&e->main, i);
+        if (slot == UINT32_MAX) return thx_raise(x, TH_EINTERNAL), -1;
         if (i < e->nresults) {
             e->result_slots[i] = slot;
             continue;
@@ -289,24 +278,16 @@ static int find_results(thx *x, thx_entry *e) {
         while (e->writes[at].constant) at++;
         e->writes[at++].slot = slot;
     }
+    e->placed = e->main.plan;
     return 0;
 }
 
-int thx_entry_lower(thx *x, thx_entry *e, bool plain) {
-    th_plan_free(e->plan);
-    PyMem_Free(e->slot_of);
-    e->slot_of = NULL;
-    e->plan = thx_lower(x, e->final, plain, &e->slot_of, &e->nshim, &e->nbuiltin);
-    if (!e->plan) return -1;
-    if (!e->result_slots && !(e->result_slots = PyMem_Calloc(e->nresults + 1, sizeof *e->result_slots)))
-        return PyErr_NoMemory(), -1;
-    e->checked = !e->nshim;
-    return find_results(x, e);
-}
-
 static int lower(compile *k) {
-    k->e->nvalues = k->nvalues;
-    return thx_entry_lower(k->x, k->e, false) < 0 ? -1 : bind_roots(k);
+    thx_entry *e = k->e;
+    e->nvalues = k->nvalues;
+    e->writes_inputs = e->main.once = writes_inputs(e->main.t) || (e->gradient && e->gradient->nmutated);
+    if (thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0) return -1;
+    return bind_roots(k);
 }
 
 /* Between the passes: what the core leaves to whoever can run torch. */
@@ -317,13 +298,71 @@ static th_status between_passes(void *user, th_trace *t, const char *pass, doubl
     return thx_fold_constants(k->x, k->r, t) < 0 ? TH_ERUN : TH_OK;
 }
 
+/* The flags of types were for the user's code; only those of inputs mean something from here on. True: some result of
+ * an operation may require grad. */
+static bool take_flags(th_trace *t) {
+    bool any = false;
+    for (th_val v = 1; v < t->nvalues; v++) {
+        if (!t->values[v].def) continue;
+        th_typeref plain = th_type_set_grad(t->ctx, t->values[v].type, false);
+        any |= plain != t->values[v].type;
+        t->values[v].type = plain;
+    }
+    for (th_opref o = 1; o < t->nops && !any; o++) t->ops[o].marks &= (uint8_t)~TH_MARK_NO_GRAD;
+    return any;
+}
+
+/* The error of the core that says why there is no derivative: calls like this one run the original. */
+static int no_derivative(compile *k, th_status status) {
+    if (status != TH_DECLINED) return thx_check(k->x, status);
+    PyErr_SetString(k->x->GradNeeded, th_ctx_error(k->x->ctx)->text);
+    return -1;
+}
+
+/* Join the program with its derivative and split it in two. */
+static int differentiate(compile *k) {
+    thx *x = k->x;
+    thx_entry *e = k->e;
+    th_trace *copy = NULL;
+    th_joint joint;
+    thx_autocast cast;
+    if (k->r->hidden_write) {
+        PyErr_SetString(x->GradNeeded, "a tensor that requires grad is written to under torch.no_grad()");
+        return -1;
+    }
+    if (thx_check(x, th_trace_clone(e->main.t, &copy)) < 0 || thx_autocast_off(x, &cast) < 0) {
+        th_trace_free(copy);
+        return -1;
+    }
+    int rc = no_derivative(k, th_grad_join(copy, thx_derive, x, &joint));
+    thx_autocast_on(x, &cast);
+    if (rc == 0 && (joint.ntangents || joint.nmutated)) {
+        th_fuel fuel = {.left = -1};
+        th_trace *forward = NULL;
+        rc = thx_check(x, th_pipeline_run(joint.t, "noop,cse,dce", &fuel, TH_VERIFY_PASSES, NULL, NULL));
+        if (rc == 0 && !(e->gradient = thx_gradient_new(x, &joint, k->c->remat, &forward))) rc = -1;
+        if (rc == 0) {
+            th_trace_free(e->main.t);
+            e->main.t = forward;
+        }
+    }
+    th_joint_fini(&joint);
+    return rc;
+}
+
 static int run_passes(compile *k) {
     thx_entry *e = k->e;
     if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0) return -1;
-    e->final = k->r->t;
+    e->main.t = k->r->t;
     k->r->t = NULL;
+    bool grad = take_flags(e->main.t);
     th_fuel fuel = {.left = -1};
-    return thx_check(k->x, th_pipeline_run(e->final, k->x->passes, &fuel, TH_VERIFY_PASSES, between_passes, k));
+    const char *passes = grad && !k->x->passes ? "functionalize,noop,fold,cse,dce" : k->x->passes;
+    if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, TH_VERIFY_PASSES, between_passes, k)) < 0) return -1;
+    if (!grad) return 0;
+    if (differentiate(k) < 0) return -1;
+    return e->gradient ? 0
+                       : thx_check(k->x, th_pipeline_run(e->main.t, "lifetime", &fuel, TH_VERIFY_PASSES, NULL, NULL));
 }
 
 thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args,
@@ -338,21 +377,13 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k, args, npositional, kwnames);
     rc = rc == 0 ? make_guards(&k) : rc;
-    if (rc == 0 && ambient->grad && wants_grad(&k)) {
-        PyErr_SetString(x->GradNeeded, "gradients are needed");
-        rc = -1;
-    }
-    if (rc == 0) {
-        k.capturing = true;
-        rc = capture(&k);
-    }
+    if (rc == 0) rc = capture(&k);
     captured = now_ms();
     if (rc == 0) rc = run_passes(&k);
     passed = now_ms();
     if (rc == 0) rc = lower(&k);
     if (rc == 0) {
         thx_entry *e = k.e;
-        e->writes_inputs = writes_inputs(e->final);
         e->sharing = PyMem_Malloc(sizeof *e->sharing * (k.leaves.count + 1));
         if (e->sharing)
             thx_find_sharing(x, e->guards, &k.leaves, e->sharing);
@@ -379,7 +410,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     if (collecting) PyGC_Enable();
     if (rc < 0 && k.e->guards && !k.e->eager) {
         if (PyErr_ExceptionMatches(x->GradNeeded))
-            k.e->eager = captured > 0 && k.capturing ? THX_EAGER_INSIDE : THX_EAGER_GRAD;
+            k.e->eager = THX_EAGER_GRAD;
         else if (PyErr_ExceptionMatches(x->CaptureError) && c->fallback_eager)
             k.e->eager = THX_EAGER_REFUSED;
         if (k.e->eager) /* the exception stays set: the caller tells it once */

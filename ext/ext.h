@@ -24,6 +24,7 @@ typedef enum thx_func_kind {
     THX_FUNC_RECORD = 1,
     THX_FUNC_QUERY,  /* asks about metadata: run on the fake */
     THX_FUNC_DATA,   /* asks for values */
+    THX_FUNC_GRAD,   /* asks or tells autograd something: gradstate.c */
     THX_FUNC_SKIP,   /* switches a mode: run, not recorded */
     THX_FUNC_REFUSE, /* cannot be captured */
 } thx_func_kind;
@@ -45,7 +46,8 @@ enum { THX_CODES = 256, THX_DEVICES = 32 }; /* of the caches below; others take 
 
 typedef struct thx_names { /* interned attribute names */
     PyObject *torch_function, *torch_dispatch, *dict, *class_, *device, *enter, *exit, *self, *name, *module, *qualname,
-        *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped;
+        *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped, *to_save,
+        *materialize_grads, *pending, *saved_tensors;
 } thx_names;
 
 typedef struct thx {
@@ -57,7 +59,7 @@ typedef struct thx {
     PyObject *torch, *torch_c, *functional;
     PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
         *NnModule, *NumpyGeneric, *MethodWrapper;
-    PyTypeObject *Callable, *Trace, *Observer, *Recorder;
+    PyTypeObject *Callable, *Trace, *Observer, *Recorder, *Gradient, *Pending;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *dtype_objects[TH_DTYPE_COUNT];
@@ -75,6 +77,11 @@ typedef struct thx {
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
     PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *modes_off, *get_rng_state,
         *set_rng_state, *equal, *rand;
+    PyObject *autograd_grad, *is_view, *is_multithreading, *set_multithreading;
+    PyObject *apply;                  /* of the autograd node's class: autograd.c */
+    PyObject *top_hooks, *keep_graph; /* NULL in a torch without them */
+    struct thx_rule **rules;          /* derived ones: derive.c */
+    uint32_t nrules, cap_rules;
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
     getter version_get, requires_grad_get;
     void *version_closure, *requires_grad_closure;

@@ -163,8 +163,7 @@ PyObject *thx_fake(thx *x, th_typeref ref) {
     }
     PyObject *elem = cls ? make_elem(x, type) : NULL;
     if (elem) {
-        PyObject *grad = type->flags & TH_TYPE_REQUIRES_GRAD ? Py_True : Py_False;
-        PyObject *args[] = {NULL, cls, elem, grad, Py_True, device};
+        PyObject *args[] = {NULL, cls, elem, Py_False, Py_True, device};
         fake = PyObject_Vectorcall(x->make_subclass, args + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, x->fake_kwnames);
     }
     Py_XDECREF(elem);

@@ -69,8 +69,6 @@ static const char *const query_properties[] = {"shape",
                                                "is_mps",
                                                "is_meta",
                                                "is_sparse",
-                                               "is_leaf",
-                                               "grad_fn",
                                                "names",
                                                "is_quantized",
                                                "is_mkldnn",
@@ -87,7 +85,6 @@ static const char *const query_properties[] = {"shape",
                                                "is_vulkan",
                                                "is_mtia",
                                                "is_hpu",
-                                               "requires_grad",
                                                "retains_grad",
                                                "_backward_hooks",
                                                "_post_accumulate_grad_hooks",
@@ -98,10 +95,7 @@ static const char *const data[] = {"item",        "__bool__",    "__int__",     
                                    "__format__",  "__nonzero__", "__long__",     NULL};
 static const char *const skipped[] = {"_set_grad_enabled", "set_grad_enabled", "set_default_tensor_type",
                                       "__get_properties__", NULL};
-static const char *const refused[] = {"register_hook",
-                                      "retain_grad",
-                                      "backward",
-                                      "register_post_accumulate_grad_hook",
+static const char *const refused[] = {"register_post_accumulate_grad_hook",
                                       "data_ptr",
                                       "share_memory_",
                                       "__reduce_ex__",
@@ -118,6 +112,8 @@ static const char *const refused[] = {"register_hook",
                                       "set_",
                                       "storage_offset",
                                       NULL};
+static const char *const autograd_names[] = {"requires_grad_", "register_hook", "retain_grad", "backward", NULL};
+static const char *const autograd_properties[] = {"requires_grad", "is_leaf", "grad_fn", "grad", NULL};
 static const char *const random_names[] = {"rand",
                                            "randn",
                                            "randint",
@@ -215,7 +211,9 @@ static uint8_t kind_of(const char *callee, const char *name) {
     if (listed(data, name)) return THX_FUNC_DATA;
     if (listed(skipped, name)) return THX_FUNC_SKIP;
     if (listed(refused, name)) return THX_FUNC_REFUSE;
-    (void)callee;
+    if (strcmp(callee, "torch.autograd.grad") == 0 || strncmp(callee, "torch.autograd.backward", 23) == 0)
+        return THX_FUNC_GRAD;
+    if (listed(autograd_names, name) && strncmp(callee, "torch.Tensor.", 13) == 0) return THX_FUNC_GRAD;
     return THX_FUNC_RECORD;
 }
 
@@ -229,11 +227,12 @@ static int describe_property(thx *x, PyObject *wrapper, PyObject *descriptor, th
         bool get = strcmp(how, "__get__") == 0;
         snprintf(text, sizeof text, "torch.Tensor.%s.%s", name, how);
         f->callee = th_intern_z(x->ctx, text);
-        if (get)
+        if (listed(autograd_properties, name))
+            f->kind = THX_FUNC_GRAD;
+        else if (get)
             f->kind = listed(query_properties, name) ? THX_FUNC_QUERY : THX_FUNC_RECORD;
         else
-            f->kind =
-                strcmp(name, "requires_grad") == 0 || strcmp(name, "names") == 0 ? THX_FUNC_SKIP : THX_FUNC_REFUSE;
+            f->kind = strcmp(name, "names") == 0 ? THX_FUNC_SKIP : THX_FUNC_REFUSE;
         f->def = th_catalog_find(x->catalog, f->callee);
         rc = 0;
     }

@@ -21,6 +21,7 @@ typedef enum call_kind { CALL_VECTOR = 1, CALL_GETITEM, CALL_SETITEM } call_kind
 typedef struct call_data {
     thx_instr_data head;
     uint8_t kind;
+    bool no_grad;               /* ran while gradients were off; matters where a program runs under autograd */
     PyObject *callee, *kwnames; /* owned */
     uint32_t nargs, npositional;
     arg *args;
@@ -31,6 +32,11 @@ typedef struct call_data {
 
 PyObject *thx_slot_object(thx *x, th_slot *slot) {
     if (slot->object) return slot->object;
+    if (!slot->owns_handle && x->abi.aoti_torch_new_tensor_handle(slot->handle, &slot->handle)) {
+        slot->handle = NULL;
+        PyErr_SetString(PyExc_RuntimeError, "torch refused to share a tensor");
+        return NULL;
+    }
     PyObject *o = thx_wrap(&x->abi, slot->handle);
     slot->owns_handle = false;
     slot->handle = NULL;
@@ -194,10 +200,23 @@ static PyObject *call_item(thx *x, th_frame *f, const call_data *c) {
     return result;
 }
 
+static PyObject *call_without_grad(thx *x, th_frame *f, const call_data *c) {
+    PyObject *done = PyObject_CallOneArg(x->set_grad, Py_False), *result = NULL, *type, *value, *trace;
+    if (done) result = c->kind == CALL_VECTOR ? call_vector(x, f, c) : call_item(x, f, c);
+    Py_XDECREF(done);
+    PyErr_Fetch(&type, &value, &trace);
+    done = PyObject_CallOneArg(x->set_grad, Py_True);
+    Py_XDECREF(done);
+    PyErr_Restore(type, value, trace);
+    return result;
+}
+
 static int run_call(th_frame *f, const th_instr *instr) {
     const call_data *c = instr->data;
     thx *x = f->user;
-    PyObject *result = c->kind == CALL_VECTOR ? call_vector(x, f, c) : call_item(x, f, c);
+    PyObject *result = c->no_grad && thx_grad_mode(x) == 1 ? call_without_grad(x, f, c)
+                       : c->kind == CALL_VECTOR            ? call_vector(x, f, c)
+                                                           : call_item(x, f, c);
     if (!result) return -1;
     int rc = store(f, &c->outs, result);
     Py_DECREF(result);
@@ -221,6 +240,7 @@ static int call_init(thx_lowering *l, call_data *c, const th_op *op) {
     const th_node_data *args = &t->nodes[op->args];
     uint32_t nkw = op->kwargs ? t->nodes[op->kwargs].count / 2 : 0;
     c->npositional = args->count;
+    c->no_grad = op->marks & TH_MARK_NO_GRAD;
     c->args = PyMem_Calloc(args->count + nkw + 1, sizeof(arg));
     c->kwnames = nkw ? PyTuple_New(nkw) : NULL;
     if (!c->args || (nkw && !c->kwnames)) return PyErr_NoMemory(), -1;

@@ -1,5 +1,6 @@
 /* thunder._C: making the module state and tearing it down. */
 #include "callable.h"
+#include "derive.h"
 
 #include "base/env.h"
 
@@ -106,6 +107,10 @@ static int load_functions(thx *x) {
         {&x->get_script_optimize, x->torch_c, "_get_graph_executor_optimize"},
         {&x->set_script_optimize, x->torch_c, "_set_graph_executor_optimize"},
         {&x->strided, x->torch, "strided"},
+        {&x->autograd_grad, x->torch, "autograd.grad"},
+        {&x->is_view, (PyObject *)x->Tensor, "_is_view"},
+        {&x->is_multithreading, x->torch_c, "_is_multithreading_enabled"},
+        {&x->set_multithreading, x->torch_c, "_set_multithreading_enabled"},
         {&x->random_tag, x->torch, "Tag.nondeterministic_seeded"},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
@@ -138,6 +143,11 @@ static int load_names(thx *x) {
         {&x->n.index, "index"},
         {&x->n.dtype, "dtype"},
         {&x->n.tags, "tags"},
+        {&x->n.requires_grad, "requires_grad"},
+        {&x->n.to_save, "to_save"},
+        {&x->n.materialize_grads, "materialize_grads"},
+        {&x->n.pending, "_thunder_pending"},
+        {&x->n.saved_tensors, "saved_tensors"},
     };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return -1;
@@ -303,7 +313,7 @@ static int module_exec(PyObject *module) {
     if (!x->torch_c || !x->functional || load_names(x) < 0 || load_types(x) < 0 || load_functions(x) < 0 ||
         load_errors(x) < 0 || load_library(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 ||
         thx_fake_init(x, module) < 0 || thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 ||
-        thx_callable_init(x, module) < 0)
+        thx_autograd_init(x, module) < 0 || thx_callable_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x);
     return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded);
@@ -314,6 +324,7 @@ static void module_free(void *module) {
     if (!x || !x->ctx) return;
     thx_guards_fini(x);
     thx_funcs_free(x);
+    thx_rules_free(x);
     PyMem_Free(x->library);
     thx_abi_fini(&x->abi);
     th_catalog_free(x->catalog);

@@ -18,6 +18,7 @@ typedef struct call { /* one operation being recorded */
     const th_opdef *def;
     th_node anode, knode;
     bool random;
+    thx_grad_note note;
 } call;
 
 static long version_of(thx *x, PyObject *tensor) {
@@ -115,7 +116,7 @@ static bool is_input(const thx_recorder *r, PyObject *o) {
 
 static th_node none_node(thx_recorder *r) { return th_node_none(r->t); }
 
-static th_node out_tensor(thx_recorder *r, PyObject *out) {
+static th_node out_tensor(thx_recorder *r, PyObject *out, const thx_grad_note *note) {
     thx *x = r->x;
     if (!thx_is_fake(x, out)) { /* a real tensor: nothing about it depends on fakes */
         thx_cell *cell = thx_recorder_cell(r, out);
@@ -133,12 +134,14 @@ static th_node out_tensor(thx_recorder *r, PyObject *out) {
     if (thx_read_meta(x, out, true, &meta) < 0) return 0;
     th_typeref type = thx_meta_type(x, &meta);
     if (!type) return 0;
-    th_val value = th_trace_value(r->t, 0, type);
+    th_val value = th_trace_value(r->t, 0, thx_flag_type(r, type, note));
     if (is_input(r, out)) { /* the operation returns an input object: a new value for the same tensor */
         thx_cell *cell = thx_recorder_cell(r, out);
         if (!cell) return 0;
         r->t->values[value].alias = alias_group(r->t, cell->value);
         r->t->values[value].offset = r->t->values[cell->value].offset;
+        bool before = th_type_get(x->ctx, r->t->values[cell->value].type)->flags & TH_TYPE_REQUIRES_GRAD;
+        r->t->values[value].type = th_type_set_grad(x->ctx, type, note->grad || before);
     } else if (find_alias(r, out, value, &meta) < 0) {
         return 0;
     }
@@ -146,17 +149,17 @@ static th_node out_tensor(thx_recorder *r, PyObject *out) {
     return th_node_value(r->t, value);
 }
 
-static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors) {
+static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors, const thx_grad_note *note) {
     if (thx_is_tensor(r->x, out)) {
         ++*tensors;
-        return out_tensor(r, out);
+        return out_tensor(r, out, note);
     }
     if (PyTuple_Check(out) || PyList_Check(out)) {
         Py_ssize_t n = PySequence_Fast_GET_SIZE(out);
         th_node *kids = PyMem_Malloc(sizeof(th_node) * (size_t)(n + 1)), result = 0;
         Py_ssize_t i = 0;
         for (; kids && i < n; i++)
-            if (!(kids[i] = out_node(r, PySequence_Fast_ITEMS(out)[i], tensors))) break;
+            if (!(kids[i] = out_node(r, PySequence_Fast_ITEMS(out)[i], tensors, note))) break;
         if (kids && i == n) result = th_node_seq(r->t, TH_N_TUPLE, (uint32_t)n, kids);
         PyMem_Free(kids);
         return result;
@@ -180,17 +183,19 @@ static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th
                      .outs = outs,
                      .outs_list = outs_list,
                      .effects = effects,
+                     .marks = c->note.marks,
                      .writes = writes,
                      .nwrites = nwrites};
     if (!c->callee) op.callee_opaque = th_trace_opaque(r->t, "fn", c->func);
-    if (!(effects & TH_FX_RANDOM)) return thx_emit(r, &op);
+    if (!(effects & TH_FX_RANDOM) || r->deriving) return thx_emit(r, &op);
     return thx_random_before(r) < 0 || thx_emit(r, &op) < 0 || thx_random_after(r) < 0 ? -1 : 0;
 }
 
 /* ---- our own meta rules ---- */
 
-static PyObject *fast_out(thx_recorder *r, const th_out *out, th_node *node) {
-    th_val value = th_trace_value(r->t, 0, out->type);
+static PyObject *fast_out(call *c, const th_out *out, th_node *node) {
+    thx_recorder *r = c->r;
+    th_val value = th_trace_value(r->t, 0, thx_flag_type(r, th_type_set_grad(r->x->ctx, out->type, false), &c->note));
     PyObject *fake = thx_fake(r->x, out->type);
     if (!fake) return NULL;
     if (out->alias_of) {
@@ -212,6 +217,8 @@ static PyObject *fast_inplace(call *c, const th_call *rule) {
     r->t->values[value].alias = alias_group(r->t, before);
     r->t->values[value].offset = r->t->values[before].offset;
     uint8_t effects = TH_FX_WRITES | (c->random ? TH_FX_RANDOM : 0);
+    thx_note_write(r, before, &c->note);
+    r->t->values[value].type = r->t->values[before].type;
     if (thx_recorder_define(r, self, value) < 0 || emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
         return NULL;
     return Py_NewRef(self);
@@ -233,14 +240,14 @@ static PyObject *fast(call *c) {
     uint8_t effects = c->random || (c->def->effects & TH_FX_RANDOM) ? TH_FX_RANDOM : 0;
     if (!rule.outs_list && rule.nouts == 1) {
         th_node node = 0;
-        PyObject *fake = fast_out(r, &rule.outs[0], &node);
+        PyObject *fake = fast_out(c, &rule.outs[0], &node);
         if (fake && emit(c, node, false, effects, NULL, 0) < 0) Py_CLEAR(fake);
         return fake;
     }
     th_node nodes[TH_MAX_OUTS];
     PyObject *tuple = PyTuple_New(rule.nouts);
     for (uint32_t i = 0; tuple && i < rule.nouts; i++) {
-        PyObject *fake = fast_out(r, &rule.outs[i], &nodes[i]);
+        PyObject *fake = fast_out(c, &rule.outs[i], &nodes[i]);
         if (!fake)
             Py_CLEAR(tuple);
         else
@@ -457,7 +464,7 @@ static int emit_slow(call *c, PyObject **result, const long *versions) {
     }
     if (!nwrites && thx_is_tensor(r->x, *result) && is_input(r, *result))
         return 0; /* returned its input untouched: nothing happened */
-    th_node outs = out_node(r, *result, &tensors);
+    th_node outs = out_node(r, *result, &tensors, &c->note);
     if (!outs) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         return -1;
@@ -469,7 +476,10 @@ static int emit_slow(call *c, PyObject **result, const long *versions) {
     if (!tensors) outs = 0;
     uint8_t effects = (nwrites ? TH_FX_WRITES : 0) | (r->saw_random || c->random ? TH_FX_RANDOM : 0);
     if (emit(c, outs, !thx_is_tensor(r->x, *result), effects, writes, nwrites) < 0) return -1;
-    for (uint32_t i = 0; i < nwrites; i++) alias_group(r->t, writes[i]);
+    for (uint32_t i = 0; i < nwrites; i++) {
+        alias_group(r->t, writes[i]);
+        thx_note_write(r, writes[i], &c->note);
+    }
     if (thx_is_tensor(r->x, *result) && !thx_is_fake(r->x, *result)) {
         PyObject *fake = fakeify(r, *result);
         Py_SETREF(*result, fake);
@@ -517,19 +527,6 @@ static bool autocast_on(thx *x) {
     return on == Py_True;
 }
 
-static int needs_grad(thx_recorder *r) {
-    int on = thx_grad_mode(r->x);
-    if (on <= 0) return on;
-    for (uint32_t i = 0; i < r->ninputs; i++) {
-        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
-        if (cell && th_type_get(r->x->ctx, r->t->values[cell->value].type)->flags & TH_TYPE_REQUIRES_GRAD) {
-            PyErr_SetString(r->x->GradNeeded, "an operation needs gradients");
-            return -1;
-        }
-    }
-    return 0;
-}
-
 static bool under_functorch(thx *x) {
     PyObject *level = PyObject_CallNoArgs(x->functorch_level);
     PyErr_Clear();
@@ -546,21 +543,9 @@ static int check_default_dtype(thx_recorder *r) {
                              "set it outside the compiled function, or pass dtype= to each operation");
 }
 
-/* x.requires_grad_(): from here on gradients matter. */
-static int asks_for_grad(thx *x, const thx_func *f, PyObject *args, PyObject *kwargs) {
-    const char *name = f->callee ? th_str_get(x->ctx, f->callee) : "";
-    if (strcmp(name, "torch.Tensor.requires_grad_") != 0) return 0;
-    PyObject *flag = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1)
-                     : kwargs                   ? PyDict_GetItemString(kwargs, "requires_grad")
-                                                : Py_True;
-    if (flag == Py_False) return 0;
-    PyErr_SetString(x->GradNeeded, "a tensor is made to require gradients");
-    return -1;
-}
-
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
-    call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random};
+    call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
     if (under_functorch(x)) /* under vmap or grad: what functorch makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     if (check_default_dtype(r) < 0) return NULL;
@@ -588,7 +573,7 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
                           "call it outside the compiled function");
         return NULL;
     }
-    if (needs_grad(r) < 0 || asks_for_grad(x, f, args, kwargs) < 0) return NULL;
+    if (thx_note_grad(r, c.callee, c.def, &c.note) < 0) return NULL;
     if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
         PyObject *fa = fakeify(r, args), *fk = fa && kwargs ? fakeify(r, kwargs) : NULL;
         PyObject *result = fa && (fk || !kwargs) ? PyObject_Call(func, fa, fk) : NULL;
@@ -617,8 +602,11 @@ PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
         r->nqueries++;
         return PyObject_Call(func, args, kwargs);
     }
-    PyObject *tuple = PyTuple_Check(args) ? Py_NewRef(args) : PySequence_Tuple(args);
-    PyObject *result = tuple ? record(r, &f, func, tuple, kwargs) : NULL;
+    PyObject *tuple = PyTuple_Check(args) ? Py_NewRef(args) : PySequence_Tuple(args), *result = NULL;
+    if (tuple && f.kind == THX_FUNC_GRAD && !under_functorch(r->x))
+        result = thx_ask_autograd(r, &f, func, tuple, kwargs);
+    else if (tuple)
+        result = record(r, &f, func, tuple, kwargs);
     Py_XDECREF(tuple);
     return result;
 }
@@ -684,7 +672,7 @@ static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args
                               "call this transform outside the compiled function");
         return NULL;
     }
-    return slow(&c);
+    return thx_note_grad(r, c.callee, NULL, &c.note) < 0 ? NULL : slow(&c);
 }
 
 PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n) {

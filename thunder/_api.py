@@ -18,6 +18,7 @@ from thunder.extend import Executor, resolve_executors
 
 _CACHE_OPTIONS = {"constant values": 0, "no caching": 1, "same input": 2}
 _FALLBACKS = ("error", "eager")
+_REMAT = {"off": 0, "auto": 1, "max": 2}
 _OPTIONS: dict[str, object] = {}
 
 
@@ -29,6 +30,7 @@ def jit(
     transforms: Sequence[Any] | None = None,
     cache: str = "constant values",
     fallback: str = "error",
+    remat: str = "auto",
     **options: Any,
 ) -> Any:
     """Compile a PyTorch callable or module.
@@ -42,6 +44,8 @@ def jit(
             only, on the caller's word that nothing else changes.
         fallback: what to do with a callable that cannot be captured: ``"error"`` raises ``thunder.CaptureError``,
             ``"eager"`` warns once and runs the original.
+        remat: what a training step saves for its backward pass: ``"off"`` what PyTorch's autograd would, ``"auto"``
+            less where cheap operations can make a value again, ``"max"`` as little as possible.
 
     Returns:
         For a module a ``thunder.ThunderModule`` that shares its parameters and buffers; for another callable an object
@@ -53,10 +57,10 @@ def jit(
         ValueError: an option has an unknown value.
         thunder.CaptureError: at a call, when the program cannot be captured.
     """
-    settings = dict(executors=executors, transforms=transforms, cache=cache, fallback=fallback, **options)
+    settings = dict(executors=executors, transforms=transforms, cache=cache, fallback=fallback, remat=remat, **options)
     if fn is None:
         return lambda target: jit(target, **settings)
-    _check_options(cache, fallback, options)
+    _check_options(cache, fallback, remat, options)
     _check_target(fn)
     chosen = resolve_executors(executors)
     if transforms:
@@ -70,6 +74,7 @@ def jit(
         cache=_CACHE_OPTIONS[cache],
         fallback_eager=fallback == "eager",
         on_event=_reporter(fn),
+        remat=_REMAT[remat],
     )
     compiled._thunder_settings = settings
     if is_module:
@@ -78,10 +83,10 @@ def jit(
     return compiled
 
 
-def _check_options(cache: str, fallback: str, options: dict[str, Any]) -> None:
+def _check_options(cache: str, fallback: str, remat: str, options: dict[str, Any]) -> None:
     for name in options:
         if name not in _OPTIONS:
-            known = ["executors", "transforms", "cache", "fallback", *_OPTIONS]
+            known = ["executors", "transforms", "cache", "fallback", "remat", *_OPTIONS]
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known options are {', '.join(known)}"
             raise TypeError(f"thunder.jit got an unknown option {name!r}{hint}")
@@ -89,6 +94,8 @@ def _check_options(cache: str, fallback: str, options: dict[str, Any]) -> None:
         raise ValueError(f"cache must be one of {', '.join(map(repr, _CACHE_OPTIONS))}, not {cache!r}")
     if fallback not in _FALLBACKS:
         raise ValueError(f"fallback must be one of {', '.join(map(repr, _FALLBACKS))}, not {fallback!r}")
+    if not isinstance(remat, str) or remat not in _REMAT:
+        raise ValueError(f"remat must be one of {', '.join(map(repr, _REMAT))}, not {remat!r}")
 
 
 def _uses_torch_compile(fn: Any) -> str | None:
@@ -161,10 +168,7 @@ def _reporter(fn: Any) -> Callable[[str, Any], None]:
 
     def report(event: str, detail: Any) -> None:
         if event == "grad":
-            text = (
-                f"{name}: gradients are needed and compiled training is not there yet, so calls run eager; "
-                "call it under torch.no_grad() to run compiled code"
-            )
+            text = f"{name}: runs eager where gradients are needed: {detail}"
         elif event == "modes":
             text = f"{name}: a torch function or dispatch mode is active around the call, so it runs eager"
         else:

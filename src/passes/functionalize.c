@@ -93,7 +93,7 @@ static th__view recorded(const pass *p, th_val v) {
 
 static bool is_plain_tensor(const th_trace *t, th_val v) {
     const th_type *type = th_type_get(t->ctx, t->values[v].type);
-    return type->kind == TH_TYPE_TENSOR && !type->flags && th__class((th_dtype)type->dtype) != 'c';
+    return type->kind == TH_TYPE_TENSOR && th__class((th_dtype)type->dtype) != 'c';
 }
 
 static bool fits_base(const pass *p, th_val v, th_val base) {
@@ -166,12 +166,17 @@ static void check_overlap(void *user, th_val *v) {
     if (!th__view_same(&view, p->region) && th__views_overlap(&view, p->region)) group_of(p, *v)->refused = true;
 }
 
+/* Apart from whether they require grad. */
+static bool same_type(const th_trace *t, th_val a, th_val b) {
+    return th_type_set_grad(t->ctx, t->values[a].type, false) == th_type_set_grad(t->ctx, t->values[b].type, false);
+}
+
 /* What a write returns must be its destination. */
 static bool returns_dest(const pass *p, const th_op *op, th_val dest) {
     th_val out = th__node_as_value(p->t, op->outs);
     if (!op->outs) return true;
-    return out && p->members[out].group == p->members[dest].group &&
-           p->t->values[out].type == p->t->values[dest].type && p->members[out].offset == p->members[dest].offset;
+    return out && p->members[out].group == p->members[dest].group && same_type(p->t, out, dest) &&
+           p->members[out].offset == p->members[dest].offset;
 }
 
 static th_status examine_write(pass *p, th_opref op) {
@@ -247,7 +252,7 @@ static th_status examine(pass *p) {
 
 static th_val emit(pass *p, const char *callee, th_typeref type, uint32_t n, const th_node *args, th_node kwargs) {
     th_trace *t = p->t;
-    th_val out = th_trace_value(t, 0, type);
+    th_val out = th_trace_value(t, 0, th_type_set_grad(t->ctx, type, false));
     th_trace_op(t, &(th_op_args){.kind = TH_OP_CALL,
                                  .callee = th_intern_z(t->ctx, callee),
                                  .args = th_node_seq(t, TH_N_TUPLE, n, args),
@@ -452,11 +457,9 @@ static void advance(pass *p, group *g, const th__write *w, th_val contents, bool
     th__view base = recorded(p, g->base);
     th_typeref type = t->values[g->base].type;
     bool whole = th__view_same(&w->region, &base), dense = th__view_is_dense(&base);
-    bool same_type = t->values[contents].type == type;
-    if (whole && dense && (same_type || th_type_get(t->ctx, type)->contiguous)) {
-        g->current = same_type && fresh ? contents
-                     : same_type        ? emit_clone(p, contents)
-                                        : emit_packed(p, contents, type);
+    bool same = same_type(t, contents, g->base);
+    if (whole && dense && (same || th_type_get(t->ctx, type)->contiguous)) {
+        g->current = same && fresh ? contents : same ? emit_clone(p, contents) : emit_packed(p, contents, type);
         g->shift = -base.offset;
     } else {
         if (dense && g->has_input && g->version == 0) { /* an input's offset is not known, a copy's is */

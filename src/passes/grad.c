@@ -21,6 +21,7 @@ typedef struct record {  /* of an operation that takes part */
     const th_rule *rule; /* or this one */
     th_op op;            /* with its arguments as they are in the joint trace */
     th_val *uses, *outs; /* joint values; outs as the rule's forward part made them */
+    th_val *recorded;    /* the results as op.outs has them */
     bool *needs;
     uint32_t nuses, nouts;
     th_val *map;     /* by value of the rule's trace: joint value */
@@ -173,7 +174,6 @@ static bool is_detach(const th_trace *t, const th_op *op) {
 static void splice_op(joiner *j, record *rec, const th_trace *from, th_opref o) {
     th_trace *t = j->t;
     const th_op *op = &from->ops[o];
-    if (is_detach(from, op) && !from->values[from->nodes[op->outs].u.ref].def) return;
     if (is_detach(from, op)) { /* inside a rule nobody can tell the two tensors apart */
         rec->map[from->nodes[op->outs].u.ref] = rec->map[th__node_as_value(from, th__op_arg(from, op, 0, NULL))];
         return;
@@ -260,8 +260,9 @@ static th_status splice_forward(joiner *j, record *rec, const th_op *old, const 
 
 /* ---- forwards ---- */
 
-static th_status ask(joiner *j, record *rec, const th_val *outs, const th_typeref *tangents, const th_rule **rule) {
-    const th_rule_request request = {j->t, &rec->op, rec->nuses, rec->uses, rec->needs, rec->nouts, outs, tangents};
+static th_status ask(joiner *j, record *rec, const th_typeref *tangents, const th_rule **rule) {
+    const th_rule_request request = {j->t,       &rec->op,   rec->nuses,    rec->uses,
+                                     rec->needs, rec->nouts, rec->recorded, tangents};
     th_status status = j->rules(j->user, &request, rule);
     if (status != TH_OK) return status;
     if ((*rule)->nuses != rec->nuses || (*rule)->nouts != rec->nouts || rec->nouts > 64)
@@ -277,6 +278,7 @@ static th_status take_part(joiner *j, th_opref at, record *rec) {
     rec->needs = th__scratch_zeroed(&j->scratch, rec->nuses, sizeof *rec->needs);
     if (!old_outs || !rec->outs || !rec->needs) return TH_ENOMEM;
     rec->nouts = nouts;
+    rec->recorded = old_outs;
     for (uint32_t i = 0; i < rec->nuses; i++) rec->needs[i] = requires_grad(j, rec->uses[i]);
     const th_opdef *def = old->callee_opaque ? NULL : th_catalog_find(j->catalog, old->callee);
     if (def && def->grad && !old->effects) {
@@ -298,7 +300,7 @@ static th_status take_part(joiner *j, th_opref at, record *rec) {
         j->t->nops--;
     }
     const th_rule *rule = NULL;
-    TRY(ask(j, rec, old_outs, NULL, &rule));
+    TRY(ask(j, rec, NULL, &rule));
     if (!rule->out_grad) { /* detach, argmax: nothing of it is differentiable */
         th__op_push(j->t, &rec->op);
         return th_trace_status(j->t);
@@ -433,7 +435,7 @@ static th_status backward_by_rule(joiner *j, record *rec, const th_val *tangents
     if (!types) return TH_ENOMEM;
     for (uint32_t i = 0; i < rec->nouts; i++) types[i] = tangents[i] ? j->t->values[tangents[i]].type : 0;
     const th_rule *rule = NULL;
-    TRY(ask(j, rec, rec->outs, types, &rule));
+    TRY(ask(j, rec, types, &rule));
     if (rule != rec->rule) TRY(follow(j, rec, rule));
     th_trace *from = rule->trace;
     uint32_t input = rec->nuses;

@@ -72,7 +72,8 @@ th_val th__op_returns_input(const th_trace *t, const th_op *op) {
     same_when when = 0;
     th_val in = th__node_as_value(t, th__op_arg(t, op, 0, "input")), out = th__node_as_value(t, op->outs);
     if (!in || !out || op->kind != TH_OP_CALL || (op->effects & ~TH_FX_RANDOM)) return 0;
-    if (t->values[in].type != t->values[out].type) return 0;
+    if (th_type_set_grad(t->ctx, t->values[in].type, false) != th_type_set_grad(t->ctx, t->values[out].type, false))
+        return 0;
     for (size_t i = 0; i < sizeof known / sizeof *known && !when; i++) {
         if (th__op_is(t, op, known[i].name)) when = known[i].when;
     }

@@ -28,7 +28,7 @@ static bool is_number(const th_trace *t, th_node n) {
 static bool can_copy(const th_trace *t, th_val from, const th__write *w) {
     const th_type *source = type_of(t, from), *dest = type_of(t, w->dest);
     if (source->kind != TH_TYPE_TENSOR || source->device != dest->device || source->ndim > w->region.ndim) return false;
-    if (source->flags || th__class((th_dtype)source->dtype) == 'c') return false;
+    if (th__class((th_dtype)source->dtype) == 'c') return false;
     for (uint32_t i = 0; i < source->ndim; i++) {
         int64_t wanted = w->region.shape[w->region.ndim - source->ndim + i];
         if (source->shape[i] != wanted && source->shape[i] != 1) return false;
@@ -97,7 +97,7 @@ static th_status understand_put(th_trace *t, th_node index, th_node value, th__w
     if (source) {
         const th_type *type = type_of(t, source);
         DECLINE_IF(type->kind != TH_TYPE_TENSOR || type->device != x->device || type->dtype != x->dtype);
-        DECLINE_IF(type->ndim > rank || type->flags);
+        DECLINE_IF(type->ndim > rank);
     }
     w->kind = TH__WRITE_PUT;
     w->source = value;
@@ -236,7 +236,7 @@ static th_status understand_twin(const th_catalog *catalog, th_trace *t, const t
     TRY(ask_rule(twin, &call));
     DECLINE_IF(call.nouts != 1 || call.outs_list || call.outs[0].same || call.outs[0].alias_of);
     const th_type *type = th_type_get(t->ctx, call.outs[0].type), *dest = type_of(t, w->dest);
-    DECLINE_IF(type->kind != TH_TYPE_TENSOR || type->flags || type->device != dest->device || type->ndim != dest->ndim);
+    DECLINE_IF(type->kind != TH_TYPE_TENSOR || type->device != dest->device || type->ndim != dest->ndim);
     DECLINE_IF(type->ndim && memcmp(type->shape, dest->shape, type->ndim * sizeof *type->shape) != 0);
     th__view result = {.ndim = type->ndim};
     for (uint32_t i = 0; i < type->ndim; i++) result.shape[i] = type->shape[i], result.stride[i] = type->stride[i];

@@ -1,0 +1,83 @@
+/* See ambient.h. */
+#include "ambient.h"
+
+#include <string.h>
+
+static long call_long(PyObject *builtin) {
+    PyObject *o = PyObject_CallNoArgs(builtin);
+    long n = o ? PyLong_AsLong(o) : -1;
+    Py_XDECREF(o);
+    return n;
+}
+
+static int call_flag(PyObject *builtin) {
+    PyObject *o = PyObject_CallNoArgs(builtin);
+    Py_XDECREF(o);
+    return o ? o == Py_True : -1;
+}
+
+static int read_autocast(thx *x, thx_ambient *a) {
+    static const char *const devices[] = {"cpu", "cuda"};
+    for (int i = 0; i < 2; i++) {
+        PyObject *on = PyObject_CallFunction(x->autocast_enabled, "s", devices[i]);
+        PyObject *dtype = on ? PyObject_CallFunction(x->autocast_dtype, "s", devices[i]) : NULL;
+        if (!dtype) { /* a build without that device type */
+            PyErr_Clear();
+            Py_XDECREF(on);
+            continue;
+        }
+        *(i ? &a->autocast_gpu : &a->autocast_cpu) = on == Py_True;
+        if (on == Py_True) *(i ? &a->gpu_dtype : &a->cpu_dtype) = dtype;
+        Py_DECREF(on);
+        Py_DECREF(dtype);
+    }
+    return 0;
+}
+
+/* 1: modes of the user are active, nothing may be assumed; 0: read; -1 error. */
+int thx_ambient_read(thx *x, thx_ambient *a) {
+    memset(a, 0, sizeof *a);
+    long functions = call_long(x->f_stack_len), dispatches = call_long(x->d_stack_len);
+    int grad = thx_grad_mode(x);
+    int inference = call_flag(x->inference), autocast = call_flag(x->any_autocast);
+    PyObject *dtype = PyObject_CallNoArgs(x->default_dtype);
+    if (functions < 0 || dispatches < 0 || grad < 0 || inference < 0 || autocast < 0 || !dtype) {
+        Py_XDECREF(dtype);
+        return -1;
+    }
+    a->grad = grad;
+    a->inference = inference;
+    a->autocast = autocast;
+    a->default_dtype = dtype;
+    Py_DECREF(dtype);
+    if (autocast && read_autocast(x, a) < 0) return -1;
+    return functions > 0 || dispatches > 0;
+}
+
+/* ---- autocast ---- */
+
+static int set_autocast(thx *x, const char *device, bool on) {
+    PyObject *done = PyObject_CallFunction(x->set_autocast, "sO", device, on ? Py_True : Py_False);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+int thx_autocast_off(thx *x, thx_autocast *was) {
+    thx_ambient a = {0};
+    int on = call_flag(x->any_autocast);
+    *was = (thx_autocast){false, false};
+    if (on <= 0) return on;
+    if (read_autocast(x, &a) < 0) return -1;
+    *was = (thx_autocast){a.autocast_cpu, a.autocast_gpu};
+    return (was->cpu && set_autocast(x, "cpu", false) < 0) || (was->gpu && set_autocast(x, "cuda", false) < 0) ? -1 : 0;
+}
+
+void thx_autocast_on(thx *x, const thx_autocast *was) {
+    if (!was->cpu && !was->gpu) return;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    if (was->cpu) set_autocast(x, "cpu", true);
+    if (was->gpu) set_autocast(x, "cuda", true);
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+}

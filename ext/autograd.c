@@ -1,0 +1,631 @@
+/* The autograd node: forward and backward are C functions of a class made with torch's own metaclass.
+ *
+ *     call -> _FunctionBase.apply(run, x, w)         x, w: the inputs that require grad; run: a `pending` object
+ *               forward(ctx, run, x, w)              runs the forward plan, hands results to torch
+ *             y.backward() ... apply(ctx, gy)        runs the backward plan on what was saved
+ *
+ * What the user can see of the saved values (inputs, results) goes through torch's save_for_backward, with its checks
+ * for later writes and its hooks; the rest stays in `pending`, as handles that no Python object was made for. With
+ * saved tensor hooks active, everything goes through torch.
+ */
+#include "autograd.h"
+
+#include "ambient.h"
+#include "lower.h"
+
+#include <string.h>
+
+typedef struct pending {               /* a run forwards, until it has run backwards for the last time */
+    PyObject_VAR_HEAD thx_gradient *g; /* owned */
+    thx_forward *run;                  /* while the run goes on */
+    PyObject **inputs;                 /* of the call, for create_graph; owned; NULL where it was written to */
+    long *versions;                    /* of those that torch does not keep */
+    bool all_shown, freed;
+    th_slot kept[1]; /* by saved value: what torch does not keep */
+} pending;
+
+/* ---- the gradient ---- */
+
+static void gradient_dealloc(thx_gradient *g) {
+    PyTypeObject *type = Py_TYPE(g);
+    thx_program_fini(&g->backward);
+    thx_program_fini(&g->again);
+    PyMem_Free(g->wrt);
+    PyMem_Free(g->tangent_of);
+    PyMem_Free(g->mutated);
+    PyMem_Free(g->saved);
+    type->tp_free((PyObject *)g);
+    Py_DECREF(type);
+}
+
+static uint32_t index_of(const th_val *items, uint32_t n, th_val v) {
+    for (uint32_t i = 0; i < n; i++)
+        if (items[i] == v) return i;
+    return UINT32_MAX;
+}
+
+static int copy_numbers(uint32_t **to, const uint32_t *from, uint32_t n) {
+    *to = PyMem_Calloc(n + 1, sizeof **to);
+    if (!*to) return PyErr_NoMemory(), -1;
+    if (n) memcpy(*to, from, n * sizeof **to);
+    return 0;
+}
+
+static bool is_shown(const thx_gradient *g, const th_trace *forward, th_val v) {
+    const th_node_data *result = &forward->nodes[forward->result];
+    for (uint32_t i = 0; i < g->nresults; i++)
+        if (forward->nodes[forward->kids[result->u.kids + i]].u.ref == v) return true;
+    return false;
+}
+
+static int describe_saved(thx_gradient *g, const th_trace *forward, const th_halves *halves) {
+    g->nsaved = halves->nsaved;
+    g->saved = PyMem_Calloc(g->nsaved + 1, sizeof *g->saved);
+    if (!g->saved) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < g->nsaved; i++) {
+        uint32_t root = index_of(forward->inputs, forward->ninputs, halves->saved[i]);
+        bool input = root != UINT32_MAX;
+        g->saved[i] =
+            (thx_saved){input ? (int32_t)root : -1, g->nresults + i, input || is_shown(g, forward, halves->saved[i])};
+    }
+    return 0;
+}
+
+/* The joint trace with the gradients alone as its result: what create_graph runs. */
+static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, bool *random) {
+    th_status status = th_trace_clone(joint->t, out);
+    if (status != TH_OK) return status;
+    th_trace *t = *out;
+    const th_node_data *result = &t->nodes[t->result];
+    uint32_t first = joint->nresults + joint->nmutated, n = 1;
+    const th_node *grads = joint->t->kids + result->u.kids + first; /* the other trace's: it does not move */
+    t->result = th_node_seq(t, TH_N_TUPLE, joint->nwrt, grads);
+    for (th_opref o = 1; o < t->nops; o++) { /* what the run did to its inputs is done */
+        bool write = false;
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
+            write |= index_of(t->inputs, t->ninputs, t->kids[t->ops[o].writes + i]) != UINT32_MAX;
+        if (!write) t->ops[n++] = t->ops[o];
+    }
+    t->nops = n;
+    for (th_opref o = 1; o < t->nops; o++) *random |= (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) != 0;
+    th_fuel fuel = {.left = -1};
+    status = th_pipeline_run(t, "dce,lifetime", &fuel, false, NULL, NULL);
+    (void)x;
+    return status;
+}
+
+static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, th_trace **forward) {
+    th_halves halves;
+    if (thx_check(x, keep_gradients(x, joint, &g->again.t, &g->again_random)) < 0 ||
+        thx_check(x, th_grad_split(joint, remat, &halves)) < 0)
+        return -1;
+    const th_trace *f = halves.forward;
+    g->backward.t = halves.backward;
+    halves.backward = NULL;
+    g->nroots = f->ninputs;
+    g->nresults = joint->nresults + joint->nmutated;
+    g->nwrt = joint->nwrt;
+    g->ntangents = joint->ntangents;
+    g->nmutated = joint->nmutated;
+    g->bytes = halves.bytes;
+    g->bytes_kept = halves.bytes_kept;
+    int rc =
+        copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 || copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
+                copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 || describe_saved(g, f, &halves) < 0
+            ? -1
+            : 0;
+    for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
+    for (uint32_t i = 0; rc == 0 && i < g->nmutated; i++)
+        g->mutated[i] = index_of(f->inputs, f->ninputs, g->mutated[i]);
+    if (rc == 0) {
+        *forward = halves.forward;
+        halves.forward = NULL;
+        rc = thx_program_lower(x, &g->backward, false);
+    }
+    th_halves_fini(x->ctx, &halves);
+    return rc;
+}
+
+thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, th_trace **forward) {
+    thx_gradient *g = (thx_gradient *)x->Gradient->tp_alloc(x->Gradient, 0);
+    if (!g) return NULL;
+    g->x = x;
+    if (gradient_init(x, g, joint, remat, forward) < 0) {
+        Py_DECREF((PyObject *)g);
+        return NULL;
+    }
+    return g;
+}
+
+/* ---- a pending run ---- */
+
+static void drop_slot(thx *x, th_slot *s) {
+    th_slot was = *s;
+    *s = (th_slot){0};
+    if (was.owns_object) Py_DECREF((PyObject *)was.object);
+    if (was.owns_handle) x->abi.aoti_torch_delete_tensor_object(was.handle);
+}
+
+static void pending_release(pending *p) {
+    thx_gradient *g = p->g;
+    for (uint32_t i = 0; i < g->nsaved; i++) drop_slot(g->x, &p->kept[i]);
+    for (uint32_t i = 0; p->inputs && i < g->nroots; i++) Py_XDECREF(p->inputs[i]);
+    PyMem_Free(p->inputs);
+    PyMem_Free(p->versions);
+    p->inputs = NULL;
+    p->versions = NULL;
+}
+
+static void pending_dealloc(pending *p) {
+    PyTypeObject *type = Py_TYPE(p);
+    pending_release(p);
+    Py_DECREF((PyObject *)p->g);
+    type->tp_free((PyObject *)p);
+    Py_DECREF(type);
+}
+
+static pending *pending_new(thx *x, thx_gradient *g, thx_forward *run) {
+    pending *p = (pending *)x->Pending->tp_alloc(x->Pending, g->nsaved);
+    if (!p) return NULL;
+    p->g = (thx_gradient *)Py_NewRef((PyObject *)g);
+    p->run = run;
+    return p;
+}
+
+/* ---- forward ---- */
+
+static long version_of(thx *x, PyObject *tensor) {
+    PyObject *v = x->version_get(tensor, x->version_closure);
+    long version = v ? PyLong_AsLong(v) : -1;
+    PyErr_Clear();
+    Py_XDECREF(v);
+    return version;
+}
+
+/* The inputs, for a backward that is itself differentiated; those that torch does not keep with the version they had.
+ */
+static int keep_inputs(thx *x, pending *p, const th_slot *slots) {
+    const thx_gradient *g = p->g;
+    p->inputs = PyMem_Calloc(g->nroots + 1, sizeof *p->inputs);
+    p->versions = PyMem_Malloc(sizeof *p->versions * (g->nroots + 1));
+    if (!p->inputs || !p->versions) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < g->nroots; i++) {
+        p->inputs[i] = Py_NewRef((PyObject *)slots[i].object);
+        p->versions[i] = -2;
+    }
+    for (uint32_t i = 0; i < g->nsaved; i++)
+        if (g->saved[i].root >= 0) p->versions[g->saved[i].root] = -1;
+    for (uint32_t i = 0; i < g->nroots; i++)
+        if (p->versions[i] == -2) p->versions[i] = version_of(x, p->inputs[i]);
+    for (uint32_t i = 0; i < g->nmutated; i++) Py_CLEAR(p->inputs[g->mutated[i]]); /* it will refer to this node */
+    return 0;
+}
+
+static th_slot *result_slot(const thx_forward *f, uint32_t n) { return &f->slots[thx_program_result(f->program, n)]; }
+
+/* A result in the form that a node may return: an object that is no view for autograd. */
+static PyObject *result_object(thx *x, th_slot *slot) {
+    if (slot->object && x->abi.on && x->abi.aoti_torch__reinterpret_tensor) {
+        PyObject *view = PyObject_CallOneArg(x->is_view, slot->object);
+        if (!view) return NULL;
+        Py_DECREF(view);
+        if (view == Py_True) {
+            thx_meta m;
+            th_h h = NULL;
+            if (thx_read_meta(x, slot->object, false, &m) < 0) return NULL;
+            if (x->abi.aoti_torch__reinterpret_tensor(thx_slot_handle(x, slot), m.ndim, m.shape, m.stride, 0, &h) ==
+                0) {
+                PyObject *plain = thx_wrap(&x->abi, h);
+                if (!plain) return NULL;
+                drop_slot(x, slot);
+                slot->object = plain;
+                slot->owns_object = true;
+            }
+        }
+    }
+    return thx_slot_object(x, slot);
+}
+
+/* Values that torch keeps: a tuple in the order of the saved ones. */
+static PyObject *shown_tuple(thx *x, const pending *p, thx_forward *f) {
+    const thx_gradient *g = p->g;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < g->nsaved; i++) n += p->all_shown || g->saved[i].shown;
+    PyObject *tuple = PyTuple_New(n);
+    for (uint32_t i = 0, at = 0; tuple && i < g->nsaved; i++) {
+        const thx_saved *s = &g->saved[i];
+        if (!p->all_shown && !s->shown) continue;
+        PyObject *o = s->root >= 0 ? f->slots[s->root].object : thx_slot_object(x, result_slot(f, s->value));
+        if (!o)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, at++, Py_NewRef(o));
+    }
+    return tuple;
+}
+
+static void keep_hidden(pending *p, thx_forward *f) {
+    const thx_gradient *g = p->g;
+    for (uint32_t i = 0; i < g->nsaved && !p->all_shown; i++) {
+        if (g->saved[i].shown) continue;
+        th_slot *slot = result_slot(f, g->saved[i].value);
+        p->kept[i] = *slot;
+        slot->owns_handle = slot->owns_object = false; /* still readable by the caller, no longer its own */
+    }
+}
+
+static int run_program(thx *x, thx_forward *f) {
+    for (;;) {
+        uint32_t n = f->program->plan->nslots;
+        f->slots = n <= THX_SLOTS_ON_STACK ? f->fixed : PyMem_Malloc(sizeof *f->slots * n);
+        if (!f->slots) return PyErr_NoMemory(), -1;
+        int rc = f->fill(f->user, f->slots) < 0 ? -1 : thx_program_run(x, f->program, f->slots);
+        if (rc == 0) return 0;
+        thx_forward_fini(f);
+        if (rc < 0) return -1;
+    }
+}
+
+void thx_forward_fini(thx_forward *f) {
+    if (f->slots && f->slots != f->fixed) PyMem_Free(f->slots);
+    f->slots = NULL;
+}
+
+/* forward(ctx, pending, *tensors) */
+static PyObject *forward(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+    thx *x = PyModule_GetState(module);
+    if (n < 2 || !Py_IS_TYPE(a[1], x->Pending) || !((pending *)a[1])->run)
+        return PyErr_Format(PyExc_TypeError, "this function is thunder's own");
+    pending *p = (pending *)a[1];
+    thx_forward *f = p->run;
+    const thx_gradient *g = p->g;
+    PyObject *hooks = x->top_hooks ? PyObject_CallOneArg(x->top_hooks, Py_False) : Py_NewRef(Py_None);
+    if (!hooks) return NULL;
+    p->all_shown = hooks != Py_None;
+    Py_DECREF(hooks);
+    if (run_program(x, f) < 0) return NULL;
+    PyObject *outs = PyTuple_New(g->ntangents);
+    for (uint32_t i = 0; outs && i < g->ntangents; i++) {
+        PyObject *o = result_object(x, result_slot(f, g->tangent_of[i]));
+        if (!o)
+            Py_CLEAR(outs);
+        else
+            PyTuple_SET_ITEM(outs, i, Py_NewRef(o));
+    }
+    PyObject *shown = outs ? shown_tuple(x, p, f) : NULL;
+    if (!shown || keep_inputs(x, p, f->slots) < 0 || PyObject_SetAttr(a[0], x->n.to_save, shown) < 0 ||
+        PyObject_SetAttr(a[0], x->n.materialize_grads, Py_False) < 0 || PyObject_SetAttr(a[0], x->n.pending, a[1]) < 0)
+        Py_CLEAR(outs);
+    Py_XDECREF(shown);
+    if (outs) keep_hidden(p, f);
+    return outs;
+}
+
+static int take_outs(thx_forward *f, PyObject *outs) {
+    const thx_gradient *g = f->gradient;
+    if (!PyTuple_Check(outs) || PyTuple_GET_SIZE(outs) != g->ntangents) {
+        PyErr_SetString(PyExc_SystemError, "autograd returned another number of results");
+        return -1;
+    }
+    for (uint32_t i = 0; i < g->ntangents; i++) {
+        th_slot *slot = result_slot(f, g->tangent_of[i]);
+        PyObject *o = PyTuple_GET_ITEM(outs, i);
+        if (slot->object == o) continue;
+        drop_slot(g->x, slot);
+        slot->object = Py_NewRef(o);
+        slot->owns_object = true;
+    }
+    return 0;
+}
+
+/* Inputs that take new contents, in autograd's sight. */
+static int write_inputs(thx *x, thx_forward *f) {
+    const thx_gradient *g = f->gradient;
+    for (uint32_t i = 0; i < g->nmutated; i++) {
+        PyObject *target = f->slots[g->mutated[i]].object;
+        PyObject *contents = thx_slot_object(x, result_slot(f, g->nresults - g->nmutated + i));
+        PyObject *done = contents ? PyObject_CallMethod(target, "copy_", "O", contents) : NULL;
+        Py_XDECREF(done);
+        if (!done) return -1;
+    }
+    return 0;
+}
+
+int thx_forward_run(thx *x, thx_forward *f) {
+    thx_gradient *g = f->gradient;
+    f->slots = NULL;
+    pending *p = pending_new(x, g, f);
+    PyObject *fixed[16], **args = g->nwrt + 2 <= 16 ? fixed : PyMem_Malloc(sizeof *args * (g->nwrt + 2)), *outs = NULL;
+    th_slot few[32], *roots = g->nroots <= 32 ? few : PyMem_Malloc(sizeof *roots * g->nroots);
+    if (!args || !roots) PyErr_NoMemory();
+    if (p && args && roots && f->fill(f->user, roots) == 0) {
+        args[1] = (PyObject *)p;
+        for (uint32_t i = 0; i < g->nwrt; i++) args[2 + i] = roots[g->wrt[i]].object;
+        outs = PyObject_Vectorcall(x->apply, args + 1, (g->nwrt + 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    }
+    if (args != fixed) PyMem_Free(args);
+    if (roots != few) PyMem_Free(roots);
+    if (p) p->run = NULL;
+    Py_XDECREF((PyObject *)p);
+    int rc = outs ? take_outs(f, outs) : -1;
+    Py_XDECREF(outs);
+    if (rc == 0) rc = write_inputs(x, f);
+    if (rc < 0 && f->slots) {
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        for (uint32_t i = g->nroots; i < f->program->plan->nslots; i++) drop_slot(x, &f->slots[i]);
+        thx_forward_fini(f);
+        PyErr_Restore(type, value, trace);
+    }
+    return rc;
+}
+
+/* ---- backward ---- */
+
+static PyObject *ints(const int64_t *items, uint32_t n) {
+    PyObject *tuple = PyTuple_New(n);
+    for (uint32_t i = 0; tuple && i < n; i++) {
+        PyObject *item = PyLong_FromLongLong(items[i]);
+        if (!item)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, item);
+    }
+    return tuple;
+}
+
+/* A tensor of the type, filled from `source` or with zeros. New reference. */
+static PyObject *laid_out(thx *x, const th_type *t, PyObject *source) {
+    PyObject *shape = ints(t->shape, t->ndim), *stride = ints(t->stride, t->ndim);
+    PyObject *device = thx_device_object(x, t->device), *tensor = NULL, *done = NULL;
+    if (shape && stride && device) {
+        PyObject *args[] = {NULL, shape, stride, x->dtype_objects[t->dtype], device};
+        tensor = PyObject_Vectorcall(x->empty_strided, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, x->elem_kwnames);
+    }
+    if (tensor)
+        done = source ? PyObject_CallMethod(tensor, "copy_", "O", source) : PyObject_CallMethod(tensor, "zero_", NULL);
+    Py_XDECREF(shape);
+    Py_XDECREF(stride);
+    Py_XDECREF(device);
+    if (!done) Py_CLEAR(tensor);
+    Py_XDECREF(done);
+    return tensor;
+}
+
+static bool laid_out_so(thx *x, PyObject *tensor, const th_type *t) {
+    thx_meta m;
+    if (thx_read_meta(x, tensor, false, &m) < 0) {
+        PyErr_Clear();
+        return false;
+    }
+    bool same = m.dtype == t->dtype && m.ndim == t->ndim, empty = th_type_numel(t) == 0;
+    for (uint32_t i = 0; same && i < t->ndim; i++)
+        same = m.shape[i] == t->shape[i] && (empty || m.shape[i] <= 1 || m.stride[i] == t->stride[i]);
+    return same;
+}
+
+/* The gradients in the layout that the backward program was made for; a list of new references. */
+static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t, bool graph) {
+    PyObject *list = PyList_New(g->ntangents);
+    for (uint32_t i = 0; list && i < g->ntangents; i++) {
+        th_val v = t->inputs[t->ninputs - g->ntangents + i];
+        const th_type *type = th_type_get(x->ctx, t->values[v].type);
+        PyObject *o = grads[i];
+        if (o == Py_None)
+            o = laid_out(x, type, NULL);
+        else if (graph || laid_out_so(x, o, type))
+            o = Py_NewRef(o);
+        else
+            o = laid_out(x, type, o);
+        if (!o)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, o);
+    }
+    return list;
+}
+
+static void put_object(thx *x, th_slot *slot, PyObject *o) {
+    *slot = (th_slot){.object = o, .handle = x->abi.on ? thx_borrow(&x->abi, o) : NULL};
+}
+
+/* Run a program whose inputs are given and collect the gradients: (None, gradient of each input that requires grad). */
+static PyObject *run_gradients(thx *x, const thx_gradient *g, thx_program *program,
+                               int (*fill)(void *user, th_slot *slots), void *user) {
+    th_slot fixed[THX_SLOTS_ON_STACK], *slots = NULL;
+    for (int rc = 1; rc == 1;) {
+        if (slots && slots != fixed) PyMem_Free(slots);
+        uint32_t n = program->plan->nslots;
+        slots = n <= THX_SLOTS_ON_STACK ? fixed : PyMem_Malloc(sizeof *slots * n);
+        if (!slots) return PyErr_NoMemory();
+        rc = fill(user, slots) < 0 ? -1 : thx_program_run(x, program, slots);
+        if (rc < 0) {
+            if (slots != fixed) PyMem_Free(slots);
+            return NULL;
+        }
+    }
+    PyObject *result = PyTuple_New(g->nwrt + 1);
+    if (result) PyTuple_SET_ITEM(result, 0, Py_NewRef(Py_None));
+    for (uint32_t i = 0; result && i < g->nwrt; i++) {
+        uint32_t at = thx_program_result(program, i);
+        PyObject *o = at == UINT32_MAX ? Py_None : thx_slot_object(x, &slots[at]);
+        if (!o)
+            Py_CLEAR(result);
+        else
+            PyTuple_SET_ITEM(result, i + 1, Py_NewRef(o));
+    }
+    th_frame frame = {slots, x, 0};
+    th_plan_clear(program->plan, &frame);
+    if (slots != fixed) PyMem_Free(slots);
+    return result;
+}
+
+typedef struct sources {
+    thx *x;
+    pending *p;
+    PyObject *shown;    /* tuple: what torch kept */
+    PyObject *tangents; /* list */
+} sources;
+
+static int fill_backward(void *user, th_slot *slots) {
+    sources *s = user;
+    const thx_gradient *g = s->p->g;
+    Py_ssize_t at = 0;
+    for (uint32_t i = 0; i < g->nsaved; i++) {
+        if (s->p->all_shown || g->saved[i].shown) {
+            put_object(s->x, &slots[i], PyTuple_GET_ITEM(s->shown, at++));
+        } else {
+            slots[i] = s->p->kept[i];
+            slots[i].owns_handle = slots[i].owns_object = false;
+        }
+    }
+    for (uint32_t i = 0; i < g->ntangents; i++)
+        put_object(s->x, &slots[g->nsaved + i], PyList_GET_ITEM(s->tangents, i));
+    return 0;
+}
+
+static int fill_again(void *user, th_slot *slots) {
+    sources *s = user;
+    const thx_gradient *g = s->p->g;
+    for (uint32_t i = 0; i < g->nroots; i++) put_object(s->x, &slots[i], s->p->inputs[i]);
+    Py_ssize_t at = 0;
+    for (uint32_t i = 0; i < g->nsaved; i++) { /* with its history, and checked for writes */
+        if (!s->p->all_shown && !g->saved[i].shown) continue;
+        if (g->saved[i].root >= 0) put_object(s->x, &slots[g->saved[i].root], PyTuple_GET_ITEM(s->shown, at));
+        at++;
+    }
+    for (uint32_t i = 0; i < g->ntangents; i++)
+        put_object(s->x, &slots[g->nroots + i], PyList_GET_ITEM(s->tangents, i));
+    return 0;
+}
+
+/* The backward is itself to be differentiated: compute the gradients from the inputs, operation by operation under
+ * autograd. */
+static PyObject *backward_graph(sources *s) {
+    thx *x = s->x;
+    thx_gradient *g = s->p->g;
+    if (g->again_random) {
+        PyErr_SetString(
+            PyExc_RuntimeError,
+            "thunder: create_graph=True needs the forward pass again, and it draws random numbers (dropout, "
+            "say), which would differ. Call the original module for the part that is differentiated twice, "
+            "or switch its dropout off");
+        return NULL;
+    }
+    for (uint32_t i = 0; i < g->nroots; i++) {
+        if (s->p->inputs[i] && (s->p->versions[i] < 0 || version_of(x, s->p->inputs[i]) == s->p->versions[i])) continue;
+        PyErr_SetString(PyExc_RuntimeError,
+                        "thunder: create_graph=True needs an input of the compiled call as it was, and it has been "
+                        "modified by an inplace operation since");
+        return NULL;
+    }
+    if (!g->again.plan && thx_program_lower(x, &g->again, true) < 0) return NULL;
+    return run_gradients(x, g, &g->again, fill_again, s);
+}
+
+static bool keeps_graph(thx *x) {
+    PyObject *keep = x->keep_graph ? PyObject_CallNoArgs(x->keep_graph) : NULL;
+    PyErr_Clear();
+    Py_XDECREF(keep);
+    return keep != Py_False; /* unknown: yes */
+}
+
+/* apply(ctx, *gradients), called by the engine. */
+static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+    thx *x = PyModule_GetState(module);
+    pending *p = n > 0 ? (pending *)PyObject_GetAttr(a[0], x->n.pending) : NULL;
+    if (!p || !Py_IS_TYPE((PyObject *)p, x->Pending) || (uint32_t)n - 1 != p->g->ntangents) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "this function is thunder's own");
+        Py_XDECREF((PyObject *)p);
+        return NULL;
+    }
+    sources s = {x, p, NULL, NULL};
+    PyObject *result = NULL;
+    if (p->freed)
+        PyErr_SetString(PyExc_RuntimeError,
+                        "Trying to backward through the graph a second time (or directly access saved tensors after "
+                        "they have already been freed). Saved intermediate values of the graph are freed when you call "
+                        ".backward() or autograd.grad(). Specify retain_graph=True if you need to backward through the "
+                        "graph a second time or if you need to access saved tensors after calling backward.");
+    else
+        s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
+    int graph = thx_grad_mode(x);
+    thx_autocast cast;
+    if (s.shown && graph >= 0 && thx_autocast_off(x, &cast) == 0) {
+        s.tangents = settle_tangents(x, p->g, a + 1, p->g->backward.t, graph);
+        if (s.tangents && graph)
+            result = backward_graph(&s);
+        else if (s.tangents)
+            result = run_gradients(x, p->g, &p->g->backward, fill_backward, &s);
+        thx_autocast_on(x, &cast);
+    }
+    if (result && !keeps_graph(x)) {
+        p->freed = true;
+        pending_release(p);
+    }
+    Py_XDECREF(s.shown);
+    Py_XDECREF(s.tangents);
+    Py_DECREF((PyObject *)p);
+    return result;
+}
+
+/* ---- types ---- */
+
+static PyType_Slot gradient_slots[] = {
+    {Py_tp_dealloc, gradient_dealloc}, {Py_tp_doc, "How a compiled program is differentiated."}, {0, NULL}};
+static PyType_Spec gradient_spec = {"thunder._C.Gradient", sizeof(thx_gradient), 0,
+                                    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, gradient_slots};
+static PyType_Slot pending_slots[] = {
+    {Py_tp_dealloc, pending_dealloc}, {Py_tp_doc, "A run forwards that may run backwards."}, {0, NULL}};
+static PyType_Spec pending_spec = {"thunder._C.Pending", offsetof(pending, kept), sizeof(th_slot),
+                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, pending_slots};
+
+static PyMethodDef node_methods[] = {
+    {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL, NULL},
+    {"apply", (PyCFunction)(void (*)(void))apply, METH_FASTCALL, NULL},
+};
+
+/* The class, and its `apply` without the Python layer of torch.autograd.Function. */
+static int make_class(thx *x, PyObject *module) {
+    PyObject *function = PyObject_GetAttrString(x->torch, "autograd"), *base = NULL, *cls = NULL, *node = NULL;
+    PyObject *f = PyCFunction_New(&node_methods[0], module), *b = PyCFunction_New(&node_methods[1], module);
+    PyObject *method = b ? PyInstanceMethod_New(b) : NULL, *raw = NULL;
+    int rc = -1;
+    if (function && (base = PyObject_GetAttrString(function, "Function")) && f && method) {
+        PyObject *dict = Py_BuildValue("{s:O,s:O,s:s}", "forward", f, "backward", b, "__module__", "thunder");
+        cls = dict ? PyObject_CallFunction((PyObject *)Py_TYPE(base), "s(O)O", "Compiled", base, dict) : NULL;
+        Py_XDECREF(dict);
+    }
+    if (cls && (node = PyObject_GetAttrString(cls, "_backward_cls")) &&
+        PyObject_SetAttrString(node, "apply", method) == 0) {
+        PyObject *root = PyObject_GetAttrString(x->torch_c, "_FunctionBase");
+        PyObject *descriptor = root ? PyDict_GetItemString(((PyTypeObject *)root)->tp_dict, "apply") : NULL;
+        raw = descriptor ? Py_TYPE(descriptor)->tp_descr_get(descriptor, NULL, cls) : NULL;
+        Py_XDECREF(root);
+        rc = raw ? 0 : -1;
+    }
+    x->apply = raw;
+    Py_XDECREF(node);
+    Py_XDECREF(cls);
+    Py_XDECREF(method);
+    Py_XDECREF(b);
+    Py_XDECREF(f);
+    Py_XDECREF(base);
+    Py_XDECREF(function);
+    return rc;
+}
+
+int thx_autograd_init(thx *x, PyObject *module) {
+    x->Gradient = (PyTypeObject *)PyType_FromModuleAndSpec(module, &gradient_spec, NULL);
+    x->Pending = (PyTypeObject *)PyType_FromModuleAndSpec(module, &pending_spec, NULL);
+    PyObject *autograd = PyObject_GetAttrString(x->torch_c, "_autograd");
+    if (!x->Gradient || !x->Pending || !autograd) {
+        Py_XDECREF(autograd);
+        return -1;
+    }
+    x->top_hooks = PyObject_GetAttrString(autograd, "_top_saved_tensors_default_hooks");
+    x->keep_graph = PyObject_GetAttrString(autograd, "_get_current_graph_task_keep_graph");
+    PyErr_Clear(); /* a torch without them: see where they are used */
+    Py_DECREF(autograd);
+    return make_class(x, module);
+}

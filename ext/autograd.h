@@ -1,0 +1,47 @@
+/* The node that a compiled call leaves in autograd's graph. */
+#ifndef THUNDER_AUTOGRAD_H
+#define THUNDER_AUTOGRAD_H
+
+#include "program.h"
+
+#include "thunder/grad.h"
+
+typedef struct thx_saved { /* one input of the backward program */
+    int32_t root;          /* an input of the call, by number; -1: a value that the forward program made */
+    uint32_t value;        /* entry of the forward program's result */
+    bool shown;            /* the user can see, and so change, it: torch keeps it, with its version */
+} thx_saved;
+
+typedef struct thx_gradient { /* Python object: how a program is differentiated; shared by its entry and pending runs */
+    PyObject_HEAD thx *x;
+    thx_program backward;
+    thx_program again;         /* gradients from the inputs of the call, run under autograd: for create_graph */
+    bool again_random;         /* it draws random numbers, so it would not be the run that it repeats */
+    uint32_t nroots, nresults; /* of the forward program; nresults without what is saved */
+    uint32_t nwrt, *wrt;       /* inputs of the call that require grad */
+    uint32_t ntangents, *tangent_of;
+    uint32_t nmutated, *mutated; /* inputs that take new contents under autograd; these are the last results */
+    uint32_t nsaved;
+    thx_saved *saved;
+    int64_t bytes, bytes_kept;
+} thx_gradient;
+
+/* From a joint trace (consumed) to a gradient; *forward gets the forward trace. */
+thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, th_trace **forward);
+
+/* One run forwards. The caller fills what is above the line and gets `slots` back with the results in them. */
+typedef struct thx_forward {
+    thx_program *program;
+    thx_gradient *gradient;
+    int (*fill)(void *user, th_slot *slots); /* the inputs */
+    void *user;
+    /* ---- */
+    th_slot *slots; /* of the program; freed by the caller: thx_forward_fini */
+    th_slot fixed[THX_SLOTS_ON_STACK];
+} thx_forward;
+int thx_forward_run(thx *x, thx_forward *f);
+void thx_forward_fini(thx_forward *f);
+
+int thx_autograd_init(thx *x, PyObject *module);
+
+#endif

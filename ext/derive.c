@@ -1,0 +1,403 @@
+/* The derived rule: torch's autograd, watched.
+ *
+ *     torch.nn.functional.softplus(x)             torch.ops.aten.softplus.default(x, 1, 20)
+ *                                        ->       torch.ops.aten.softplus_backward.default(g, x, 1, 20)
+ *
+ * The operation is called with fakes that require grad. Below autograd every ATen operation reaches the fakes' dispatch
+ * handler, which records it: first those of the forward, then, while autograd runs backwards from fake gradients, those
+ * of the backward. So every operation that torch can differentiate has a rule, and it saves what torch saves.
+ */
+#include "derive.h"
+
+#include "capture.h"
+
+#include "passes/pass.h"
+
+#include <string.h>
+
+typedef struct thx_rule {
+    uint64_t hash;
+    th_trace *key; /* the operation alone, with its types */
+    th_rule rule;
+} thx_rule;
+
+/* ---- the key ---- */
+
+static th_val import_value(th_trace *t, const th_trace *from, th_val v, bool grad) {
+    th_typeref type = th_type_set_grad(t->ctx, from->values[v].type, grad);
+    return th_trace_input(t, 0, type);
+}
+
+static th_status build_key(const th_rule_request *q, th_trace **out) {
+    th_ctx *ctx = q->t->ctx;
+    th_trace *t = *out = th_trace_new(ctx, "rule");
+    th_val *map = th_ctx_alloc(ctx, NULL, q->t->nvalues * sizeof *map);
+    th_node *kids = th_ctx_alloc(ctx, NULL, (q->nouts + 1) * sizeof *kids);
+    if (t && map && kids) {
+        th_trace_set_opaque_vtable(t, thx_opaque_vtable);
+        memset(map, 0, q->t->nvalues * sizeof *map);
+        for (uint32_t i = 0; i < q->nuses; i++) map[q->uses[i]] = import_value(t, q->t, q->uses[i], q->needs[i]);
+        for (uint32_t i = 0; i < q->nouts; i++) map[q->outs[i]] = th_trace_value(t, 0, q->t->values[q->outs[i]].type);
+        th_op_args op = {.kind = TH_OP_CALL,
+                         .callee = q->op->callee,
+                         .args = th_node_import(t, q->t, q->op->args, map),
+                         .kwargs = th_node_import(t, q->t, q->op->kwargs, map),
+                         .outs = th_node_import(t, q->t, q->op->outs, map),
+                         .outs_list = q->op->outs_list,
+                         .effects = q->op->effects};
+        if (q->op->callee_opaque)
+            op.callee_opaque = th_trace_opaque(t, th_str_get(ctx, q->t->opaques[q->op->callee_opaque].name),
+                                               q->t->opaques[q->op->callee_opaque].object);
+        th_trace_op(t, &op);
+        for (uint32_t i = 0; i < q->nouts; i++)
+            kids[i] = q->tangents && !q->tangents[i]
+                          ? th_node_none(t)
+                          : th_node_value(t, q->tangents ? th_trace_input(t, 0, q->tangents[i]) : map[q->outs[i]]);
+        t->result = th_node_seq(t, TH_N_TUPLE, q->nouts, kids);
+    }
+    th_ctx_alloc(ctx, map, 0);
+    th_ctx_alloc(ctx, kids, 0);
+    return t && map && kids ? th_trace_status(t) : th_fail(ctx, TH_ENOMEM, "out of memory");
+}
+
+/* ---- deriving ---- */
+
+typedef struct derivation {
+    thx *x;
+    const th_rule_request *q;
+    thx_recorder *r;
+    PyObject **fakes;           /* by use (owned by the recorder's table) */
+    PyObject *outs;             /* list: the results that are tensors, in order */
+    PyObject *inputs;           /* list: fakes that require grad */
+    PyObject *roots, *tangents; /* lists: results that a gradient is given for, and those gradients */
+    PyObject *grads;            /* what autograd answered, by input */
+} derivation;
+
+static PyObject *fake_value(void *user, th_val v) {
+    derivation *d = user;
+    for (uint32_t i = 0; i < d->q->nuses; i++)
+        if (d->q->uses[i] == v) return Py_NewRef(d->fakes[i]);
+    PyErr_SetString(PyExc_SystemError, "a value that the operation does not use");
+    return NULL;
+}
+
+static PyObject *new_fake(derivation *d, th_typeref type, bool grad) { /* borrowed */
+    thx *x = d->x;
+    type = th_type_set_grad(x->ctx, type, false);
+    th_val value = th_trace_input(d->r->t, 0, type);
+    PyObject *fake = thx_fake(x, type);
+    if (!fake) return NULL;
+    int rc = grad ? PyObject_SetAttr(fake, x->n.requires_grad, Py_True) : 0;
+    if (rc == 0) rc = thx_recorder_define(d->r, fake, value);
+    Py_DECREF(fake); /* the table owns it */
+    return rc < 0 ? NULL : fake;
+}
+
+static int make_inputs(derivation *d) {
+    const th_rule_request *q = d->q;
+    d->fakes = PyMem_Calloc(q->nuses + 1, sizeof *d->fakes);
+    d->inputs = PyList_New(0);
+    if (!d->fakes || !d->inputs) return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
+    for (uint32_t i = 0; i < q->nuses; i++) {
+        d->fakes[i] = new_fake(d, q->t->values[q->uses[i]].type, q->needs[i]);
+        if (!d->fakes[i] || (q->needs[i] && PyList_Append(d->inputs, d->fakes[i]) < 0)) return -1;
+    }
+    return 0;
+}
+
+/* Walk the recorded results and the ones that came now together. */
+static int collect_outs(derivation *d, th_node outs, PyObject *result) {
+    const th_trace *t = d->q->t;
+    const th_node_data *n = &t->nodes[outs];
+    if (n->kind == TH_N_VALUE) {
+        if (thx_is_tensor(d->x, result)) return PyList_Append(d->outs, result);
+        PyErr_SetString(PyExc_RuntimeError, "it gave something that is no tensor");
+        return -1;
+    }
+    if (n->kind != TH_N_TUPLE) return 0;
+    if ((!PyTuple_Check(result) && !PyList_Check(result)) || (uint32_t)PySequence_Fast_GET_SIZE(result) != n->count) {
+        PyErr_SetString(PyExc_RuntimeError, "it gave another number of results");
+        return -1;
+    }
+    for (uint32_t i = 0; i < n->count; i++)
+        if (collect_outs(d, t->kids[t->nodes[outs].u.kids + i], PySequence_Fast_ITEMS(result)[i]) < 0) return -1;
+    return 0;
+}
+
+static bool has_grad(thx *x, PyObject *tensor) {
+    PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
+    PyErr_Clear();
+    Py_XDECREF(flag);
+    return flag == Py_True;
+}
+
+static int run_forward(derivation *d) {
+    const th_rule_request *q = d->q;
+    PyObject *callee = thx_callable(d->x, q->t, q->op), *result = NULL;
+    PyObject *args = callee ? thx_from_node(d->x, q->t, q->op->args, fake_value, d) : NULL;
+    PyObject *kwargs = args && q->op->kwargs ? thx_from_node(d->x, q->t, q->op->kwargs, fake_value, d) : NULL;
+    if (args && (kwargs || !q->op->kwargs)) result = PyObject_Call(callee, args, kwargs);
+    Py_XDECREF(args);
+    Py_XDECREF(kwargs);
+    d->outs = PyList_New(0);
+    int rc = result && d->outs ? collect_outs(d, q->op->outs, result) : -1;
+    Py_XDECREF(result);
+    return rc;
+}
+
+/* Strides that a gradient has when nobody knows better. */
+static th_typeref default_tangent(derivation *d, th_typeref ref) {
+    const th_type *type = th_type_get(d->x->ctx, ref);
+    int64_t span = 1;
+    bool dense = type->contiguous;
+    for (uint32_t i = 0; i < type->ndim && !dense; i++) span += (type->shape[i] - 1) * type->stride[i];
+    if (dense || span == th_type_numel(type)) return th_type_set_grad(d->x->ctx, ref, false);
+    return th_type_tensor(d->x->ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, NULL, 0);
+}
+
+static int run_backward(derivation *d, uint64_t *out_grad) {
+    const th_rule_request *q = d->q;
+    d->roots = PyList_New(0);
+    d->tangents = PyList_New(0);
+    if (!d->roots || !d->tangents) return -1;
+    for (uint32_t i = 0; i < q->nouts; i++) {
+        PyObject *out = PyList_GET_ITEM(d->outs, i), *tangent;
+        if (!has_grad(d->x, out)) continue;
+        *out_grad |= UINT64_C(1) << i;
+        if (q->tangents && !q->tangents[i]) continue;
+        thx_cell *cell = thx_recorder_cell(d->r, out);
+        if (!cell) return -1;
+        th_typeref type = q->tangents ? q->tangents[i] : default_tangent(d, d->r->t->values[cell->value].type);
+        if (!(tangent = new_fake(d, type, false)) || PyList_Append(d->roots, out) < 0 ||
+            PyList_Append(d->tangents, tangent) < 0)
+            return -1;
+    }
+    if (!PyList_GET_SIZE(d->roots)) return 0;
+    PyObject *args = PyTuple_Pack(3, d->roots, d->inputs, d->tangents);
+    PyObject *kwargs = Py_BuildValue("{s:O}", "allow_unused", Py_True);
+    if (args && kwargs) d->grads = PyObject_Call(d->x->autograd_grad, args, kwargs);
+    Py_XDECREF(args);
+    Py_XDECREF(kwargs);
+    return d->grads ? 0 : -1;
+}
+
+static th_node value_node(derivation *d, PyObject *tensor) {
+    thx_cell *cell = thx_is_tensor(d->x, tensor) ? thx_recorder_cell(d->r, tensor) : NULL;
+    return cell ? th_node_value(d->r->t, cell->value) : 0;
+}
+
+static int set_result(derivation *d) {
+    const th_rule_request *q = d->q;
+    th_trace *t = d->r->t;
+    th_node *kids = PyMem_Calloc(q->nouts + q->nuses + 1, sizeof *kids);
+    Py_ssize_t at = 0;
+    if (!kids) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < q->nouts; i++) kids[i] = value_node(d, PyList_GET_ITEM(d->outs, i));
+    for (uint32_t i = 0; i < q->nuses; i++) {
+        PyObject *grad = q->needs[i] && d->grads ? PyTuple_GET_ITEM(d->grads, at++) : Py_None;
+        kids[q->nouts + i] = grad == Py_None ? th_node_none(t) : value_node(d, grad);
+    }
+    if (!PyErr_Occurred()) t->result = th_node_seq(t, TH_N_TUPLE, q->nouts + q->nuses, kids);
+    PyMem_Free(kids);
+    if (PyErr_Occurred()) return -1;
+    if (d->r->nroots) {
+        PyErr_SetString(PyExc_RuntimeError, "its derivative holds a tensor of its own");
+        return -1;
+    }
+    return thx_check(d->x, th_trace_status(t));
+}
+
+/* ---- names ---- */
+
+static bool same_results(const th_trace *t, const th_op *op, const th_call *call) {
+    const th_node_data *outs = &t->nodes[op->outs];
+    uint32_t n = outs->kind == TH_N_TUPLE ? outs->count : 1;
+    if (n != call->nouts || (outs->kind == TH_N_TUPLE) != call->outs_list) return false;
+    for (uint32_t i = 0; i < n; i++) {
+        const th_node_data *out = outs->kind == TH_N_TUPLE ? &t->nodes[t->kids[outs->u.kids + i]] : outs;
+        if (out->kind != TH_N_VALUE || call->outs[i].same) return false;
+        const th_value *v = &t->values[out->u.ref];
+        bool view = call->outs[i].alias_of != 0;
+        if (v->type != th_type_set_grad(t->ctx, call->outs[i].type, false) || (v->alias != 0) != view) return false;
+        if (view && (t->values[call->outs[i].alias_of].alias != v->alias || call->outs[i].offset != v->offset))
+            return false;
+    }
+    return true;
+}
+
+/* torch.ops.aten.mul.Tensor is torch.mul when the catalogue's rule for that name, given the same arguments, says the
+ * same of the result: then everything that knows torch.mul serves it too. */
+static void use_public_name(thx *x, th_trace *t, th_op *op) {
+    static const char *const places[] = {"torch.%.*s", "torch.Tensor.%.*s", "torch.nn.functional.%.*s"};
+    const char *name = th_str_get(x->ctx, op->callee);
+    if (op->kind != TH_OP_CALL || op->callee_opaque || op->effects || strncmp(name, "torch.ops.aten.", 15) != 0) return;
+    name += 15;
+    int length = (int)strcspn(name, ".");
+    for (int i = 0; i < 3; i++) {
+        char text[128];
+        snprintf(text, sizeof text, places[i], length, name);
+        th_str callee = th_intern_z(x->ctx, text);
+        const th_opdef *def = callee ? th_catalog_find(x->catalog, callee) : NULL;
+        if (!def || !def->meta || (def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM | TH_FX_STATE))) continue;
+        if (i == 2 && def->fusion != TH_FUSE_POINTWISE) continue; /* their arguments may stand in another order */
+        th_call call = {.default_dtype = TH_F32, .default_device = th_device(x->ctx, "cpu", -1), .facts = x->facts};
+        if (th_call_bind(&call, def, t, op->args, op->kwargs) != TH_OK) continue;
+        call.facts = x->facts;
+        if (def->meta(&call) != TH_OK || !same_results(t, op, &call)) continue;
+        op->callee = callee;
+        return;
+    }
+}
+
+/* ---- surroundings ---- */
+
+typedef struct around {
+    PyObject *active, *threads, *script;
+    int grad;
+} around;
+
+static PyObject *call_flag(PyObject *function, bool on) {
+    return PyObject_CallOneArg(function, on ? Py_True : Py_False);
+}
+
+static int enter(thx *x, derivation *d, around *a) {
+    a->active = x->active;
+    a->grad = thx_grad_mode(x);
+    a->threads = PyObject_CallNoArgs(x->is_multithreading);
+    a->script = PyObject_CallNoArgs(x->get_script_optimize);
+    PyObject *done = a->grad >= 0 && a->threads && a->script ? call_flag(x->set_grad, true) : NULL;
+    Py_XDECREF(done);
+    if (done) done = call_flag(x->set_multithreading, false); /* backward runs here, where we watch */
+    Py_XDECREF(done);
+    if (done) done = PyObject_CallOneArg(x->set_script_optimize, Py_False);
+    Py_XDECREF(done);
+    x->active = (PyObject *)d->r;
+    x->active_thread = PyThread_get_thread_ident();
+    return done ? 0 : -1;
+}
+
+static void leave(thx *x, around *a) { /* keeps a pending exception */
+    PyObject *type, *value, *trace, *done;
+    PyErr_Fetch(&type, &value, &trace);
+    x->active = a->active;
+    if (a->grad >= 0) {
+        done = call_flag(x->set_grad, a->grad);
+        Py_XDECREF(done);
+    }
+    if (a->threads) {
+        done = PyObject_CallOneArg(x->set_multithreading, a->threads);
+        Py_XDECREF(done);
+    }
+    if (a->script) {
+        done = PyObject_CallOneArg(x->set_script_optimize, a->script);
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(a->threads);
+    Py_XDECREF(a->script);
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+}
+
+/* ---- all of it ---- */
+
+static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
+    derivation d = {.x = x, .q = q, .r = thx_recorder_new(x, NULL)};
+    around a = {0};
+    if (!d.r) return -1;
+    d.r->deriving = true;
+    int rc = make_inputs(&d);
+    if (rc == 0) {
+        rc = enter(x, &d, &a);
+        if (rc == 0) rc = run_forward(&d);
+        if (rc == 0) rc = run_backward(&d, &out->rule.out_grad);
+        leave(x, &a);
+    }
+    if (rc == 0) rc = set_result(&d);
+    if (rc == 0) {
+        th_trace *t = d.r->t;
+        rc = thx_check(x, th_pipeline_run(t, "functionalize", NULL, false, NULL, NULL));
+        for (th_opref o = 1; rc == 0 && o < t->nops; o++) use_public_name(x, t, &t->ops[o]);
+        if (rc == 0) rc = thx_check(x, th_pipeline_run(t, "noop,cse,dce", NULL, false, NULL, NULL));
+    }
+    if (rc == 0) {
+        out->rule.trace = d.r->t;
+        out->rule.nuses = q->nuses;
+        out->rule.nouts = q->nouts;
+        d.r->t = NULL;
+    }
+    Py_XDECREF(d.outs);
+    Py_XDECREF(d.inputs);
+    Py_XDECREF(d.roots);
+    Py_XDECREF(d.tangents);
+    Py_XDECREF(d.grads);
+    PyMem_Free(d.fakes);
+    Py_DECREF((PyObject *)d.r);
+    return rc;
+}
+
+/* The pending exception becomes the reason of a decline. */
+static th_status decline(thx *x, const th_rule_request *q) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *text = value ? PyObject_Str(value) : NULL;
+    const char *why = text ? PyUnicode_AsUTF8(text) : NULL, *name = th_str_get(x->ctx, q->op->callee);
+    const char *file = q->op->file ? th_str_get(x->ctx, q->op->file) : "?";
+    PyErr_Clear();
+    th_fail(x->ctx, TH_DECLINED, "%s, line %u: the derivative of %s cannot be recorded: %.300s", file,
+            (unsigned)q->op->line, name ? name : "an operation", why ? why : "unknown error");
+    Py_XDECREF(text);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return TH_DECLINED;
+}
+
+static thx_rule *push_rule(thx *x) {
+    if (x->nrules == x->cap_rules) {
+        uint32_t cap = x->cap_rules ? 2 * x->cap_rules : 64;
+        thx_rule **rules = PyMem_Realloc(x->rules, sizeof *rules * cap);
+        if (!rules) return NULL;
+        x->rules = rules;
+        x->cap_rules = cap;
+    }
+    return x->rules[x->nrules] = PyMem_Calloc(1, sizeof(thx_rule));
+}
+
+th_status thx_derive(void *user, const th_rule_request *q, const th_rule **rule) {
+    thx *x = user;
+    th_trace *key = NULL;
+    th_status status = build_key(q, &key);
+    uint64_t hash = status == TH_OK ? th_trace_hash(key) : 0;
+    for (uint32_t i = 0; status == TH_OK && i < x->nrules; i++) {
+        if (x->rules[i]->hash != hash || !th_trace_equal(x->rules[i]->key, key)) continue;
+        th_trace_free(key);
+        *rule = &x->rules[i]->rule;
+        return TH_OK;
+    }
+    thx_rule *made = status == TH_OK ? push_rule(x) : NULL;
+    if (!made) {
+        th_trace_free(key);
+        return status != TH_OK ? status : th_fail(x->ctx, TH_ENOMEM, "out of memory");
+    }
+    if (derive(x, q, made) < 0) {
+        th_trace_free(key);
+        PyMem_Free(made);
+        return decline(x, q);
+    }
+    made->hash = hash;
+    made->key = key;
+    x->nrules++;
+    *rule = &made->rule;
+    return TH_OK;
+}
+
+void thx_rules_free(thx *x) {
+    for (uint32_t i = 0; i < x->nrules; i++) {
+        th_trace_free(x->rules[i]->key);
+        th_trace_free(x->rules[i]->rule.trace);
+        PyMem_Free(x->rules[i]);
+    }
+    PyMem_Free(x->rules);
+    x->rules = NULL;
+    x->nrules = x->cap_rules = 0;
+}

@@ -1,0 +1,133 @@
+/* What autograd would say while a program is captured.
+ *
+ * Fakes never require grad for torch: autograd does not run on them. Which values would, is a flag of their types,
+ * decided here operation by operation; user code that asks is answered from it. It is what the code is told, no more:
+ * what is really differentiated is found out from the derivatives (src/passes/grad.c).
+ */
+#include "capture.h"
+
+#include <string.h>
+
+static bool flagged(const thx_recorder *r, th_val v) {
+    return th_type_get(r->x->ctx, r->t->values[v].type)->flags & TH_TYPE_REQUIRES_GRAD;
+}
+
+/* Results of these require no grad, whatever they are given. */
+static bool cuts_gradients(const thx_recorder *r, th_str callee, const th_opdef *def) {
+    static const char *const names[] = {"detach", "data.__get__", "_like", "new_", "detach_"};
+    const char *name = callee ? th_str_get(r->x->ctx, callee) : "";
+    if (def && def->fusion == TH_FUSE_FACTORY) return true;
+    const char *last = strstr(name, "torch.Tensor.") == name ? name + 13
+                       : strrchr(name, '.')                  ? strrchr(name, '.') + 1
+                                                             : name;
+    size_t n = strlen(last);
+    return strcmp(last, names[0]) == 0 || strcmp(last, names[1]) == 0 || strcmp(last, names[4]) == 0 ||
+           (n > 5 && strcmp(last + n - 5, names[2]) == 0) || strncmp(last, names[3], 4) == 0;
+}
+
+int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_note *note) {
+    bool any = false;
+    *note = (thx_grad_note){false, 0};
+    for (uint32_t i = 0; i < r->ninputs && !any; i++) {
+        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
+        if (!cell) return -1;
+        any = flagged(r, cell->value);
+    }
+    if (!any) return 0;
+    int on = thx_grad_mode(r->x);
+    if (on < 0) return -1;
+    note->grad = on && !cuts_gradients(r, callee, def);
+    note->marks = on ? 0 : TH_MARK_NO_GRAD;
+    return 0;
+}
+
+th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_note *note) {
+    if (!note->grad) return type;
+    char class_ = th_dtype_get((th_dtype)th_type_get(r->x->ctx, type)->dtype)->class_;
+    return class_ == 'f' || class_ == 'c' ? th_type_set_grad(r->x->ctx, type, true) : type;
+}
+
+/* `value` was written: all that share its storage now show what requires grad. */
+void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note) {
+    th_trace *t = r->t;
+    uint32_t alias = t->values[value].alias;
+    if (note->marks & TH_MARK_NO_GRAD && flagged(r, value)) r->hidden_write = true;
+    if (!note->grad) return;
+    t->values[value].type = thx_flag_type(r, t->values[value].type, note);
+    for (th_val v = 1; alias && v < t->nvalues; v++)
+        if (t->values[v].alias == alias && t->values[v].def)
+            t->values[v].type = thx_flag_type(r, t->values[v].type, note);
+}
+
+PyObject *thx_grad_needed(thx_recorder *r, const char *why) {
+    th_str file = 0;
+    uint32_t line = 0;
+    thx_user_line(r->x, &file, &line);
+    return PyErr_Format(r->x->GradNeeded, "%s, line %u: %s", file ? th_str_get(r->x->ctx, file) : "?", line, why);
+}
+
+/* ---- answers ---- */
+
+/* 1 requires grad, 0 does not, -1 error. */
+static int tensor_flag(thx_recorder *r, PyObject *tensor) {
+    if (thx_is_fake(r->x, tensor)) {
+        thx_cell *cell = thx_recorder_cell(r, tensor);
+        return cell ? flagged(r, cell->value) : -1;
+    }
+    PyObject *flag = r->x->requires_grad_get(tensor, r->x->requires_grad_closure);
+    Py_XDECREF(flag);
+    return flag ? flag == Py_True : -1;
+}
+
+/* The real tensor that a fake stands for, when it is an input of the capture as it came; borrowed. */
+static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
+    if (!thx_is_fake(r->x, tensor)) return tensor;
+    thx_cell *cell = thx_recorder_cell(r, tensor);
+    PyErr_Clear();
+    for (uint32_t i = 0; cell && i < r->nroots; i++)
+        if (r->roots[i].value == cell->value) return r->roots[i].real;
+    return NULL;
+}
+
+static PyObject *set_requires_grad(thx_recorder *r, PyObject *tensor, int is, PyObject *wanted) {
+    int on = PyObject_IsTrue(wanted);
+    if (on < 0) return NULL;
+    if (on == is) return Py_NewRef(tensor);
+    return thx_grad_needed(r,
+                           on ? "a tensor is made to require gradients" : "a tensor is made to require no gradients");
+}
+
+PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
+    const char *name = f->callee ? th_str_get(r->x->ctx, f->callee) : "";
+    PyObject *tensor = PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
+    if (strncmp(name, "torch.Tensor.", 13) != 0 || !tensor || !thx_is_tensor(r->x, tensor))
+        return thx_grad_needed(r, "gradients are computed inside the function");
+    int is = tensor_flag(r, tensor);
+    if (is < 0) return NULL;
+    name += 13;
+    if (strcmp(name, "requires_grad.__get__") == 0) return PyBool_FromLong(is);
+    PyObject *root = root_of(r, tensor);
+    if (strcmp(name, "is_leaf.__get__") == 0) return root ? PyObject_CallOneArg(func, root) : PyBool_FromLong(!is);
+    if (strcmp(name, "requires_grad_") == 0) {
+        PyObject *flag = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1)
+                         : kwargs                   ? PyDict_GetItemString(kwargs, "requires_grad")
+                                                    : Py_True;
+        return set_requires_grad(r, tensor, is, flag ? flag : Py_True);
+    }
+    if (strcmp(name, "requires_grad.__set__") == 0 && PyTuple_GET_SIZE(args) > 1) {
+        PyObject *same = set_requires_grad(r, tensor, is, PyTuple_GET_ITEM(args, 1));
+        if (!same) return NULL;
+        Py_DECREF(same);
+        Py_RETURN_NONE;
+    }
+    if (!is && strcmp(name, "grad_fn.__get__") == 0) Py_RETURN_NONE;
+    if (!is && strcmp(name, "grad.__get__") == 0 && !root) Py_RETURN_NONE;
+    if (is) {
+        char why[120];
+        snprintf(why, sizeof why, "the function uses torch.Tensor.%.60s of a tensor that requires grad", name);
+        return thx_grad_needed(r, why);
+    }
+    thx_capture_error(r, th_str_get(r->x->ctx, f->callee), "it acts on autograd's state, which a trace does not hold",
+                      "call it outside the compiled function");
+    return NULL;
+}

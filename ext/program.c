@@ -1,0 +1,130 @@
+/* Running a program: the first run compares each result with what the trace says of it. */
+#include "program.h"
+
+#include "lower.h"
+
+int thx_program_lower(thx *x, thx_program *p, bool plain) {
+    th_plan_free(p->plan);
+    PyMem_Free(p->slot_of);
+    p->slot_of = NULL;
+    p->nshim = p->nbuiltin = 0;
+    p->plan = thx_lower(x, p->t, plain, &p->slot_of, &p->nshim, &p->nbuiltin);
+    p->checked = !p->nshim;
+    return p->plan ? 0 : -1;
+}
+
+void thx_program_fini(thx_program *p) {
+    th_plan_free(p->plan);
+    PyMem_Free(p->slot_of);
+    th_trace_free(p->t);
+    *p = (thx_program){0};
+}
+
+uint32_t thx_program_result(const thx_program *p, uint32_t n) {
+    const th_trace *t = p->t;
+    const th_node_data *d = &t->nodes[t->result];
+    if (d->kind == TH_N_TUPLE) d = &t->nodes[t->kids[d->u.kids + n]];
+    return d->kind == TH_N_VALUE ? p->slot_of[d->u.ref] : UINT32_MAX;
+}
+
+/* Name the user's line on an exception that a kernel raised. */
+static void add_line(thx *x, const thx_program *p, uint32_t failed) {
+    const th_op *op = &p->t->ops[p->plan->instrs[failed].op];
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    if (!type) return thx_raise(x, TH_ERUN), (void)0;
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (value && op->file) {
+        PyObject *text =
+            PyUnicode_FromFormat("raised by compiled code for %s, line %u: %s", th_str_get(x->ctx, op->file), op->line,
+                                 op->callee ? th_str_get(x->ctx, op->callee) : "a function");
+        PyObject *done = text ? PyObject_CallMethod(value, "add_note", "O", text) : NULL;
+        Py_XDECREF(done);
+        Py_XDECREF(text);
+        PyErr_Clear();
+    }
+    PyErr_Restore(type, value, trace);
+}
+
+/* Is a result what the trace says? Strides of dimensions with at most one element do not matter. */
+static bool as_predicted(thx *x, th_slot *slot, const th_type *t) {
+    if ((!slot->handle && !slot->object) || t->kind != TH_TYPE_TENSOR) return true;
+    th_h h = thx_slot_handle(x, slot);
+    int64_t ndim = -1, *sizes = NULL, *strides = NULL;
+    int32_t dtype = -1;
+    if (x->abi.aoti_torch_get_dim(h, &ndim) || ndim != t->ndim || x->abi.aoti_torch_get_dtype(h, &dtype) ||
+        dtype != x->abi.scalar_types[t->dtype] || x->abi.aoti_torch_get_sizes(h, &sizes) ||
+        x->abi.aoti_torch_get_strides(h, &strides))
+        return false;
+    bool same = true, empty = th_type_numel(t) == 0;
+    for (int64_t i = 0; i < ndim; i++)
+        same &= sizes[i] == t->shape[i] && (empty || sizes[i] <= 1 || strides[i] == t->stride[i]);
+    return same;
+}
+
+typedef struct prediction {
+    thx *x;
+    const thx_program *p;
+    th_slot *slots;
+    const th_instr *instr;
+    bool holds;
+} prediction;
+
+/* A result that nobody uses may be what it likes. */
+static bool dies_here(const prediction *p, uint32_t slot) {
+    const uint32_t *dead = p->p->plan->frees + p->instr->frees;
+    for (uint32_t i = 0; i < p->instr->nfrees; i++)
+        if (dead[i] == slot) return true;
+    return false;
+}
+
+static void check_out(void *user, th_val *value) {
+    prediction *p = user;
+    uint32_t slot = p->p->slot_of[*value];
+    if (slot != UINT32_MAX && !dies_here(p, slot))
+        p->holds &= as_predicted(p->x, &p->slots[slot], th_type_get(p->x->ctx, p->p->t->values[*value].type));
+}
+
+/* As th_plan_run, comparing each result with the trace: 0, -1 error, 1 a result differs. */
+static int run_checked(thx *x, const thx_program *p, th_frame *f) {
+    prediction check = {x, p, f->slots, NULL, true};
+    const th_plan *plan = p->plan;
+    for (uint32_t i = 0; i < plan->ninstrs; i++) {
+        const th_instr *instr = check.instr = &plan->instrs[i];
+        int rc = instr->run(f, instr);
+        if (rc == 0 && instr->op) th_op_each_out(p->t, instr->op, check_out, &check);
+        if (rc || !check.holds) {
+            f->failed = i;
+            th_plan_clear(plan, f);
+            return rc ? -1 : 1;
+        }
+        for (uint32_t j = 0; j < instr->nfrees; j++) th_slot_drop(plan, &f->slots[plan->frees[instr->frees + j]]);
+    }
+    return 0;
+}
+
+/* Predicted strides were wrong: lower without what trusts them. */
+static int start_over(thx *x, thx_program *p, const th_frame *f) {
+    const th_op *op = &p->t->ops[p->plan->instrs[f->failed].op];
+    if (p->once) {
+        PyErr_Format(PyExc_RuntimeError,
+                     "%s (%s, line %u) gave other strides than torch's fake kernel said, after inputs "
+                     "were written; please report this",
+                     th_str_get(x->ctx, op->callee), op->file ? th_str_get(x->ctx, op->file) : "?", op->line);
+        return -1;
+    }
+    return thx_program_lower(x, p, true) < 0 ? -1 : 1;
+}
+
+int thx_program_run(thx *x, thx_program *p, th_slot *slots) {
+    th_frame frame = {slots, x, 0};
+    memset(slots + p->plan->nroots, 0, sizeof *slots * (p->plan->nslots - p->plan->nroots));
+    int rc = p->checked ? th_plan_run(p->plan, &frame) : run_checked(x, p, &frame);
+    if (rc == 1 && !p->checked) return start_over(x, p, &frame);
+    if (rc) {
+        add_line(x, p, frame.failed);
+        return -1;
+    }
+    p->checked = true;
+    return 0;
+}

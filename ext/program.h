@@ -1,0 +1,29 @@
+/* A trace with the plan that runs it. */
+#ifndef THUNDER_PROGRAM_H
+#define THUNDER_PROGRAM_H
+
+#include "ext.h"
+
+#include "runtime/plan.h"
+
+typedef struct thx_program {
+    th_trace *t; /* owned */
+    th_plan *plan;
+    uint32_t *slot_of; /* by value of the trace; UINT32_MAX: none */
+    bool checked;      /* a run has confirmed the sizes and strides that the trace states */
+    bool once;         /* it writes to its inputs: a run that went wrong cannot be started over */
+    uint32_t nshim, nbuiltin;
+} thx_program;
+
+enum { THX_SLOTS_ON_STACK = 192 };
+
+/* plain: builtins only, which trust no predicted strides and let torch's autograd see what they do. */
+int thx_program_lower(thx *x, thx_program *p, bool plain);
+void thx_program_fini(thx_program *p);
+/* The slots from the roots on are cleared here. 0 with results in the slots; -1 with an exception, everything released;
+ * 1: predicted strides were wrong, the program was lowered anew: fill new slots and start over. */
+int thx_program_run(thx *x, thx_program *p, th_slot *slots);
+/* The n-th entry of the trace's result: its slot, or UINT32_MAX for None. */
+uint32_t thx_program_result(const thx_program *p, uint32_t n);
+
+#endif

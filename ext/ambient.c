@@ -1,6 +1,8 @@
 /* See ambient.h. */
 #include "ambient.h"
 
+#include "capture.h"
+
 #include <string.h>
 
 static long call_long(PyObject *builtin) {
@@ -37,6 +39,7 @@ static int read_autocast(thx *x, thx_ambient *a) {
 /* 1: modes of the user are active, nothing may be assumed; 0: read; -1 error. */
 int thx_ambient_read(thx *x, thx_ambient *a) {
     memset(a, 0, sizeof *a);
+    if (thx_under_functorch(x)) return 1;
     long functions = call_long(x->f_stack_len), dispatches = call_long(x->d_stack_len);
     int grad = thx_grad_mode(x);
     int inference = call_flag(x->inference), autocast = call_flag(x->any_autocast);

@@ -30,10 +30,12 @@ static void gradient_dealloc(thx_gradient *g) {
     PyTypeObject *type = Py_TYPE(g);
     thx_program_fini(&g->backward);
     thx_program_fini(&g->again);
+    thx_program_fini(&g->batched);
     PyMem_Free(g->wrt);
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->mutated);
     PyMem_Free(g->saved);
+    PyMem_Free(g->depends);
     type->tp_free((PyObject *)g);
     Py_DECREF(type);
 }
@@ -68,6 +70,39 @@ static int describe_saved(thx_gradient *g, const th_trace *forward, const th_hal
         g->saved[i] =
             (thx_saved){input ? (int32_t)root : -1, g->nresults + i, input || is_shown(g, forward, halves->saved[i])};
     }
+    return 0;
+}
+
+typedef struct spread {
+    uint64_t *mask, all;
+} spread;
+
+static void gather(void *user, th_val *v) { ((spread *)user)->all |= ((spread *)user)->mask[*v]; }
+static void scatter(void *user, th_val *v) { ((spread *)user)->mask[*v] |= ((spread *)user)->all; }
+
+/* Which of the incoming gradients each outgoing one depends on. */
+static int find_dependences(thx_gradient *g) {
+    th_trace *t = g->backward.t;
+    spread s = {PyMem_Calloc(t->nvalues, sizeof *s.mask), 0};
+    g->depends = PyMem_Calloc(g->nwrt + 1, sizeof *g->depends);
+    if (!s.mask || !g->depends) {
+        PyMem_Free(s.mask);
+        return PyErr_NoMemory(), -1;
+    }
+    for (uint32_t i = 0; i < g->ntangents && i < 64; i++)
+        s.mask[t->inputs[t->ninputs - g->ntangents + i]] = UINT64_C(1) << i;
+    for (th_opref o = 1; o < t->nops; o++) {
+        s.all = 0;
+        th_op_each_use(t, o, gather, &s);
+        th_op_each_out(t, o, scatter, &s);
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) scatter(&s, &t->kids[t->ops[o].writes + i]);
+    }
+    const th_node_data *result = &t->nodes[t->result];
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        const th_node_data *d = &t->nodes[t->kids[result->u.kids + i]];
+        g->depends[i] = d->kind == TH_N_VALUE ? s.mask[d->u.ref] : 0;
+    }
+    PyMem_Free(s.mask);
     return 0;
 }
 
@@ -111,7 +146,7 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     g->bytes_kept = halves.bytes_kept;
     int rc =
         copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 || copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
-                copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 || describe_saved(g, f, &halves) < 0
+                copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 || describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0
             ? -1
             : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -405,7 +440,7 @@ static bool laid_out_so(thx *x, PyObject *tensor, const th_type *t) {
 }
 
 /* The gradients in the layout that the backward program was made for; a list of new references. */
-static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t, bool graph) {
+static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t, bool as_they_are) {
     PyObject *list = PyList_New(g->ntangents);
     for (uint32_t i = 0; list && i < g->ntangents; i++) {
         th_val v = t->inputs[t->ninputs - g->ntangents + i];
@@ -413,7 +448,7 @@ static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const 
         PyObject *o = grads[i];
         if (o == Py_None)
             o = laid_out(x, type, NULL);
-        else if (graph || laid_out_so(x, o, type))
+        else if (as_they_are || laid_out_so(x, o, type))
             o = Py_NewRef(o);
         else
             o = laid_out(x, type, o);
@@ -423,6 +458,28 @@ static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const 
             PyList_SET_ITEM(list, i, o);
     }
     return list;
+}
+
+/* 1 some gradient is a wrapper around others (vmap), 0 none, -1 error. */
+static int any_batched(thx *x, PyObject *const *grads, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) {
+        if (grads[i] == Py_None) continue;
+        PyObject *const tests[] = {x->is_functorch, x->is_legacy_batched};
+        for (int j = 0; j < 2; j++) {
+            PyObject *yes = tests[j] ? PyObject_CallOneArg(tests[j], grads[i]) : Py_NewRef(Py_False);
+            if (!yes) return -1;
+            Py_DECREF(yes);
+            if (yes == Py_True) return 1;
+        }
+    }
+    return 0;
+}
+
+/* vmap runs the backward on many gradients at once: each operation must go through torch's dispatcher. */
+static thx_program *batched_program(thx *x, thx_gradient *g) {
+    if (g->batched.plan) return &g->batched;
+    if (!g->batched.t && thx_check(x, th_trace_clone(g->backward.t, &g->batched.t)) < 0) return NULL;
+    return thx_program_lower(x, &g->batched, true) < 0 ? NULL : &g->batched;
 }
 
 static void put_object(thx *x, th_slot *slot, PyObject *o) {
@@ -523,6 +580,19 @@ static PyObject *backward_graph(sources *s) {
     return run_gradients(x, g, &g->again, fill_again, s);
 }
 
+/* A gradient that depends on none of those that came in is none, as in eager. */
+static void drop_undefined(const thx_gradient *g, PyObject *const *grads, PyObject *result) {
+    uint64_t defined = 0;
+    if (g->ntangents > 64) return;
+    for (uint32_t i = 0; i < g->ntangents; i++)
+        if (grads[i] != Py_None) defined |= UINT64_C(1) << i;
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        if (g->depends[i] & defined) continue;
+        Py_DECREF(PyTuple_GET_ITEM(result, i + 1));
+        PyTuple_SET_ITEM(result, i + 1, Py_NewRef(Py_None));
+    }
+}
+
 static bool keeps_graph(thx *x) {
     PyObject *keep = x->keep_graph ? PyObject_CallNoArgs(x->keep_graph) : NULL;
     PyErr_Clear();
@@ -549,16 +619,20 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
                         "graph a second time or if you need to access saved tensors after calling backward.");
     else
         s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
-    int graph = thx_grad_mode(x);
+    int graph = thx_grad_mode(x), batched = s.shown ? any_batched(x, a + 1, p->g->ntangents) : 0;
     thx_autocast cast;
+    if (batched < 0) Py_CLEAR(s.shown);
     if (s.shown && graph >= 0 && thx_autocast_off(x, &cast) == 0) {
-        s.tangents = settle_tangents(x, p->g, a + 1, p->g->backward.t, graph);
+        s.tangents = settle_tangents(x, p->g, a + 1, p->g->backward.t, graph || batched);
         if (s.tangents && graph)
             result = backward_graph(&s);
-        else if (s.tangents)
-            result = run_gradients(x, p->g, &p->g->backward, fill_backward, &s);
+        else if (s.tangents) {
+            thx_program *program = batched ? batched_program(x, p->g) : &p->g->backward;
+            result = program ? run_gradients(x, p->g, program, fill_backward, &s) : NULL;
+        }
         thx_autocast_on(x, &cast);
     }
+    if (result) drop_undefined(p->g, a + 1, result);
     if (result && !keeps_graph(x)) {
         p->freed = true;
         pending_release(p);
@@ -627,5 +701,11 @@ int thx_autograd_init(thx *x, PyObject *module) {
     x->keep_graph = PyObject_GetAttrString(autograd, "_get_current_graph_task_keep_graph");
     PyErr_Clear(); /* a torch without them: see where they are used */
     Py_DECREF(autograd);
+    PyObject *functorch = PyObject_GetAttrString(x->torch_c, "_functorch");
+    x->is_legacy_batched = functorch ? PyObject_GetAttrString(functorch, "is_legacy_batchedtensor") : NULL;
+    PyErr_Clear();
+    x->below_autograd = PyObject_GetAttrString(x->torch_c, "_AutoDispatchBelowAutograd");
+    PyErr_Clear();
+    Py_XDECREF(functorch);
     return make_class(x, module);
 }

@@ -405,7 +405,9 @@ static PyObject *entry_stats(thx *x, const thx_entry *e) {
                          e->nfast, "recorded_by_torch", e->nslow, "queries", e->nqueries, "evaluated", e->nevals,
                          "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
                          e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
-                         "builtin_instructions", e->main.nbuiltin);
+                         "builtin_instructions", e->main.nbuiltin, "saved_bytes", (long long)(e->gradient ? e->gradient->bytes_kept : 0),
+        "saved_bytes_without_remat", (long long)(e->gradient ? e->gradient->bytes : 0), "backward_instructions",
+        e->gradient ? e->gradient->backward.plan->ninstrs : 0);
 }
 
 static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
@@ -422,23 +424,30 @@ static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
                 : NULL;
 }
 
-/* (captured, final) of the entry used last, as Trace objects; None before the first compile. */
+static PyObject *trace_copy(thx *x, const th_trace *t) {
+    th_trace *copy = NULL;
+    return thx_check(x, th_trace_clone(t, &copy)) < 0 ? NULL : thx_trace_object(x, copy);
+}
+
+/* Traces of the entry used last: (captured, final), and where it can be differentiated the gradients from the inputs and
+ * the backward; None before the first compile. */
 static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     (void)unused;
     const thx_entry *e = c->entries;
     while (e && e->eager) e = e->next;
     if (!e) Py_RETURN_NONE;
-    th_trace *captured = NULL, *final = NULL;
-    if (thx_check(c->x, th_trace_clone(e->captured, &captured)) < 0) return NULL;
-    if (thx_check(c->x, th_trace_clone(e->main.t, &final)) < 0) {
-        th_trace_free(captured);
-        return NULL;
+    const th_trace *all[] = {e->captured, e->main.t, e->gradient ? e->gradient->again.t : NULL,
+                             e->gradient ? e->gradient->backward.t : NULL};
+    uint32_t n = e->gradient ? 4 : 2;
+    PyObject *tuple = PyTuple_New(n);
+    for (uint32_t i = 0; tuple && i < n; i++) {
+        PyObject *o = trace_copy(c->x, all[i]);
+        if (!o)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, o);
     }
-    PyObject *a = thx_trace_object(c->x, captured), *b = thx_trace_object(c->x, final);
-    PyObject *pair = a && b ? PyTuple_Pack(2, a, b) : NULL;
-    Py_XDECREF(a);
-    Py_XDECREF(b);
-    return pair;
+    return tuple;
 }
 
 static PyObject *callable_reset(thx_callable_object *c, PyObject *unused) {
@@ -449,7 +458,7 @@ static PyObject *callable_reset(thx_callable_object *c, PyObject *unused) {
 
 static PyMethodDef callable_methods[] = {
     {"_stats", (PyCFunction)callable_stats, METH_NOARGS, "Counters of this callable and its entries, as a dict."},
-    {"_traces", (PyCFunction)callable_traces, METH_NOARGS, "(captured trace, final trace) of the entry used last."},
+    {"_traces", (PyCFunction)callable_traces, METH_NOARGS, "Traces of the entry used last: (captured, final) or (captured, forward, gradients, backward)."},
     {"_reset", (PyCFunction)callable_reset, METH_NOARGS, "Forget all compiled entries."},
     {NULL, NULL, 0, NULL},
 };

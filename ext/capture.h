@@ -40,6 +40,8 @@ typedef struct thx_recorder {
     bool forgivable;    /* a CaptureError now is the user's to catch: only a message was to be made */
     bool saw_random;
     bool hidden_write;      /* something that requires grad was written while gradients were off */
+    int recompute;          /* above 0: inside a checkpoint */
+    PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
     bool deriving;          /* records what autograd does for one operation: derive.c */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
@@ -78,6 +80,14 @@ bool thx_read_of_fake_data(void); /* does the pending exception say that a kerne
 PyObject *thx_watch_dispatch(PyObject *recorder, PyObject *const *args,
                              Py_ssize_t nargs); /* mode: notes random kernels */
 
+PyObject *thx_record_call(thx_recorder *r, PyObject *callee, PyObject *args, PyObject *kwargs); /* as one operation */
+bool thx_under_functorch(thx *x);
+
+/* ---- custom.c: torch.autograd.Function ---- */
+int thx_custom_init(thx *x, PyObject *module);
+int thx_custom_enter(thx *x);
+void thx_custom_leave(thx *x);
+
 /* ---- random.c: seeding inside captured code ---- */
 int thx_random_begin(thx_recorder *r);
 int thx_random_before(thx_recorder *r); /* before a random operation is recorded, and at the end of a capture */
@@ -94,6 +104,8 @@ int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_
 th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_note *note);
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
 PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
+int thx_tensor_flag(thx_recorder *r, PyObject *tensor); /* 1 requires grad, 0 does not, -1 error */
+int thx_note_hooks_begin(thx_recorder *r);
 PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
 
 /* ---- constants.c ---- */

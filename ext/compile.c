@@ -347,6 +347,7 @@ static int differentiate(compile *k) {
         }
     }
     th_joint_fini(&joint);
+    thx_rules_forget(x);
     return rc;
 }
 

@@ -231,6 +231,7 @@ static void use_public_name(thx *x, th_trace *t, th_op *op) {
     static const char *const places[] = {"torch.%.*s", "torch.Tensor.%.*s", "torch.nn.functional.%.*s"};
     const char *name = th_str_get(x->ctx, op->callee);
     if (op->kind != TH_OP_CALL || op->callee_opaque || op->effects || strncmp(name, "torch.ops.aten.", 15) != 0) return;
+    if (strcmp(name + 15, "detach.default") == 0) return; /* told apart from the user's own when rules are spliced */
     name += 15;
     int length = (int)strcspn(name, ".");
     for (int i = 0; i < 3; i++) {
@@ -352,6 +353,12 @@ static th_status decline(thx *x, const th_rule_request *q) {
     return TH_DECLINED;
 }
 
+static void free_rule(thx_rule *rule) {
+    th_trace_free(rule->key);
+    th_trace_free(rule->rule.trace);
+    PyMem_Free(rule);
+}
+
 static thx_rule *push_rule(thx *x) {
     if (x->nrules == x->cap_rules) {
         uint32_t cap = x->cap_rules ? 2 * x->cap_rules : 64;
@@ -391,12 +398,19 @@ th_status thx_derive(void *user, const th_rule_request *q, const th_rule **rule)
     return TH_OK;
 }
 
-void thx_rules_free(thx *x) {
+void thx_rules_forget(thx *x) {
+    uint32_t n = 0;
     for (uint32_t i = 0; i < x->nrules; i++) {
-        th_trace_free(x->rules[i]->key);
-        th_trace_free(x->rules[i]->rule.trace);
-        PyMem_Free(x->rules[i]);
+        if (x->rules[i]->key->nopaques <= 1 && x->rules[i]->rule.trace->nopaques <= 1)
+            x->rules[n++] = x->rules[i];
+        else
+            free_rule(x->rules[i]);
     }
+    x->nrules = n;
+}
+
+void thx_rules_free(thx *x) {
+    for (uint32_t i = 0; i < x->nrules; i++) free_rule(x->rules[i]);
     PyMem_Free(x->rules);
     x->rules = NULL;
     x->nrules = x->cap_rules = 0;

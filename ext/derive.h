@@ -10,6 +10,7 @@
  * and backwards is the rule. Kept by operation, attributes and types for as long as the module lives. TH_DECLINED with
  * the context's error when torch has no derivative, or one that cannot be recorded. */
 th_status thx_derive(void *user, const th_rule_request *request, const th_rule **rule);
+void thx_rules_forget(thx *x); /* those that hold Python objects: after each compile */
 void thx_rules_free(thx *x);
 int thx_derive_init(thx *x);
 

@@ -25,6 +25,38 @@ static bool cuts_gradients(const thx_recorder *r, th_str callee, const th_opdef 
            (n > 5 && strcmp(last + n - 5, names[2]) == 0) || strncmp(last, names[3], 4) == 0;
 }
 
+static PyObject *saved_tensor_hooks(thx *x) {
+    return x->top_hooks ? PyObject_CallOneArg(x->top_hooks, Py_False) : Py_NewRef(Py_None);
+}
+
+int thx_note_hooks_begin(thx_recorder *r) {
+    r->hooks = saved_tensor_hooks(r->x);
+    return r->hooks ? 0 : -1;
+}
+
+static bool is_checkpoint(PyObject *hooks) { /* (pack, unpack) */
+    PyObject *pack = PyTuple_Check(hooks) && PyTuple_GET_SIZE(hooks) ? PyTuple_GET_ITEM(hooks, 0) : NULL;
+    PyObject *name = pack ? PyObject_GetAttrString(pack, "__qualname__") : NULL;
+    const char *text = name && PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : NULL;
+    bool found = text && strncmp(text, "_checkpoint_hook.", 17) == 0;
+    PyErr_Clear();
+    Py_XDECREF(name);
+    return found;
+}
+
+/* Hooks that the code itself put around an operation: those of torch.utils.checkpoint say to run it again. */
+static int look_at_hooks(thx_recorder *r, thx_grad_note *note) {
+    PyObject *now = r->hooks ? saved_tensor_hooks(r->x) : Py_NewRef(Py_None);
+    if (!now) return -1;
+    int same = !r->hooks || now == r->hooks ? 1 : PyObject_RichCompareBool(now, r->hooks, Py_EQ);
+    bool checkpoint = r->recompute > 0 || (same == 0 && is_checkpoint(now));
+    Py_DECREF(now);
+    if (checkpoint) note->marks |= TH_MARK_RECOMPUTE;
+    if (same != 0 || checkpoint) return same < 0 ? -1 : 0;
+    thx_grad_needed(r, "the function puts saved tensor hooks around a part of itself");
+    return -1;
+}
+
 int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_note *note) {
     bool any = false;
     *note = (thx_grad_note){false, 0};
@@ -38,7 +70,7 @@ int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_
     if (on < 0) return -1;
     note->grad = on && !cuts_gradients(r, callee, def);
     note->marks = on ? 0 : TH_MARK_NO_GRAD;
-    return 0;
+    return on ? look_at_hooks(r, note) : 0;
 }
 
 th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_note *note) {
@@ -68,8 +100,7 @@ PyObject *thx_grad_needed(thx_recorder *r, const char *why) {
 
 /* ---- answers ---- */
 
-/* 1 requires grad, 0 does not, -1 error. */
-static int tensor_flag(thx_recorder *r, PyObject *tensor) {
+int thx_tensor_flag(thx_recorder *r, PyObject *tensor) {
     if (thx_is_fake(r->x, tensor)) {
         thx_cell *cell = thx_recorder_cell(r, tensor);
         return cell ? flagged(r, cell->value) : -1;
@@ -102,7 +133,7 @@ PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, P
     PyObject *tensor = PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
     if (strncmp(name, "torch.Tensor.", 13) != 0 || !tensor || !thx_is_tensor(r->x, tensor))
         return thx_grad_needed(r, "gradients are computed inside the function");
-    int is = tensor_flag(r, tensor);
+    int is = thx_tensor_flag(r, tensor);
     if (is < 0) return NULL;
     name += 13;
     if (strcmp(name, "requires_grad.__get__") == 0) return PyBool_FromLong(is);

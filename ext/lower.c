@@ -21,7 +21,8 @@ typedef enum call_kind { CALL_VECTOR = 1, CALL_GETITEM, CALL_SETITEM } call_kind
 typedef struct call_data {
     thx_instr_data head;
     uint8_t kind;
-    bool no_grad;               /* ran while gradients were off; matters where a program runs under autograd */
+    bool no_grad;       /* ran while gradients were off; matters where a program runs under autograd */
+    bool below_autograd; /* makes what a backward needs only while gradients are on */
     PyObject *callee, *kwnames; /* owned */
     uint32_t nargs, npositional;
     arg *args;
@@ -211,12 +212,33 @@ static PyObject *call_without_grad(thx *x, th_frame *f, const call_data *c) {
     return result;
 }
 
+/* With the grad mode on, but autograd's own kernels passed over. */
+static PyObject *call_below_autograd(thx *x, th_frame *f, const call_data *c) {
+    PyObject *guard = PyObject_CallNoArgs(x->below_autograd), *result = NULL, *done;
+    PyObject *entered = guard ? PyObject_CallMethodNoArgs(guard, x->n.enter) : NULL;
+    if (entered && (done = PyObject_CallOneArg(x->set_grad, Py_True))) {
+        Py_DECREF(done);
+        result = call_vector(x, f, c);
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        done = PyObject_CallOneArg(x->set_grad, Py_False);
+        Py_XDECREF(done);
+        done = PyObject_CallMethodObjArgs(guard, x->n.exit, Py_None, Py_None, Py_None, NULL);
+        Py_XDECREF(done);
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(entered);
+    Py_XDECREF(guard);
+    return result;
+}
+
 static int run_call(th_frame *f, const th_instr *instr) {
     const call_data *c = instr->data;
     thx *x = f->user;
-    PyObject *result = c->no_grad && thx_grad_mode(x) == 1 ? call_without_grad(x, f, c)
-                       : c->kind == CALL_VECTOR            ? call_vector(x, f, c)
-                                                           : call_item(x, f, c);
+    PyObject *result = c->no_grad && thx_grad_mode(x) == 1          ? call_without_grad(x, f, c)
+                       : c->below_autograd && thx_grad_mode(x) == 0 ? call_below_autograd(x, f, c)
+                       : c->kind == CALL_VECTOR                     ? call_vector(x, f, c)
+                                                                    : call_item(x, f, c);
     if (!result) return -1;
     int rc = store(f, &c->outs, result);
     Py_DECREF(result);
@@ -224,6 +246,11 @@ static int run_call(th_frame *f, const th_instr *instr) {
 }
 
 /* ---- building ---- */
+
+bool thx_looks_at_grad_mode(thx *x, const th_op *op) {
+    return !op->callee_opaque &&
+           strcmp(th_str_get(x->ctx, op->callee), "torch.ops.aten.mkldnn_rnn_layer.default") == 0;
+}
 
 static void free_call(void *data) {
     call_data *c = data;
@@ -241,6 +268,7 @@ static int call_init(thx_lowering *l, call_data *c, const th_op *op) {
     uint32_t nkw = op->kwargs ? t->nodes[op->kwargs].count / 2 : 0;
     c->npositional = args->count;
     c->no_grad = op->marks & TH_MARK_NO_GRAD;
+    c->below_autograd = l->x->below_autograd && thx_looks_at_grad_mode(l->x, op);
     c->args = PyMem_Calloc(args->count + nkw + 1, sizeof(arg));
     c->kwnames = nkw ? PyTuple_New(nkw) : NULL;
     if (!c->args || (nkw && !c->kwnames)) return PyErr_NoMemory(), -1;

@@ -25,6 +25,9 @@ typedef struct thx_lowering {
 th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin);
 uint32_t thx_slot_for(thx_lowering *l, th_val value); /* the slot of a value, assigned when it has none */
 
+/* Kernels that leave out what only their backward needs while gradients are off: their instructions switch them on. */
+bool thx_looks_at_grad_mode(thx *x, const th_op *op);
+
 /* What a slot holds, as a tensor object (borrowed) or handle (borrowed). */
 PyObject *thx_slot_object(thx *x, th_slot *slot);
 static inline th_h thx_slot_handle(thx *x, th_slot *slot) {

@@ -527,7 +527,7 @@ static bool autocast_on(thx *x) {
     return on == Py_True;
 }
 
-static bool under_functorch(thx *x) {
+bool thx_under_functorch(thx *x) {
     PyObject *level = PyObject_CallNoArgs(x->functorch_level);
     PyErr_Clear();
     Py_XDECREF(level);
@@ -546,7 +546,7 @@ static int check_default_dtype(thx_recorder *r) {
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
-    if (under_functorch(x)) /* under vmap or grad: what functorch makes of the call reaches layer 2 */
+    if (thx_under_functorch(x)) /* under vmap or grad: what functorch makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     if (check_default_dtype(r) < 0) return NULL;
     r->ninputs = 0;
@@ -591,6 +591,11 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
     return slow(&c);
 }
 
+PyObject *thx_record_call(thx_recorder *r, PyObject *callee, PyObject *args, PyObject *kwargs) {
+    const thx_func f = {.key = callee, .kind = THX_FUNC_RECORD};
+    return record(r, &f, callee, args, kwargs);
+}
+
 PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3 || n > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
@@ -603,7 +608,7 @@ PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
         return PyObject_Call(func, args, kwargs);
     }
     PyObject *tuple = PyTuple_Check(args) ? Py_NewRef(args) : PySequence_Tuple(args), *result = NULL;
-    if (tuple && f.kind == THX_FUNC_GRAD && !under_functorch(r->x))
+    if (tuple && f.kind == THX_FUNC_GRAD && !thx_under_functorch(r->x))
         result = thx_ask_autograd(r, &f, func, tuple, kwargs);
     else if (tuple)
         result = record(r, &f, func, tuple, kwargs);

@@ -384,13 +384,14 @@ static int enter(thx_recorder *r, surroundings *s) {
     s->compiling = s->compiler ? PyObject_GetAttrString(s->compiler, "_is_compiling_flag") : NULL;
     PyErr_Clear();
     s->script = PyObject_CallNoArgs(x->get_script_optimize);
-    if (!s->script || thx_random_begin(r) < 0 || set_script_optimize(x, Py_False) < 0) return -1;
+    if (!s->script || thx_random_begin(r) < 0 || thx_note_hooks_begin(r) < 0 || set_script_optimize(x, Py_False) < 0) return -1;
     PyObject *pushed = PyObject_CallOneArg(x->push_function, (PyObject *)r);
     if (!pushed) {
         set_script_optimize(x, s->script);
         return -1;
     }
     Py_DECREF(pushed);
+    if (thx_custom_enter(x) < 0) PyErr_Clear(); /* then autograd functions are seen by what their forward does */
     x->active = (PyObject *)r;
     x->active_thread = PyThread_get_thread_ident();
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
@@ -403,6 +404,7 @@ static void leave(thx_recorder *r, surroundings *s) { /* keeps a pending excepti
     PyErr_Fetch(&type, &value, &trace);
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", s->compiling);
     set_script_optimize(x, s->script);
+    thx_custom_leave(x);
     PyObject *popped = PyObject_CallNoArgs(x->pop_function);
     Py_XDECREF(popped);
     PyErr_Clear();
@@ -537,6 +539,7 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_XDECREF(r->error);
     Py_XDECREF(r->rng_last);
     Py_XDECREF(r->rng_outer);
+    Py_XDECREF(r->hooks);
     th_trace_free(r->t);
     type->tp_free((PyObject *)r);
     Py_DECREF(type);

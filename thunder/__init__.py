@@ -13,6 +13,7 @@ from thunder._api import (
     cache_option,
     compile_stats,
     jit,
+    last_backward_traces,
     last_compile_options,
     last_traces,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "get_executor",
     "grad",
     "jit",
+    "last_backward_traces",
     "last_compile_options",
     "last_traces",
     "pytorch_executor",

@@ -119,7 +119,7 @@ static void recompute_views(splitter *s) {
         if (!s->forward[o]) continue;
         s->hit = false;
         th_op_each_out(t, o, test_wanted, s);
-        if (!s->hit || !is_view(s, o)) continue;
+        if (!s->hit || !(is_view(s, o) || (t->ops[o].marks & TH_MARK_RECOMPUTE && !t->ops[o].effects))) continue;
         s->backward[o] = true;
         th_op_each_use(t, o, set_wanted, s);
     }

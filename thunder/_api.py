@@ -268,5 +268,7 @@ def last_backward_traces(fn: Any) -> list[_C.Trace]:
     """
     traces = _compiled(fn)._traces()
     if traces is None or len(traces) < 4:
-        raise RuntimeError("no program with gradients was compiled: call the function on tensors that require grad first")
+        raise RuntimeError(
+            "no program with gradients was compiled: call the function on tensors that require grad first"
+        )
     return list(traces[2:])

@@ -85,7 +85,9 @@ static PyObject *new_fake(derivation *d, th_typeref type, bool grad) { /* borrow
     thx *x = d->x;
     type = th_type_set_grad(x->ctx, type, false);
     th_val value = th_trace_input(d->r->t, 0, type);
+    d->r->depth++; /* making it is nothing that autograd does */
     PyObject *fake = thx_fake(x, type);
+    d->r->depth--;
     if (!fake) return NULL;
     int rc = grad ? PyObject_SetAttr(fake, x->n.requires_grad, Py_True) : 0;
     if (rc == 0) rc = thx_recorder_define(d->r, fake, value);
@@ -255,6 +257,7 @@ static void use_public_name(thx *x, th_trace *t, th_op *op) {
 typedef struct around {
     PyObject *active, *threads, *script;
     int grad;
+    bool pushed;
 } around;
 
 static PyObject *call_flag(PyObject *function, bool on) {
@@ -272,6 +275,9 @@ static int enter(thx *x, derivation *d, around *a) {
     Py_XDECREF(done);
     if (done) done = PyObject_CallOneArg(x->set_script_optimize, Py_False);
     Py_XDECREF(done);
+    if (done) done = PyObject_CallOneArg(x->push_dispatch, (PyObject *)d->r);
+    Py_XDECREF(done);
+    a->pushed = done != NULL;
     x->active = (PyObject *)d->r;
     x->active_thread = PyThread_get_thread_ident();
     return done ? 0 : -1;
@@ -281,6 +287,10 @@ static void leave(thx *x, around *a) { /* keeps a pending exception */
     PyObject *type, *value, *trace, *done;
     PyErr_Fetch(&type, &value, &trace);
     x->active = a->active;
+    if (a->pushed) {
+        done = PyObject_CallOneArg(x->pop_dispatch, Py_None);
+        Py_XDECREF(done);
+    }
     if (a->grad >= 0) {
         done = call_flag(x->set_grad, a->grad);
         Py_XDECREF(done);

@@ -262,6 +262,15 @@ static void free_call(void *data) {
     PyMem_Free(c);
 }
 
+/* torch differentiates as_strided_scatter wrongly; a plain program may run under its autograd. */
+static PyObject *differentiable_scatter(thx *x) {
+    (void)x;
+    PyObject *module = PyImport_ImportModule("thunder._kernels");
+    PyObject *function = module ? PyObject_GetAttrString(module, "as_strided_scatter") : NULL;
+    Py_XDECREF(module);
+    return function;
+}
+
 static int call_init(thx_lowering *l, call_data *c, const th_op *op) {
     const th_trace *t = l->t;
     const th_node_data *args = &t->nodes[op->args];
@@ -286,7 +295,8 @@ static int call_init(thx_lowering *l, call_data *c, const th_op *op) {
     c->kind = CALL_VECTOR;
     if (name && strcmp(name, "torch.Tensor.__getitem__") == 0 && c->nargs == 2) c->kind = CALL_GETITEM;
     if (name && strcmp(name, "torch.Tensor.__setitem__") == 0 && c->nargs == 3) c->kind = CALL_SETITEM;
-    c->callee = Py_XNewRef(thx_callable(l->x, t, op));
+    c->callee = l->plain && name && strstr(name, "as_strided_scatter") ? differentiable_scatter(l->x)
+                                                                       : Py_XNewRef(thx_callable(l->x, t, op));
     if (!c->callee) return -1;
     return op->outs && has_value(t, op->outs) ? arg_init(l, &c->outs, op->outs) : 0;
 }

@@ -652,11 +652,15 @@ static bool has_tag(thx *x, PyObject *overload, PyObject *tag) {
     return found == 1;
 }
 
+static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs);
+
 PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3) return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
     if (!r->saw_random && has_tag(r->x, a[0], r->x->random_tag)) r->saw_random = true;
     PyObject *kwargs = n > 3 && a[3] != Py_None ? a[3] : NULL;
+    if (r->deriving && !r->depth) /* tensors that autograd makes out of nothing come by here only */
+        return record_overload(r, a[0], a[2], kwargs && PyDict_GET_SIZE(kwargs) ? kwargs : NULL);
     note_writes(r, a[0], a[2], kwargs);
     return PyObject_Call(a[0], a[2], kwargs);
 }

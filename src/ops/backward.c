@@ -68,6 +68,75 @@ th_val th__emit_packed(th__emitter *e, th_val v) {
     return out && th_trace_op(t, &op) ? out : 0;
 }
 
+/* ---- for rules ---- */
+
+th_val th__use(const th__backward *b, uint32_t param) {
+    const th_node_data *d = &b->e.t->nodes[b->call.arg[param]];
+    return d->kind == TH_N_VALUE ? d->u.ref : 0;
+}
+
+bool th__wants(const th__backward *b, th_val v) {
+    for (uint32_t i = 0; v && i < b->nuses; i++)
+        if (b->uses[i] == v) return b->needs[i];
+    return false;
+}
+
+th_node th__node_of(th__backward *b, th_val v) {
+    if (!v) b->failed = true;
+    return v && !b->failed ? th_node_value(b->e.t, v) : 0;
+}
+
+th_val th__own_storage(th__backward *b, th_val v) {
+    const th_value *value = &b->e.t->values[v];
+    if (!v) return 0;
+    bool own = value->def && !value->alias && th_type_get(b->e.t->ctx, value->type)->contiguous;
+    return own ? v : th__emit_packed(&b->e, v);
+}
+
+th_val th__emit_view(th__backward *b, const char *callee, th_typeref type, th_val base, int64_t skip, uint32_t n,
+                     const th_node *args) {
+    th_trace *t = b->e.t;
+    for (uint32_t i = 0; i < n; i++)
+        if (!args[i]) return 0;
+    th_val v = base ? th__emit_typed(&b->e, callee, type, n, args) : 0;
+    if (!v) return 0;
+    if (!t->values[base].alias) t->values[base].alias = th_trace_alias(t);
+    t->values[v].alias = t->values[base].alias;
+    t->values[v].offset = t->values[base].offset + skip;
+    return v;
+}
+
+void th__give(th__backward *b, th_val of, th_val gradient) {
+    th_trace *t = b->e.t;
+    if (!gradient || b->ngrads == TH_MAX_PARAMS) {
+        b->failed = true;
+        return;
+    }
+    const th_type *want = th_type_get(t->ctx, t->values[of].type), *have = th_type_get(t->ctx, t->values[gradient].type);
+    uint32_t lead = have->ndim - want->ndim, n = 0;
+    th_node dims[TH_MAX_RANK], sizes[TH_MAX_RANK];
+    bool same = have->ndim == want->ndim;
+    for (uint32_t i = 0; i < have->ndim && have->ndim >= want->ndim && have->ndim <= TH_MAX_RANK; i++) {
+        bool grown = i < lead || (want->shape[i - lead] == 1 && have->shape[i] != 1);
+        same &= !grown;
+        if (grown) dims[n++] = th_node_int(t, i);
+    }
+    if (have->ndim < want->ndim || have->ndim > TH_MAX_RANK) b->failed = true;
+    if (!same && !b->failed) { /* what was broadcast: summed over the dimensions it grew in */
+        th_node args[] = {th_node_value(t, gradient), th_node_seq(t, TH_N_TUPLE, n, dims), th_node_bool(t, true)};
+        gradient = th__emit(&b->e, "torch.sum", 3, args);
+        for (uint32_t i = 0; i < want->ndim; i++) sizes[i] = th_node_int(t, want->shape[i]);
+        if (gradient && lead) {
+            th_node shape[] = {th_node_value(t, gradient), th_node_seq(t, TH_N_TUPLE, want->ndim, sizes)};
+            gradient = th__emit(&b->e, "torch.reshape", 2, shape);
+        }
+        if (!gradient) b->failed = true;
+    }
+    if (b->failed) return;
+    b->grads[b->ngrads].of = of;
+    b->grads[b->ngrads++].gradient = gradient;
+}
+
 /* ---- running a rule ---- */
 
 typedef struct mark { /* how much of a trace there was */

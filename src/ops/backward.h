@@ -45,6 +45,17 @@ typedef struct th__backward {
     } grads[TH_MAX_PARAMS];
 } th__backward;
 
+/* ---- for rules; a value of 0 makes the rule fail ---- */
+
+th_val th__use(const th__backward *b, uint32_t param);     /* the tensor that the parameter was given; 0: none */
+bool th__wants(const th__backward *b, th_val v);           /* does it require grad? */
+th_node th__node_of(th__backward *b, th_val v);            /* 0 for 0 */
+void th__give(th__backward *b, th_val of, th_val gradient); /* summed up to the shape that was broadcast */
+/* The same contents, row-major, in storage that starts with them. */
+th_val th__own_storage(th__backward *b, th_val v);
+th_val th__emit_view(th__backward *b, const char *callee, th_typeref type, th_val base, int64_t skip, uint32_t n,
+                     const th_node *args);
+
 /* Does the rule cover this call? It is run with gradients like the results, and what it emits is taken back. */
 th_status th__backward_probe(th__backward *b, th_trace *t, const th_catalog *catalog, const th_opdef *def,
                              const th_op *op, uint32_t nouts, const th_val *outs, uint32_t nuses, const th_val *uses,

@@ -2,7 +2,7 @@
  *
  * reshape and flatten are here too: they are views wherever the strides allow one, and copies otherwise.
  */
-#include "ops/meta.h"
+#include "ops/backward.h"
 
 #include <string.h>
 
@@ -386,6 +386,50 @@ static th_status diagonal(th_call *call) {
     return th__out_view(call, &x, n, shape, stride, length ? skip : 0);
 }
 
+/* A copy of the input's storage in which the region holds `src`. */
+static th_status as_strided_scatter(th_call *call) {
+    th__tensor x, src;
+    th__dims size, stride;
+    TRY(th__arg_tensor(call, 0, &x));
+    TRY(th__arg_tensor(call, 1, &src));
+    TRY(th__arg_ints(call, 2, &size));
+    TRY(th__arg_ints(call, 3, &stride));
+    DECLINE_IF(src.dtype != x.dtype || src.device != x.device || size.n != src.ndim || stride.n != size.n);
+    for (uint32_t i = 0; i < size.n; i++) DECLINE_IF(size.at[i] != src.shape[i] || stride.at[i] < 0);
+    return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, x.stride);
+}
+
+/* ---- derivatives ---- */
+
+/* torch's own formula gives the input the gradient of the region, where it should be zero, and zero elsewhere. */
+static th_status as_strided_scatter_grad(th__backward *b) {
+    th_trace *t = b->e.t;
+    th_val x = th__use(b, 0), src = th__use(b, 1), g = b->tangents[0];
+    int64_t offset = 0;
+    DECLINE_IF(!x || !th_type_get(t->ctx, t->values[x].type)->contiguous);
+    if (th__has(&b->call, 4)) TRY(th__arg_int(&b->call, 4, 0, &offset));
+    offset = th__has(&b->call, 4) ? offset - t->values[x].offset : 0;
+    DECLINE_IF(offset < 0);
+    g = th__own_storage(b, g);
+    th_node size = b->call.arg[2], stride = b->call.arg[3], at = th_node_int(t, offset);
+    if (th__wants(b, x)) {
+        th_node zeros[] = {th__node_of(b, g), size};
+        th_val blank = th__emit(&b->e, "torch.Tensor.new_zeros", 2, zeros);
+        th_node args[] = {th__node_of(b, g), th__node_of(b, blank), size, stride, at};
+        th__give(b, x, th__emit(&b->e, "torch.as_strided_scatter", 5, args));
+    }
+    if (th__wants(b, src)) {
+        th_node args[] = {th__node_of(b, g), size, stride, at};
+        th__tensor s;
+        TRY(th__arg_tensor(&b->call, 1, &s));
+        th__dims strides;
+        TRY(th__arg_ints(&b->call, 3, &strides));
+        th_typeref type = th_type_tensor(t->ctx, s.dtype, s.device, s.ndim, s.shape, strides.at, 0);
+        th__give(b, src, th__emit_view(b, "torch.as_strided", type, g, offset, 4, args));
+    }
+    return TH_OK;
+}
+
 /* ---- operators ---- */
 
 #define VIEW(name_, params_, names_, rule) \
@@ -420,6 +464,12 @@ const th_opdef th__ops_view[] = {
     VIEW("split_with_sizes", "input, split_sizes, dim=0", "torch.split_with_sizes torch.Tensor.split_with_sizes",
          split_with_sizes),
     VIEW("chunk", "input, chunks, dim=0", "torch.chunk torch.Tensor.chunk", chunk),
+    {.name = "as_strided_scatter",
+     .params = "input, src, size, stride, storage_offset=None",
+     .names = "torch.as_strided_scatter torch.Tensor.as_strided_scatter torch.ops.aten.as_strided_scatter.default",
+     .fusion = TH_FUSE_OPAQUE,
+     .meta = as_strided_scatter,
+     .grad = as_strided_scatter_grad},
     VIEW("diagonal", "input, offset=0, dim1=0, dim2=1", "torch.diagonal torch.Tensor.diagonal", diagonal),
 };
 const size_t th__ops_view_count = sizeof th__ops_view / sizeof *th__ops_view;

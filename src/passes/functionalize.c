@@ -429,6 +429,7 @@ static th_val new_contents(pass *p, const th__write *w, bool *fresh) {
                                      .args = args,
                                      .kwargs = kwargs,
                                      .outs = th_node_value(t, v),
+                                     .effects = w->effects,
                                      .marks = p->marks,
                                      .file = p->file,
                                      .line = p->line});

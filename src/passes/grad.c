@@ -469,7 +469,10 @@ static th_status backward_op(joiner *j, th_opref at) {
     if (!tangents) return TH_ENOMEM;
     TRY(reserve_values(j));
     for (uint32_t i = 0; i < rec->nouts; i++) {
-        tangents[i] = requires_grad(j, rec->outs[i]) ? j->tangent[rec->outs[i]] : 0;
+        bool counted = false; /* a result that is an argument itself, or another result */
+        for (uint32_t k = 0; k < rec->nuses; k++) counted |= rec->uses[k] == rec->outs[i];
+        for (uint32_t k = 0; k < i; k++) counted |= rec->outs[k] == rec->outs[i];
+        tangents[i] = requires_grad(j, rec->outs[i]) && !counted ? j->tangent[rec->outs[i]] : 0;
         any |= tangents[i] != 0;
     }
     if (!any) return TH_OK;

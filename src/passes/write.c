@@ -228,7 +228,7 @@ static th_status understand_twin(const th_catalog *catalog, th_trace *t, const t
     const th_opdef *twin = NULL;
     DECLINE_IF(t->nodes[op->args].count > TH_MAX_PARAMS || t->nodes[op->kwargs].count > 2 * TH_MAX_PARAMS);
     TRY(find_twin(catalog, t, op, w, &twin));
-    DECLINE_IF(!twin || !twin->meta || (twin->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM | TH_FX_STATE)));
+    DECLINE_IF(!twin || !twin->meta || (twin->effects & (TH_OPDEF_INPLACE | TH_FX_STATE)));
     /* The defaults decide only results that could not be written to the destination. */
     th_call call = {.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
     if (!call.default_device) return th_ctx_error(t->ctx)->status;
@@ -243,6 +243,7 @@ static th_status understand_twin(const th_catalog *catalog, th_trace *t, const t
     DECLINE_IF(!th__view_is_dense(&result)); /* so that a conversion keeps its strides */
     w->type = call.outs[0].type;
     w->kind = TH__WRITE_TWIN;
+    w->effects = op->effects & TH_FX_RANDOM;
     return TH_OK;
 }
 
@@ -253,9 +254,11 @@ th_status th__write_understand(const th_catalog *catalog, th_trace *t, const th_
     static const char *const zeros[] = {"torch.Tensor.zero_", "torch.zero_", "torch.ops.aten.zero_.default", NULL};
     static const char *const setitems[] = {"torch.Tensor.__setitem__", "operator.setitem", NULL};
     *out = (th__write){.kind = TH__WRITE_UNKNOWN};
-    DECLINE_IF(op->kind != TH_OP_CALL || op->callee_opaque || op->nwrites != 1 || op->effects != TH_FX_WRITES);
+    DECLINE_IF(op->kind != TH_OP_CALL || op->callee_opaque || op->nwrites != 1 ||
+               (op->effects & ~TH_FX_RANDOM) != TH_FX_WRITES);
     out->dest = t->kids[op->writes];
     DECLINE_IF(!th__view_of(t, out->dest, &out->region) || th__view_self_overlaps(&out->region));
+    if (op->effects & TH_FX_RANDOM) return understand_twin(catalog, t, op, out);
     if (callee_is(t, op, copies)) return understand_copy(t, op, out);
     if (callee_is(t, op, fills)) return understand_fill(t, op, out);
     if (callee_is(t, op, zeros)) return understand_zero(t, op, out);

@@ -19,6 +19,7 @@ typedef struct th__write {
     th__view region;      /* the elements that may change: dest's, or fewer */
     th_str callee;        /* TWIN */
     th_node args, kwargs; /* TWIN: without `inplace` and `out`; values as recorded */
+    uint8_t effects;      /* TWIN: TH_FX_RANDOM when it draws */
     th_typeref type;      /* TWIN: type of the twin's result */
     th_node source;       /* COPY: a value; FILL, PUT: a number or a value */
     th_node indices;      /* PUT: a TUPLE of values */

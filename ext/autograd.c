@@ -587,7 +587,7 @@ static void drop_undefined(const thx_gradient *g, PyObject *const *grads, PyObje
     for (uint32_t i = 0; i < g->ntangents; i++)
         if (grads[i] != Py_None) defined |= UINT64_C(1) << i;
     for (uint32_t i = 0; i < g->nwrt; i++) {
-        if (g->depends[i] & defined) continue;
+        if (!g->depends[i] || g->depends[i] & defined) continue;
         Py_DECREF(PyTuple_GET_ITEM(result, i + 1));
         PyTuple_SET_ITEM(result, i + 1, Py_NewRef(Py_None));
     }

@@ -140,11 +140,24 @@ static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves) {
     return result;
 }
 
+/* Gradients that the function itself switched on are on for its node too. */
+static int under_grad_mode(thx *x, const thx_entry *e, thx_forward *run) {
+    if (e->ambient.grad) return thx_forward_run(x, run);
+    PyObject *done = PyObject_CallOneArg(x->set_grad, Py_True), *type, *value, *trace;
+    int rc = done ? thx_forward_run(x, run) : -1;
+    Py_XDECREF(done);
+    PyErr_Fetch(&type, &value, &trace);
+    done = PyObject_CallOneArg(x->set_grad, Py_False);
+    Py_XDECREF(done);
+    PyErr_Restore(type, value, trace);
+    return rc;
+}
+
 /* Under autograd: a node of ours in its graph runs the plan. */
 static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leaves) {
     filling f = {x, e, leaves};
     thx_forward run = {.program = &e->main, .gradient = e->gradient, .fill = fill_roots, .user = &f};
-    if (thx_forward_run(x, &run) < 0) return NULL;
+    if (under_grad_mode(x, e, &run) < 0) return NULL;
     PyObject *result = thx_entry_place(x, e) == 0 ? finish(x, e, leaves, run.slots) : NULL;
     thx_forward_fini(&run);
     return result;

@@ -20,6 +20,7 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
     int32_t leaf;         /* index among the tensors of the arguments; -1: not an argument */
     PyObject *dict, *key; /* owned or NULL: dict[key] of the module tree holds it */
     void *base;           /* of its storage; NULL: none */
+    bool requires_grad;
 } thx_root;
 
 typedef struct thx_recorder {
@@ -42,6 +43,7 @@ typedef struct thx_recorder {
     bool hidden_write;      /* something that requires grad was written while gradients were off */
     int recompute;          /* above 0: inside a checkpoint */
     PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
+    bool late;              /* while deriving: autograd runs backwards */
     bool deriving;          /* records what autograd does for one operation: derive.c */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */

@@ -300,8 +300,13 @@ static th_status between_passes(void *user, th_trace *t, const char *pass, doubl
 
 /* The flags of types were for the user's code; only those of inputs mean something from here on. True: some result of
  * an operation may require grad. */
-static bool take_flags(th_trace *t) {
+static bool take_flags(const thx_recorder *r, th_trace *t) {
     bool any = false;
+    for (uint32_t i = 0; i < r->nroots; i++) { /* one that was written to may show more than the tensor itself says */
+        th_typeref *type = &t->values[r->roots[i].value].type, told = *type;
+        *type = th_type_set_grad(t->ctx, told, r->roots[i].requires_grad);
+        any |= *type != told;
+    }
     for (th_val v = 1; v < t->nvalues; v++) {
         if (!t->values[v].def) continue;
         th_typeref plain = th_type_set_grad(t->ctx, t->values[v].type, false);
@@ -356,7 +361,7 @@ static int run_passes(compile *k) {
     if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0) return -1;
     e->main.t = k->r->t;
     k->r->t = NULL;
-    bool grad = take_flags(e->main.t);
+    bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
     const char *passes = grad && !k->x->passes ? "functionalize,noop,fold,cse,dce" : k->x->passes;
     if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, TH_VERIFY_PASSES, between_passes, k)) < 0) return -1;

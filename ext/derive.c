@@ -50,9 +50,7 @@ static th_status build_key(const th_rule_request *q, th_trace **out) {
                                                q->t->opaques[q->op->callee_opaque].object);
         th_trace_op(t, &op);
         for (uint32_t i = 0; i < q->nouts; i++)
-            kids[i] = q->tangents && !q->tangents[i]
-                          ? th_node_none(t)
-                          : th_node_value(t, q->tangents ? th_trace_input(t, 0, q->tangents[i]) : map[q->outs[i]]);
+            kids[i] = q->tangents[i] ? th_node_value(t, th_trace_input(t, 0, q->tangents[i])) : th_node_none(t);
         t->result = th_node_seq(t, TH_N_TUPLE, q->nouts, kids);
     }
     th_ctx_alloc(ctx, map, 0);
@@ -133,8 +131,25 @@ static bool has_grad(thx *x, PyObject *tensor) {
     return flag == Py_True;
 }
 
+/* as_strided counts from the start of a storage, and where an input of the call starts in its own is not known. */
+static bool counts_from_storage(const th_rule_request *q) {
+    const char *name = q->op->callee_opaque ? "" : th_str_get(q->t->ctx, q->op->callee);
+    if (!strstr(name, "as_strided")) return false;
+    for (uint32_t i = 0; i < q->nuses; i++) {
+        const th_value *v = &q->t->values[q->uses[i]];
+        if (!v->def || v->offset) return true;
+        for (uint32_t k = 0; v->alias && k < q->t->ninputs; k++)
+            if (q->t->values[q->t->inputs[k]].alias == v->alias) return true;
+    }
+    return false;
+}
+
 static int run_forward(derivation *d) {
     const th_rule_request *q = d->q;
+    if (counts_from_storage(q)) {
+        PyErr_SetString(PyExc_RuntimeError, "it counts from the start of an input's storage");
+        return -1;
+    }
     PyObject *callee = thx_callable(d->x, q->t, q->op), *result = NULL;
     PyObject *args = callee ? thx_from_node(d->x, q->t, q->op->args, fake_value, d) : NULL;
     PyObject *kwargs = args && q->op->kwargs ? thx_from_node(d->x, q->t, q->op->kwargs, fake_value, d) : NULL;
@@ -147,16 +162,6 @@ static int run_forward(derivation *d) {
     return rc;
 }
 
-/* Strides that a gradient has when nobody knows better. */
-static th_typeref default_tangent(derivation *d, th_typeref ref) {
-    const th_type *type = th_type_get(d->x->ctx, ref);
-    int64_t span = 1;
-    bool dense = type->contiguous;
-    for (uint32_t i = 0; i < type->ndim && !dense; i++) span += (type->shape[i] - 1) * type->stride[i];
-    if (dense || span == th_type_numel(type)) return th_type_set_grad(d->x->ctx, ref, false);
-    return th_type_tensor(d->x->ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, NULL, 0);
-}
-
 static int run_backward(derivation *d, uint64_t *out_grad) {
     const th_rule_request *q = d->q;
     d->roots = PyList_New(0);
@@ -166,11 +171,8 @@ static int run_backward(derivation *d, uint64_t *out_grad) {
         PyObject *out = PyList_GET_ITEM(d->outs, i), *tangent;
         if (!has_grad(d->x, out)) continue;
         *out_grad |= UINT64_C(1) << i;
-        if (q->tangents && !q->tangents[i]) continue;
-        thx_cell *cell = thx_recorder_cell(d->r, out);
-        if (!cell) return -1;
-        th_typeref type = q->tangents ? q->tangents[i] : default_tangent(d, d->r->t->values[cell->value].type);
-        if (!(tangent = new_fake(d, type, false)) || PyList_Append(d->roots, out) < 0 ||
+        if (!q->tangents[i]) continue;
+        if (!(tangent = new_fake(d, q->tangents[i], false)) || PyList_Append(d->roots, out) < 0 ||
             PyList_Append(d->tangents, tangent) < 0)
             return -1;
     }
@@ -320,6 +322,7 @@ static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
     if (rc == 0) {
         rc = enter(x, &d, &a);
         if (rc == 0) rc = run_forward(&d);
+        d.r->late = true;
         if (rc == 0) rc = run_backward(&d, &out->rule.out_grad);
         leave(x, &a);
     }

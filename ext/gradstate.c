@@ -69,6 +69,10 @@ int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_
     int on = thx_grad_mode(r->x);
     if (on < 0) return -1;
     note->grad = on && !cuts_gradients(r, callee, def);
+    if (note->grad && callee && strstr(th_str_get(r->x->ctx, callee), "as_strided_scatter")) {
+        thx_grad_needed(r, "torch.as_strided_scatter has a derivative of torch's own that is not compiled");
+        return -1;
+    }
     note->marks = on ? 0 : TH_MARK_NO_GRAD;
     return on ? look_at_hooks(r, note) : 0;
 }

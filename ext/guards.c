@@ -586,7 +586,13 @@ static bool bound_holds(thx *x, PyObject *tensor, const bound *b) {
     for (int64_t i = 0; i < ndim; i++)
         if (sizes[i] != want[i] || strides[i] != want[ndim + i]) return false;
     int grad = thx_requires_grad(abi, tensor);
-    return (grad > 0) == b->requires_grad || grad < 0;
+    if (grad < 0) { /* not to be told from the outside: ask */
+        PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
+        PyErr_Clear();
+        Py_XDECREF(flag);
+        grad = flag == Py_True;
+    }
+    return grad == b->requires_grad;
 }
 
 int thx_guards_bind(thx *x, thx_guards *g, PyObject *tensor, PyObject *dict, PyObject *key) {

@@ -183,7 +183,7 @@ static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th
                      .outs = outs,
                      .outs_list = outs_list,
                      .effects = effects,
-                     .marks = c->note.marks,
+                     .marks = c->note.marks | (r->late ? TH_MARK_LATE : 0),
                      .writes = writes,
                      .nwrites = nwrites};
     if (!c->callee) op.callee_opaque = th_trace_opaque(r->t, "fn", c->func);

@@ -119,7 +119,7 @@ static thx_root *push_root(thx_recorder *r, thx_root root) {
 }
 
 int thx_recorder_constant_root(thx_recorder *r, PyObject *real, th_val value) {
-    thx_root *root = push_root(r, (thx_root){value, NULL, -1, NULL, NULL, NULL});
+    thx_root *root = push_root(r, (thx_root){.value = value, .leaf = -1});
     if (root) root->real = Py_NewRef(real);
     return root ? 0 : -1;
 }
@@ -148,7 +148,7 @@ static thx_cell *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     char hint[24];
     snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
     th_val value = type ? th_trace_input(r->t, root_name(r, place, hint), type) : 0;
-    thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL, thx_storage_base(x, real)}) : NULL;
+    thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL, thx_storage_base(x, real), meta.requires_grad}) : NULL;
     if (!root) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         return NULL;

@@ -7,7 +7,6 @@ Tests that take the process down are not run.
 from __future__ import annotations
 
 RUNS_IN_EAGER = "the call runs in eager"
-NO_GRADIENT = "WRONG: an output or a leaf silently gets no gradient"
 SECOND = "WRONG: a second derivative is silently missing or another than eager's"
 CRASHES = "the process dies"
 
@@ -16,15 +15,10 @@ TRAINING_GAPS = {
     "test_coverage_models.py::test_model_trains_like_eager[wav2vec2]": RUNS_IN_EAGER,
     "test_coverage_ops.py::test_gradients_of_frequent_operator_equal_eager[__getitem__]": RUNS_IN_EAGER,
     "test_train_hooks.py::test_autograd_function_that_marks_its_input_dirty": RUNS_IN_EAGER,
-    "test_train_hooks.py::test_autograd_function_without_materialized_gradients": RUNS_IN_EAGER,
     "test_train_hooks.py::test_hook_on_an_intermediate_inside": RUNS_IN_EAGER,
     "test_train_hooks.py::test_module_backward_hooks": RUNS_IN_EAGER,
     "test_train_hooks.py::test_module_backward_pre_hooks": RUNS_IN_EAGER,
     "test_train_hooks.py::test_retain_grad_on_an_intermediate_that_is_returned": RUNS_IN_EAGER,
-    "test_train_modules.py::test_module_trains_like_eager[instance_norm]": RUNS_IN_EAGER,
     "test_train_semantics.py::test_leaf_is_mutated_under_no_grad": RUNS_IN_EAGER,
-    "test_coverage_ops.py::test_gradients_of_frequent_operator_equal_eager[cat]": NO_GRADIENT,
-    "test_jit_grad.py::test_enable_grad_inside_with_a_parameter_runs_eager_or_right": NO_GRADIENT,
-    "test_train_modes.py::test_no_grad_around_with_enable_grad_inside": NO_GRADIENT,
     "test_train_grad_api.py::test_once_differentiable_raises_in_the_second_backward_as_in_eager": SECOND,
 }

@@ -27,7 +27,7 @@ typedef struct th_rule_request {
     uint32_t nouts;
     const th_val *outs; /* its results in order */
     const th_typeref
-        *tangents; /* by result: type of its gradient, 0: it gets none. NULL: not known yet, as the result's */
+        *tangents; /* by result: type of its gradient, 0: it gets none */
 } th_rule_request;
 
 typedef struct th_rule {

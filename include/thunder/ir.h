@@ -128,6 +128,7 @@ enum {                   /* effects of one operation */
 
 enum {                        /* marks of one operation: what a derivative does with it */
        TH_MARK_NO_GRAD = 1,   /* ran while gradients were off: its results require none */
+       TH_MARK_LATE = 4,      /* in a rule: ran backwards */
        TH_MARK_RECOMPUTE = 2, /* inside torch.utils.checkpoint: run again in the backward pass, not saved */
 };
 

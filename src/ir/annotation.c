@@ -158,7 +158,7 @@ static th_status note_writes(th__parser *p, note_text *n) {
     return TH_OK;
 }
 
-/* One part after the type: alias N, offset N, random, effect, no_grad, recompute, writes a, b. */
+/* One part after the type: alias N, offset N, random, effect, no_grad, recompute, late, writes a, b. */
 static th_status note_part(th__parser *p, note_text *n, th__facts *f, bool of_value, bool of_op) {
     size_t size = note_word(n);
     note_text start = *n;
@@ -179,11 +179,10 @@ static th_status note_part(th__parser *p, note_text *n, th__facts *f, bool of_va
         return TH_OK;
     }
     uint8_t mark = note_is(n, size, "no_grad")     ? TH_MARK_NO_GRAD
-                   : note_is(n, size, "recompute") ? TH_MARK_RECOMPUTE
-                                                   : 0;
+                   : note_is(n, size, "recompute") ? TH_MARK_RECOMPUTE : note_is(n, size, "late") ? TH_MARK_LATE : 0;
     if (!of_op || !(random || effect || writes || mark)) {
         return FAIL_NOTE(p, &start, "expected one of:%s%s", of_value ? " alias, offset" : "",
-                         of_op ? " random, effect, no_grad, recompute, writes" : "");
+                         of_op ? " random, effect, no_grad, recompute, late, writes" : "");
     }
     f->has_effects = true;
     if (mark) {

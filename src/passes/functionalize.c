@@ -73,6 +73,7 @@ typedef struct pass {
     th_str file; /* of the operation that is being rewritten */
     uint32_t line;
     uint8_t marks;
+    bool grad; /* an input requires grad: results that do stay connected to it */
     th_opref op; /* being examined */
     bool suspicious;
     const th__view *region; /* that it writes */
@@ -408,12 +409,25 @@ static th_val full(pass *p, th_val like, uint32_t ndim, const int64_t *shape, th
     return emit(p, "torch.full", out, 2, args, th_node_seq(t, TH_N_DICT, 4, kwargs));
 }
 
+static bool is_number_node(const th_trace *t, th_node n) {
+    return t->nodes[n].kind >= TH_N_BOOL && t->nodes[n].kind <= TH_N_FLOAT;
+}
+
+static bool is_whole(const pass *p, const th__write *w) {
+    th__view dest = recorded(p, w->dest);
+    return th__view_same(&dest, &w->region) && th__view_is_dense(&dest);
+}
+
 /* The new contents, of the region's shape and the destination's dtype. *fresh: in storage of their own. */
 static th_val new_contents(pass *p, const th__write *w, bool *fresh) {
     th_trace *t = p->t;
     const th_type *dest = th_type_get(t->ctx, t->values[w->dest].type);
     th_val v;
     *fresh = true;
+    if (w->kind == TH__WRITE_FILL && p->grad && is_number_node(t, w->source) && is_whole(p, w)) {
+        th_node args[] = {th_node_value(t, read_member(p, w->dest)), w->source}; /* requires grad, as what it replaces */
+        return emit(p, "torch.ops.aten.fill.Scalar", t->values[w->dest].type, 2, args, 0);
+    }
     if (w->kind == TH__WRITE_FILL) return full(p, w->dest, w->region.ndim, w->region.shape, w->source);
     if (w->kind == TH__WRITE_PUT) {
         th_val value = th__node_as_value(t, w->source);
@@ -593,6 +607,8 @@ static th_status prepare(pass *p) {
     p->members = th__scratch_zeroed(&p->scratch, t->nvalues, sizeof *p->members);
     p->writes = th__scratch_zeroed(&p->scratch, t->nops, sizeof(th__write *));
     if (!p->members || !p->writes) return TH_ENOMEM;
+    for (uint32_t i = 0; i < t->ninputs; i++)
+        p->grad |= th_type_get(t->ctx, t->values[t->inputs[i]].type)->flags != 0;
     p->nvalues = t->nvalues;
     p->nops = t->nops;
     TRY(number_groups(p));

@@ -41,6 +41,7 @@ typedef struct joiner {
     uint32_t cap;     /* of both */
     record **records; /* by old operation */
     th_joint *joint;
+    bool *used;    /* by value of the program: something uses it, so that it may get a gradient */
     bool *written; /* by input: a write-back of it takes part */
 } joiner;
 
@@ -94,6 +95,13 @@ static th_val *values_of(joiner *j, th_node a, th_node b, bool unique, uint32_t 
     return c.items;
 }
 
+static void note_used(void *user, th_val *v) { ((joiner *)user)->used[*v] = true; }
+
+static void find_used(joiner *j) {
+    for (th_opref o = 1; o < j->t->nops; o++) th_op_each_use(j->t, o, note_used, j);
+    th_node_each_value(j->t, j->t->result, note_used, j);
+}
+
 static bool may_require_grad(const joiner *j, th_val v) {
     const th_type *type = th_type_get(j->t->ctx, j->t->values[v].type);
     char class_ = type->kind == TH_TYPE_TENSOR ? th_dtype_get((th_dtype)type->dtype)->class_ : 0;
@@ -104,6 +112,14 @@ static th_status declined(joiner *j, const th_op *op, const char *why) {
     const char *file = op->file ? th_str_get(j->t->ctx, op->file) : "?";
     th_fail(j->t->ctx, TH_DECLINED, "%s (%s, line %u): %s", th__op_callee(j->t, op), file, op->line, why);
     return TH_DECLINED;
+}
+
+/* Strides that a gradient is asked to come in: the result's own where no two elements share a place. */
+static th_typeref tangent_type(joiner *j, th_val v) {
+    th_typeref ref = th_type_set_grad(j->t->ctx, j->t->values[v].type, false);
+    const th_type *type = th_type_get(j->t->ctx, ref);
+    if (th__is_dense(type->ndim, type->shape, type->stride)) return ref;
+    return th_type_tensor(j->t->ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, NULL, 0);
 }
 
 /* ---- splicing a rule ---- */
@@ -120,8 +136,8 @@ static void reach_test(void *user, th_val *v) {
 }
 static void reach_set(void *user, th_val *v) { ((reach *)user)->value[*v] = true; }
 
-/* Which operations of a rule belong to its forward part: needed for the results, or with effects that no gradient is
- * part of. */
+/* Which operations of a rule belong to its forward part: needed for the results, or with effects before the
+ * backward ran. */
 static th_status find_forward(joiner *j, const th_rule *rule, bool *forward) {
     th_trace *t = rule->trace;
     reach late = {t, th__scratch_zeroed(&j->scratch, t->nvalues, sizeof(bool)), false};
@@ -138,7 +154,7 @@ static th_status find_forward(joiner *j, const th_rule *rule, bool *forward) {
     const th_node_data *result = &t->nodes[t->result];
     for (uint32_t i = 0; i < rule->nouts; i++) th_node_each_value(t, t->kids[result->u.kids + i], reach_set, &used);
     for (th_opref o = t->nops; o-- > 1;) {
-        used.hit = t->ops[o].effects != 0;
+        used.hit = t->ops[o].effects != 0 && !(t->ops[o].marks & TH_MARK_LATE);
         th_op_each_out(t, o, reach_test, &used);
         forward[o] = used.hit && !depends[o] && t->ops[o].kind == TH_OP_CALL;
         if (forward[o]) th_op_each_use(t, o, reach_set, &used);
@@ -299,8 +315,12 @@ static th_status take_part(joiner *j, th_opref at, record *rec) {
         rec->own = NULL;
         j->t->nops--;
     }
+    th_typeref *tangents = th__scratch_zeroed(&j->scratch, nouts, sizeof *tangents);
+    if (!tangents) return TH_ENOMEM;
+    for (uint32_t i = 0; i < nouts; i++)
+        tangents[i] = j->used[old_outs[i]] && may_require_grad(j, old_outs[i]) ? tangent_type(j, old_outs[i]) : 0;
     const th_rule *rule = NULL;
-    TRY(ask(j, rec, NULL, &rule));
+    TRY(ask(j, rec, tangents, &rule));
     if (!rule->out_grad) { /* detach, argmax: nothing of it is differentiable */
         th__op_push(j->t, &rec->op);
         return th_trace_status(j->t);
@@ -344,6 +364,14 @@ static bool used_later(const joiner *j, th_opref at, th_val v) {
     return s.found;
 }
 
+static bool writes_what_has_grad(const joiner *j, const th_op *op) {
+    for (uint32_t i = 0; i < op->nwrites; i++) {
+        th_val v = j->t->kids[op->writes + i];
+        if (requires_grad(j, v < j->r.nvalues && j->r.value[v] ? j->r.value[v] : v)) return true;
+    }
+    return false;
+}
+
 /* A write: inside the forward trace when autograd has no part in it, after the call when it has. */
 static th_status join_write(joiner *j, th_opref at, record *rec) {
     const th_op *old = &j->r.ops[at];
@@ -355,6 +383,8 @@ static th_status join_write(joiner *j, th_opref at, record *rec) {
         return th_trace_status(j->t);
     }
     th_val source = th__node_as_value(j->t, th__op_arg(j->t, &rec->op, 1, NULL));
+    if (!th__op_is(j->t, old, "torch.Tensor.copy_") && !writes_what_has_grad(j, &rec->op))
+        return take_part(j, at, rec); /* running statistics: its rule writes them too */
     if (!th__op_is(j->t, old, "torch.Tensor.copy_") || input == UINT32_MAX || !source || old->outs ||
         j->written[input] || used_later(j, at, dest))
         return declined(j, old, "writes to a tensor that takes part in autograd");
@@ -481,14 +511,6 @@ static th_status backward_op(joiner *j, th_opref at) {
 
 /* ---- all of it ---- */
 
-/* Strides that a gradient is asked to come in: the result's own where no two elements share a place. */
-static th_typeref tangent_type(joiner *j, th_val v) {
-    th_typeref ref = th_type_set_grad(j->t->ctx, j->t->values[v].type, false);
-    const th_type *type = th_type_get(j->t->ctx, ref);
-    if (th__is_dense(type->ndim, type->shape, type->stride)) return ref;
-    return th_type_tensor(j->t->ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, NULL, 0);
-}
-
 /* The results of the call, then the new contents of inputs; those that require grad get a gradient as a new input. */
 static th_status add_tangents(joiner *j, uint32_t *nvalues, th_val **values) {
     th_trace *t = j->t;
@@ -555,7 +577,9 @@ static th_status prepare(joiner *j) {
     j->records = th__scratch_zeroed(&j->scratch, t->nops, sizeof(record *));
     j->written = th__scratch_zeroed(&j->scratch, n, sizeof *j->written);
     if (!joint->mutated || !joint->wrt || !joint->tangent_of) return th_fail(t->ctx, TH_ENOMEM, "out of memory");
-    if (!j->records || !j->written) return TH_ENOMEM;
+    j->used = th__scratch_zeroed(&j->scratch, t->nvalues, sizeof *j->used);
+    if (!j->records || !j->written || !j->used) return TH_ENOMEM;
+    find_used(j);
     TRY(reserve_values(j));
     for (uint32_t i = 0; i < t->ninputs; i++) {
         th_val v = t->inputs[i];

@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 import thunder
 from tests.jit_checks import nothing_leaks  # noqa: F401
-from tests.train_checks import assert_compiled, assert_gradients_same, check_training, compare_runs, weights_like
+from tests.train_checks import (
+    assert_compiled,
+    assert_gradients_same,
+    assert_refused_clearly,
+    check_training,
+    compare_runs,
+    weights_like,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
 
@@ -277,30 +284,24 @@ def test_delicate_derivative(name):
     check_training(DELICATE[name], leaf(dtype=torch.float64) if name == "eigh" else leaf())
 
 
-# ---- data-dependent programs ----
+# ---- data-dependent programs: eager's result or a clear error ----
+
+DATA_DEPENDENT = {
+    "branch": lambda a: a * 2 if a.sum() > 0 else a.sin(),
+    "item": lambda a: a * a.sum().item(),
+    "boolean_mask": lambda a: a[a > 0].sum() * a,
+    "nonzero": lambda a: a[(a > 0).nonzero()[:, 0]].sum(),
+}
 
 
-def test_branch_on_a_value():
+@pytest.mark.parametrize("name", DATA_DEPENDENT)
+def test_data_dependent_program(name):
     def run(fn, call):
-        a = (x() + (1 if call % 2 else -1)).requires_grad_()
+        a = (x() + (1 if call % 2 else -0.5)).requires_grad_()
         out = fn(a)
         return out, torch.autograd.grad(out.sum(), a)
 
-    compiled = compare_runs(lambda a: a * 2 if a.sum() > 0 else a.sin(), run, calls=4)
-    assert_compiled(compiled, misses=None)
-
-
-def test_item_in_the_arithmetic():
-    compiled = compare_runs(
-        lambda a: a * a.sum().item(), lambda fn, c: _value_and_gradient(fn, (x() + c).requires_grad_()), calls=3
-    )
-    assert_compiled(compiled, misses=None)
-
-
-def test_boolean_mask():
-    check_training(lambda a: a[a > 0].sum() * a, leaf(), misses=None)
-
-
-def _value_and_gradient(fn, a):
-    out = fn(a)
-    return out, torch.autograd.grad(out.sum(), a)
+    try:
+        compare_runs(DATA_DEPENDENT[name], run, calls=4)
+    except thunder.CaptureError as error:
+        assert_refused_clearly(error)

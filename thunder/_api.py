@@ -258,7 +258,7 @@ def last_traces(fn: Any) -> list[_C.Trace]:
 
 
 def last_backward_traces(fn: Any) -> list[_C.Trace]:
-    """How the program used last is differentiated: the gradients computed from its inputs, then the backward as it runs.
+    """How the program used last is differentiated: the gradients computed from its inputs, then the backward that runs.
 
     The inputs of the backward are what the forward saved (the last values that ``last_traces(fn)[-1]`` returns) and the
     gradients of its results.
@@ -268,5 +268,7 @@ def last_backward_traces(fn: Any) -> list[_C.Trace]:
     """
     traces = _compiled(fn)._traces()
     if traces is None or len(traces) < 4:
-        raise RuntimeError("no program with gradients was compiled: call the function on tensors that require grad first")
+        raise RuntimeError(
+            "no program with gradients was compiled: call the function on tensors that require grad first"
+        )
     return list(traces[2:])

@@ -12,7 +12,7 @@ def as_strided_scatter(
     stride: tuple[int, ...],
     storage_offset: int | None = None,
 ) -> torch.Tensor:
-    """A copy of ``input`` in which the elements that ``input.as_strided(size, stride, storage_offset)`` shows are ``src``.
+    """A copy of ``input`` with ``src`` in the elements that ``input.as_strided(size, stride, storage_offset)`` shows.
 
     Like ``torch.as_strided_scatter``, whose derivative for ``input`` is wrong in torch 2.13: it is ``grad`` inside the
     region and zero outside.

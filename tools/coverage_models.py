@@ -59,7 +59,7 @@ def section(verdicts: list[Verdict], train: bool) -> list[str]:
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
     for v in verdicts:
-        outcome = v.outcome if v.outcome in (RIGHT, FELL_BACK) else f"**{v.outcome}**: {one_line(v.reason)}"
+        outcome = v.outcome if v.outcome == RIGHT else f"**{v.outcome}**: {one_line(v.reason)}"
         lines.append(f"| {v.name} | {v.kind} | {outcome} | {v.eager_ms:.2f} | {v.first_ms:.1f} | {v.later_ms:.2f} |")
     return lines
 

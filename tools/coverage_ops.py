@@ -68,12 +68,11 @@ def section(verdicts: list[Verdict]) -> list[str]:
         "| entry | outcome | first reason |",
         "| --- | --- | --- |",
     ]
-    rest = [v for v in verdicts if v.outcome not in (RIGHT, SKIPPED, FELL_BACK)]
+    rest = [v for v in verdicts if v.outcome not in (RIGHT, SKIPPED)]
     lines += [f"| `{v.name}` | {v.outcome} | {one_line(v.reason)} |" for v in sorted(rest, key=lambda v: v.name)]
-    for title, outcome in (("Ran in eager", FELL_BACK), ("Not counted", SKIPPED)):
-        names = sorted(v.name for v in verdicts if v.outcome == outcome)
-        if names:
-            lines += ["", f"{title}: " + ", ".join(f"`{name}`" for name in names) + "."]
+    skipped = sorted(v.name for v in verdicts if v.outcome == SKIPPED)
+    if skipped:
+        lines += ["", "Not counted: " + ", ".join(f"`{name}`" for name in skipped) + "."]
     return lines
 
 
@@ -98,7 +97,7 @@ def main() -> int:
     judges = (judge_gradients, lost_gradients) if options.grad else (judge, lost)
     for v in isolated(chosen, *judges):
         verdicts.append(v)
-        if v.outcome not in (RIGHT, SKIPPED, FELL_BACK):
+        if v.outcome not in (RIGHT, SKIPPED):
             print(f"{v.name:44} {v.outcome:12} {one_line(v.reason, 200)}", flush=True)
         elif len(verdicts) % 100 == 0:
             print(f"... {len(verdicts)} of {len(chosen)} entries, {time.monotonic() - start:.0f} s", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,12 @@ class GradVerdict(Verdict):
     """What became of one entry: the worst that happened over its samples."""
 
     severity = SEVERITY
+
+
+def why_eager(caught: list[warnings.WarningMessage]) -> str:
+    """The reason of the first fallback among recorded warnings."""
+    texts = [str(w.message) for w in caught if issubclass(w.category, thunder.ThunderWarning)]
+    return texts[0].partition("gradients are needed: ")[2] or texts[0] if texts else "no warning says why"
 
 
 def differentiable(op: OpInfo) -> bool:
@@ -101,9 +108,20 @@ def _judge_sample(op: OpInfo, sample: SampleInput, fresh: SampleInput) -> tuple[
     def program(first: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return function(first, *args, **kwargs)
 
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return _judge_steps(op, program, (sample, fresh), caught)
+
+
+def _judge_steps(
+    op: OpInfo,
+    program: Callable[..., Any],
+    samples: tuple[SampleInput, SampleInput],
+    caught: list[warnings.WarningMessage],
+) -> tuple[str, str]:
     compiled = thunder.jit(program)
     tried = False
-    for seed, each in enumerate((sample, fresh)):
+    for seed, each in enumerate(samples):
         arguments = _leaves((each.input, each.args, each.kwargs))
         eager_arguments, our_arguments = clone(arguments), clone(arguments)
         try:
@@ -128,4 +146,4 @@ def _judge_sample(op: OpInfo, sample: SampleInput, fresh: SampleInput) -> tuple[
             return WRONG, f"{'fresh values: ' if seed else ''}{found[0]}"
     if not tried:
         return SKIPPED, ""
-    return (FELL_BACK, "runs in eager") if thunder.compile_stats(compiled).fallbacks else (RIGHT, "")
+    return (FELL_BACK, why_eager(caught)) if thunder.compile_stats(compiled).fallbacks else (RIGHT, "")

@@ -13,7 +13,6 @@ CRASHES = "the process dies"
 TRAINING_GAPS = {
     "test_coverage_models.py::test_model_trains_like_eager[swin]": RUNS_IN_EAGER,
     "test_coverage_models.py::test_model_trains_like_eager[wav2vec2]": RUNS_IN_EAGER,
-    "test_coverage_ops.py::test_gradients_of_frequent_operator_equal_eager[__getitem__]": RUNS_IN_EAGER,
     "test_train_hooks.py::test_autograd_function_that_marks_its_input_dirty": RUNS_IN_EAGER,
     "test_train_hooks.py::test_hook_on_an_intermediate_inside": RUNS_IN_EAGER,
     "test_train_hooks.py::test_module_backward_hooks": RUNS_IN_EAGER,

@@ -394,6 +394,7 @@ static th_status as_strided_scatter(th_call *call) {
     TRY(th__arg_tensor(call, 1, &src));
     TRY(th__arg_ints(call, 2, &size));
     TRY(th__arg_ints(call, 3, &stride));
+    DECLINE_IF(!th__is_dense(x.ndim, x.shape, x.stride));
     DECLINE_IF(src.dtype != x.dtype || src.device != x.device || size.n != src.ndim || stride.n != size.n);
     for (uint32_t i = 0; i < size.n; i++) DECLINE_IF(size.at[i] != src.shape[i] || stride.at[i] < 0);
     return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, x.stride);

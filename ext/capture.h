@@ -22,6 +22,14 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
     void *base;           /* of its storage; NULL: none */
 } thx_root;
 
+typedef struct thx_line { /* of the recorder's cache: the line of an instruction */
+    PyObject *code;       /* owned */
+    int at;
+    th_str file;
+    uint32_t line;
+} thx_line;
+enum { THX_LINES = 1024 };
+
 typedef struct thx_recorder {
     PyObject_HEAD thx *x;
     th_trace *t;
@@ -43,6 +51,7 @@ typedef struct thx_recorder {
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
+    thx_line *lines;        /* THX_LINES, by code and instruction; NULL until the first look-up */
     int depth;              /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
     th_dev default_device;
@@ -66,7 +75,7 @@ int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
-void thx_user_line(thx *x, th_str *file, uint32_t *line);
+void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
 int thx_recorder_init(thx *x, PyObject *module);
 
 /* ---- observer.c ---- */

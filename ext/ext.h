@@ -73,8 +73,8 @@ typedef struct thx {
     uint32_t nfuncs, cap_funcs;
     thx_func transient; /* description of a function without importable name; valid until the next look-up */
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
-    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *modes_off, *get_rng_state,
-        *set_rng_state, *equal, *rand;
+    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *modes_off, *is_neg,
+        *get_rng_state, *set_rng_state, *equal, *rand;
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
     getter version_get, requires_grad_get;
     void *version_closure, *requires_grad_closure;
@@ -84,8 +84,10 @@ typedef struct thx {
     PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch,
         *forbid_data_ptr, *functorch_level;
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
-    int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
-    PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
+    int dict_watcher;                 /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
+    PyObject *empty_dict, *empty_set; /* copies of what is empty, for guards; never written */
+    PyObject *module_dicts;           /* frozenset: the dictionaries that every nn.Module has */
+    PyObject *watch_counts;           /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];
     uint32_t facts;     /* TH_FACT_*: what meta rules may rely on */

@@ -203,7 +203,8 @@ static int walk_dict(walker *w, PyObject *dict, int depth) {
     thx_guards *g = w->g;
     if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
     if (RESERVE(g->dicts) < 0 || watch(w->x, dict) < 0) return -1;
-    PyObject *copy = PyDict_Copy(dict), *key, *value;
+    /* most dictionaries of a module are empty hooks: they share one copy, which nobody writes */
+    PyObject *copy = PyDict_GET_SIZE(dict) ? PyDict_Copy(dict) : Py_NewRef(w->x->empty_dict), *key, *value;
     if (!copy) return -1;
     g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), copy, tag_of(dict)};
     for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);)
@@ -214,7 +215,9 @@ static int walk_dict(walker *w, PyObject *dict, int depth) {
 static int walk_sequence(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     if (PyObject_Size(o) > MAX_WATCHED) return 0;
-    PyObject *copy = PyAnySet_Check(o) ? PyFrozenSet_New(o) : PySequence_Tuple(o);
+    PyObject *copy = !PyAnySet_Check(o)  ? PySequence_Tuple(o)
+                     : PySet_GET_SIZE(o) ? PyFrozenSet_New(o)
+                                         : Py_NewRef(w->x->empty_set);
     if (!copy || RESERVE(g->sequences) < 0) return -1;
     if (PyTuple_Check(o))
         Py_DECREF(copy);
@@ -306,6 +309,22 @@ static int walk_module(walker *w, PyObject *o) {
     return 0;
 }
 
+/* A dictionary that torch keeps in a module for itself: nobody writes attributes of the dictionary object. */
+static bool is_torchs_own(walker *w, PyObject *key, PyObject *value) {
+    return PyODict_CheckExact(value) && PyUnicode_CheckExact(key) && PySet_Contains(w->x->module_dicts, key) == 1;
+}
+
+/* The attributes of a module. */
+static int walk_module_dict(walker *w, PyObject *dict, int depth) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+        if (!is_torchs_own(w, key, value)) continue;
+        int fresh = first_visit(w, value);
+        if (fresh < 0 || (fresh == 1 && walk_dict(w, value, depth + 1) < 0)) return -1;
+    }
+    return walk_dict(w, dict, depth);
+}
+
 static int walk_object(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
@@ -319,7 +338,8 @@ static int walk_object(walker *w, PyObject *o, int depth) {
         g->objects.items[g->objects.count++] =
             (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o))};
         int fresh = first_visit(w, dict);
-        rc = fresh == 1 ? walk_dict(w, dict, depth) : fresh;
+        bool module = fresh == 1 && PyObject_TypeCheck(o, w->x->NnModule);
+        rc = fresh != 1 ? fresh : module ? walk_module_dict(w, dict, depth) : walk_dict(w, dict, depth);
     }
     Py_DECREF(dict);
     return rc;
@@ -327,6 +347,10 @@ static int walk_object(walker *w, PyObject *o, int depth) {
 
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
+    if (PyDict_CheckExact(o)) { /* holds no attributes */
+        int fresh = depth > 64 ? 0 : first_visit(w, o);
+        return fresh == 1 ? walk_dict(w, o, depth) : fresh;
+    }
     if (is_leaf(w->x, o) || depth > 64) return 0;
     int fresh = first_visit(w, o);
     if (fresh <= 0) return fresh;

@@ -166,7 +166,7 @@ static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors) {
 
 int thx_emit(thx_recorder *r, const th_op_args *op) {
     th_op_args here = *op;
-    thx_user_line(r->x, &here.file, &here.line);
+    thx_user_line(r, &here.file, &here.line);
     if (!th_trace_op(r->t, &here)) return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
     return 0;
 }

@@ -42,17 +42,20 @@ int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value) { return 
 
 /* ---- roots ---- */
 
-static th_str root_name(thx_recorder *r, PyObject *place, const char *fallback) {
+static bool is_name_char(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9'); }
+
+/* p_ and the dotted name for what lives in a module; a0 for an argument, c3 for a constant. */
+static th_str root_name(thx_recorder *r, PyObject *place, int32_t leaf) {
     char text[200], *out = text;
-    const char *name = place ? PyUnicode_AsUTF8(PyTuple_GET_ITEM(place, 2)) : fallback;
-    for (; name && *name && out < text + sizeof text - 1; name++)
-        *out++ = (*name >= 'a' && *name <= 'z') || (*name >= 'A' && *name <= 'Z') || (*name >= '0' && *name <= '9')
-                     ? *name
-                     : '_';
-    *out = 0;
-    char prefixed[208];
-    snprintf(prefixed, sizeof prefixed, "%s%s", place || text[0] < 'a' ? "p_" : "", text);
-    return th_intern_z(r->x->ctx, prefixed);
+    if (!place) {
+        snprintf(text, sizeof text, "%c%d", leaf >= 0 ? 'a' : 'c', leaf >= 0 ? (int)leaf : (int)r->nroots);
+        return th_intern_z(r->x->ctx, text);
+    }
+    *out++ = 'p';
+    *out++ = '_';
+    for (const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(place, 2)); name && *name && out < text + sizeof text;)
+        *out++ = is_name_char(*name) ? *name : '_', name++;
+    return th_intern(r->x->ctx, text, (size_t)(out - text));
 }
 
 /* A class of its own decides what operations on it mean: all but torch's, and parameters that add only a name. */
@@ -106,6 +109,20 @@ static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
                : 0;
 }
 
+/* A plain strided tensor, told at little cost; what is not is looked at again by refuse_tensor, which knows why. */
+static bool is_plain_tensor(thx *x, PyObject *tensor, thx_meta *meta) {
+    int32_t layout = -1;
+    if (!x->abi.on || !x->abi.aoti_torch_get_layout || !x->abi.aoti_torch_layout_strided ||
+        (Py_TYPE(tensor) != x->Tensor && Py_TYPE(tensor) != x->Parameter) ||
+        x->abi.aoti_torch_get_layout(thx_borrow(&x->abi, tensor), &layout) ||
+        layout != x->abi.aoti_torch_layout_strided())
+        return false;
+    PyObject *negated = thx_read_meta(x, tensor, false, meta) == 0 ? PyObject_CallOneArg(x->is_neg, tensor) : NULL;
+    PyErr_Clear();
+    Py_XDECREF(negated); /* a singleton */
+    return negated == Py_False && meta->dtype != TH_C64 && meta->dtype != TH_C128;
+}
+
 static thx_root *push_root(thx_recorder *r, thx_root root) {
     if (r->nroots == r->cap_roots) {
         uint32_t cap = r->cap_roots ? r->cap_roots * 2 : 64;
@@ -138,16 +155,14 @@ static void join_storage(thx_recorder *r, const thx_root *root) {
 /* An input of the trace for a real tensor. Its fake is made when something has to run on it. */
 static thx_cell *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     thx *x = r->x;
-    if (refuse_tensor(r, real) < 0) return NULL;
     thx_meta meta;
-    if (thx_read_meta(x, real, false, &meta) < 0) return NULL;
+    if (!is_plain_tensor(x, real, &meta) && (refuse_tensor(r, real) < 0 || thx_read_meta(x, real, false, &meta) < 0))
+        return NULL;
     th_typeref type = thx_meta_type(x, &meta);
     PyObject *place = NULL, *id = NULL;
     if (leaf < 0 && r->params && (id = PyLong_FromVoidPtr(real))) place = PyDict_GetItemWithError(r->params, id);
     Py_XDECREF(id);
-    char hint[24];
-    snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
-    th_val value = type ? th_trace_input(r->t, root_name(r, place, hint), type) : 0;
+    th_val value = type ? th_trace_input(r->t, root_name(r, place, leaf), type) : 0;
     thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL, thx_storage_base(x, real)}) : NULL;
     if (!root) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
@@ -330,10 +345,27 @@ static PyFrameObject *user_frame(thx *x, th_str *file) {
     return NULL;
 }
 
-void thx_user_line(thx *x, th_str *file, uint32_t *line) {
-    PyFrameObject *frame = user_frame(x, file);
+/* CPython finds a line by walking the code's table from its start; loops over layers ask for the same ones again. */
+void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line) {
+    PyFrameObject *frame = user_frame(r->x, file);
     if (!frame) return;
-    *line = (uint32_t)PyFrame_GetLineNumber(frame);
+    PyCodeObject *code = PyFrame_GetCode(frame);
+    int at = PyFrame_GetLasti(frame);
+    if (!r->lines) r->lines = PyMem_Calloc(THX_LINES, sizeof *r->lines);
+    thx_line *known = r->lines ? &r->lines[(((uintptr_t)code >> 5) * 31 + (unsigned)at / 2) % THX_LINES] : NULL;
+    if (known && known->code == (PyObject *)code && known->at == at) {
+        *line = known->line;
+        Py_DECREF(code);
+    } else {
+        *line = (uint32_t)PyFrame_GetLineNumber(frame);
+        if (known) {
+            Py_XSETREF(known->code, (PyObject *)code);
+            known->at = at;
+            known->line = *line;
+        } else {
+            Py_DECREF(code);
+        }
+    }
     Py_DECREF(frame);
 }
 
@@ -533,6 +565,8 @@ static void recorder_dealloc(thx_recorder *r) {
     PyMem_Free(r->roots);
     PyMem_Free(r->consts);
     PyMem_Free(r->inputs);
+    for (uint32_t i = 0; r->lines && i < THX_LINES; i++) Py_XDECREF(r->lines[i].code);
+    PyMem_Free(r->lines);
     Py_XDECREF(r->params);
     Py_XDECREF(r->error);
     Py_XDECREF(r->rng_last);

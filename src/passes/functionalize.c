@@ -597,7 +597,7 @@ static bool choose(pass *p, th_fuel *fuel) {
     for (th_opref op = 1; op < p->nops; op++) {
         group *g = p->writes[op] ? group_of(p, p->writes[op]->dest) : NULL;
         if (!g || g->refused || g->taken || g->first_write != op) continue;
-        g->taken = th_fuel_take(fuel, "functionalize: %s", th_str_get(t->ctx, t->values[g->base].name));
+        g->taken = th_fuel_take(fuel, "functionalize", th_str_get(t->ctx, t->values[g->base].name));
         g->current = g->base;
         any |= g->taken;
     }

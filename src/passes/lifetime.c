@@ -70,7 +70,7 @@ th_status th_pass_lifetime(th_trace *t, th_fuel *fuel) {
         for (th_opref op = 1; op < r.nops; op++) {
             if (r.ops[op].kind == TH_OP_DEL) continue;
             th__op_push(t, &r.ops[op]);
-            if (first[op] && th_fuel_take(fuel, "lifetime: %s", th_str_get(t->ctx, t->values[first[op]].name))) {
+            if (first[op] && th_fuel_take(fuel, "lifetime", th_str_get(t->ctx, t->values[first[op]].name))) {
                 push_del(t, first[op], next, &s);
             }
         }

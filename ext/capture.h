@@ -12,6 +12,7 @@ typedef struct thx_cell { /* of the recorder's pointer-keyed table */
     PyObject *key;        /* owned: a fake, or a real tensor */
     PyObject *fake;       /* for a real tensor: its fake once there is one (owned); its cell then holds the value */
     th_val value;         /* the value it stands for now */
+    bool ours;            /* a fake that a rule of ours made and no kernel has seen */
 } thx_cell;
 
 typedef struct thx_root { /* an input of the trace and where a call finds it */
@@ -21,6 +22,8 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
     PyObject *dict, *key; /* owned or NULL: dict[key] of the module tree holds it */
     void *base;           /* of its storage; NULL: none */
 } thx_root;
+
+typedef struct thx_pool thx_pool;
 
 typedef struct thx_line { /* of the recorder's cache: the line of an instruction */
     PyObject *code;       /* owned */
@@ -51,6 +54,7 @@ typedef struct thx_recorder {
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
+    thx_pool *pool;         /* pool.c; NULL until the first fake of our own */
     thx_line *lines;        /* THX_LINES, by code and instruction; NULL until the first look-up */
     int depth;              /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
@@ -84,6 +88,9 @@ PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t
 bool thx_read_of_fake_data(void); /* does the pending exception say that a kernel wanted a fake's memory? */
 PyObject *thx_watch_dispatch(PyObject *recorder, PyObject *const *args,
                              Py_ssize_t nargs); /* mode: notes random kernels */
+
+/* ---- pool.c ---- */
+PyObject *thx_pool_fake(thx_recorder *r, th_typeref type); /* for a value of our own rules: new reference */
 
 /* ---- random.c: seeding inside captured code ---- */
 int thx_random_begin(thx_recorder *r);

@@ -88,6 +88,7 @@ static int load_functions(thx *x) {
         {&x->set_autocast, x->torch, "set_autocast_enabled"},
         {&x->grad_enabled, x->torch, "is_grad_enabled"},
         {&x->is_neg, (PyObject *)x->TensorBase, "is_neg"},
+        {&x->use_count, (PyObject *)x->TensorBase, "_use_count"},
         {&x->set_grad, x->torch_c, "_set_grad_enabled"},
         {&x->modes_off, x->torch_c, "DisableTorchFunction"},
         {&x->default_dtype, x->torch, "get_default_dtype"},
@@ -111,6 +112,10 @@ static int load_functions(thx *x) {
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
         if (!(*wanted[i].place = get_path(wanted[i].root, wanted[i].path))) return -1;
+    PyObject *weakref = PyImport_ImportModule("_weakref");
+    x->count_weakrefs = weakref ? PyObject_GetAttrString(weakref, "getweakrefcount") : NULL;
+    Py_XDECREF(weakref);
+    if (!x->count_weakrefs) return -1;
     for (int d = 1; d < TH_DTYPE_COUNT; d++) {
         x->dtype_objects[d] = PyObject_GetAttrString(x->torch, th_dtype_get((th_dtype)d)->torch_name);
         if (!x->dtype_objects[d]) PyErr_Clear(); /* a torch without that dtype */

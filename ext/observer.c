@@ -191,14 +191,17 @@ static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th
 
 static PyObject *fast_out(thx_recorder *r, const th_out *out, th_node *node) {
     th_val value = th_trace_value(r->t, 0, out->type);
-    PyObject *fake = thx_fake(r->x, out->type);
+    PyObject *fake = thx_pool_fake(r, out->type);
     if (!fake) return NULL;
     if (out->alias_of) {
         r->t->values[value].alias = alias_group(r->t, out->alias_of);
         r->t->values[value].offset = out->offset;
     }
     *node = th_node_value(r->t, value);
-    if (thx_recorder_define(r, fake, value) < 0) Py_CLEAR(fake);
+    if (thx_recorder_define(r, fake, value) < 0)
+        Py_CLEAR(fake);
+    else
+        thx_recorder_cell(r, fake)->ours = true;
     return fake;
 }
 
@@ -209,6 +212,7 @@ static PyObject *fast_inplace(call *c, const th_call *rule) {
     thx_cell *cell = thx_recorder_cell(r, self);
     if (!cell || rule->outs[0].type != r->t->values[cell->value].type) return NULL;
     th_val before = cell->value, value = th_trace_value(r->t, 0, rule->outs[0].type);
+    cell->ours = false;
     r->t->values[value].alias = alias_group(r->t, before);
     r->t->values[value].offset = r->t->values[before].offset;
     uint8_t effects = TH_FX_WRITES | (c->random ? TH_FX_RANDOM : 0);
@@ -485,12 +489,14 @@ static PyObject *slow(call *c) {
         Py_XDECREF(args);
         return NULL;
     }
-    for (uint32_t i = 0; i < r->ninputs; i++)
+    for (uint32_t i = 0; i < r->ninputs; i++) {
         if (!(r->inputs[i] = thx_recorder_fake(r, r->inputs[i]))) {
             Py_DECREF(args);
             Py_XDECREF(kwargs);
             return NULL;
         }
+        thx_recorder_cell(r, r->inputs[i])->ours = false; /* what a kernel does to it or keeps of it cannot be told */
+    }
     long fixed[64], *versions = r->ninputs <= 64 ? fixed : PyMem_Malloc(sizeof(long) * r->ninputs);
     uint32_t count = r->ninputs;
     for (uint32_t i = 0; i < count; i++) versions[i] = version_of(r->x, r->inputs[i]);

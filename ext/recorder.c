@@ -567,6 +567,7 @@ static void recorder_dealloc(thx_recorder *r) {
     PyMem_Free(r->inputs);
     for (uint32_t i = 0; r->lines && i < THX_LINES; i++) Py_XDECREF(r->lines[i].code);
     PyMem_Free(r->lines);
+    PyMem_Free(r->pool);
     Py_XDECREF(r->params);
     Py_XDECREF(r->error);
     Py_XDECREF(r->rng_last);

@@ -38,7 +38,7 @@ static void chain(const ends *e, th_val *first, th_val *next) {
 static void push_del(th_trace *t, th_val v, const th_val *next, th__scratch *s) {
     uint32_t count = 0;
     for (th_val w = v; w; w = next[w]) count++;
-    th_node *kids = th__scratch_zeroed(s, count, sizeof *kids);
+    th_node few[16], *kids = count <= 16 ? few : th__scratch_zeroed(s, count, sizeof *kids);
     if (!kids) {
         t->sticky = TH_ENOMEM;
         return;

@@ -84,10 +84,10 @@ typedef struct thx {
     PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch,
         *forbid_data_ptr, *functorch_level;
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
-    int dict_watcher;                 /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
-    PyObject *empty_dict, *empty_set; /* copies of what is empty, for guards; never written */
-    PyObject *module_dicts;           /* frozenset: the dictionaries that every nn.Module has */
-    PyObject *watch_counts;           /* 3.12+: dict: id of a dictionary -> how many guards watch it */
+    int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
+    PyObject *empty_set;    /* the copy of every set that is empty, for guards */
+    PyObject *module_dicts; /* frozenset: the dictionaries that every nn.Module has */
+    PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];
     uint32_t facts;     /* TH_FACT_*: what meta rules may rely on */

@@ -313,11 +313,10 @@ static int module_exec(PyObject *module) {
     x->module = module; /* borrowed: the state lives in it */
     x->dict_watcher = -2;
     x->watch_counts = PyDict_New();
-    x->empty_dict = PyDict_New();
     x->empty_set = PyFrozenSet_New(NULL);
     x->callables = PyDict_New();
     x->ctx = th_ctx_new(NULL, NULL);
-    if (!x->ctx || !x->callables || !x->watch_counts || !x->empty_dict || !x->empty_set) return PyErr_NoMemory(), -1;
+    if (!x->ctx || !x->callables || !x->watch_counts || !x->empty_set) return PyErr_NoMemory(), -1;
     if (thx_check(x, th_catalog_new(x->ctx, &x->catalog)) < 0) return -1;
     x->torch = PyImport_ImportModule("torch");
     x->torch_c = x->torch ? PyObject_GetAttrString(x->torch, "_C") : NULL;

@@ -42,6 +42,7 @@ typedef struct thx_recorder {
     uint32_t nroots, cap_roots;
     PyObject **consts; /* by value: the real tensor of a value without input roots, once evaluated (owned) */
     uint32_t nconsts;
+    PyObject *bound;   /* its own __torch_function__ while the capture runs: a cycle, so no longer than that (owned) */
     PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
     PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
     PyObject **inputs; /* tensors of the operation being recorded: fakes, or real ones that have none yet (borrowed) */

@@ -45,7 +45,8 @@ enum { THX_CODES = 256, THX_DEVICES = 32 }; /* of the caches below; others take 
 
 typedef struct thx_names { /* interned attribute names */
     PyObject *torch_function, *torch_dispatch, *dict, *class_, *device, *enter, *exit, *self, *name, *module, *qualname,
-        *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped;
+        *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped, *parameters,
+        *buffers, *modules;
 } thx_names;
 
 typedef struct thx {

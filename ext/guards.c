@@ -538,12 +538,16 @@ bool thx_guards_holds(const thx_guards *g, PyObject *tensor) {
 
 /* ---- parameter places ---- */
 
+static PyObject *dotted(PyObject *prefix, PyObject *key) {
+    return PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+}
+
 /* Tensors of one module's dictionary; a tensor found before keeps its first place. */
 static int add_places(thx *x, PyObject *places, PyObject *prefix, PyObject *dict) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
         if (!thx_is_tensor(x, value)) continue;
-        PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+        PyObject *name = dotted(prefix, key);
         PyObject *place = name ? PyTuple_Pack(3, dict, key, name) : NULL, *id = PyLong_FromVoidPtr(value);
         bool ok = place && id && PyDict_SetDefault(places, id, place);
         Py_XDECREF(id);
@@ -559,15 +563,15 @@ static int walk_places(walker *w, PyObject *places, PyObject *prefix, PyObject *
     PyObject *dict = fresh == 1 ? PyObject_GetAttr(module, w->x->n.dict) : NULL, *key, *child;
     if (!dict) return fresh == 1 ? -1 : fresh;
     int rc = 0;
-    static const char *const kinds[] = {"_parameters", "_buffers"};
+    PyObject *const kinds[] = {w->x->n.parameters, w->x->n.buffers};
     for (int k = 0; k < 2 && rc == 0; k++) {
-        PyObject *tensors = PyDict_GetItemString(dict, kinds[k]);
+        PyObject *tensors = PyDict_GetItemWithError(dict, kinds[k]);
         if (tensors && PyDict_Check(tensors)) rc = add_places(w->x, places, prefix, tensors);
     }
-    PyObject *modules = PyDict_GetItemString(dict, "_modules");
+    PyObject *modules = PyDict_GetItemWithError(dict, w->x->n.modules);
     for (Py_ssize_t at = 0; rc == 0 && modules && PyDict_Check(modules) && PyDict_Next(modules, &at, &key, &child);) {
         if (!PyObject_TypeCheck(child, w->x->NnModule)) continue;
-        PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+        PyObject *name = dotted(prefix, key);
         rc = name ? walk_places(w, places, name, child, depth + 1) : -1;
         Py_XDECREF(name);
     }

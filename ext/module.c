@@ -128,6 +128,7 @@ static int load_names(thx *x) {
         PyObject **place;
         const char *text;
     } names[] = {
+        {&x->n.torch_function, "__torch_function__"},
         {&x->n.torch_dispatch, "__torch_dispatch__"},
         {&x->n.dict, "__dict__"},
         {&x->n.class_, "__class__"},
@@ -144,6 +145,9 @@ static int load_names(thx *x) {
         {&x->n.index, "index"},
         {&x->n.dtype, "dtype"},
         {&x->n.tags, "tags"},
+        {&x->n.parameters, "_parameters"},
+        {&x->n.buffers, "_buffers"},
+        {&x->n.modules, "_modules"},
     };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return -1;

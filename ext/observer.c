@@ -543,6 +543,14 @@ static bool under_functorch(thx *x) {
     return level && level != Py_None;
 }
 
+/* A pure operation on tensors that no transform has wrapped is what it is outside the transform; on wrapped ones
+ * thx_to_node notices. */
+static bool indifferent_to_functorch(const thx_func *f) {
+    return f->kind == THX_FUNC_RECORD && !f->random && f->def && f->def->meta &&
+           !(f->def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM)) && f->def->fusion != TH_FUSE_FACTORY &&
+           f->def->fusion != TH_FUSE_OPAQUE;
+}
+
 /* A plan runs under the caller's default dtype, so a program must not switch it. */
 static int check_default_dtype(thx_recorder *r) {
     PyObject *dtype = PyObject_CallNoArgs(r->x->default_dtype);
@@ -567,7 +575,7 @@ static int asks_for_grad(thx *x, const thx_func *f, PyObject *args, PyObject *kw
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random};
-    if (under_functorch(x)) /* under vmap or grad: what functorch makes of the call reaches layer 2 */
+    if (!indifferent_to_functorch(f) && under_functorch(x)) /* what vmap or grad makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     if (check_default_dtype(r) < 0) return NULL;
     r->ninputs = 0;

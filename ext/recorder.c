@@ -416,7 +416,8 @@ static int enter(thx_recorder *r, surroundings *s) {
     s->compiling = s->compiler ? PyObject_GetAttrString(s->compiler, "_is_compiling_flag") : NULL;
     PyErr_Clear();
     s->script = PyObject_CallNoArgs(x->get_script_optimize);
-    if (!s->script || thx_random_begin(r) < 0 || set_script_optimize(x, Py_False) < 0) return -1;
+    r->bound = PyObject_GetAttr((PyObject *)r, x->n.torch_function);
+    if (!s->script || !r->bound || thx_random_begin(r) < 0 || set_script_optimize(x, Py_False) < 0) return -1;
     PyObject *pushed = PyObject_CallOneArg(x->push_function, (PyObject *)r);
     if (!pushed) {
         set_script_optimize(x, s->script);
@@ -506,6 +507,7 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         if (!*result && !PyErr_ExceptionMatches(x->CaptureError) && !PyErr_ExceptionMatches(x->GradNeeded))
             explain_exception(r);
     }
+    Py_CLEAR(r->bound);
     Py_XDECREF(s.script);
     Py_XDECREF(s.compiling);
     Py_XDECREF(s.compiler);
@@ -577,6 +579,15 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_DECREF(type);
 }
 
+/* torch asks for __torch_function__ by C string, twice for each operation: without a string object it costs little. */
+static PyObject *recorder_getattr(PyObject *self, char *name) {
+    thx_recorder *r = (thx_recorder *)self;
+    if (r->bound && strcmp(name, "__torch_function__") == 0) return Py_NewRef(r->bound);
+    PyObject *key = PyUnicode_FromString(name), *found = key ? PyObject_GenericGetAttr(self, key) : NULL;
+    Py_XDECREF(key);
+    return found;
+}
+
 static PyMethodDef recorder_methods[] = {
     {"__torch_function__", (PyCFunction)(void (*)(void))thx_torch_function, METH_FASTCALL, NULL},
     {"__torch_dispatch__", (PyCFunction)(void (*)(void))thx_watch_dispatch, METH_FASTCALL, NULL},
@@ -584,6 +595,7 @@ static PyMethodDef recorder_methods[] = {
 };
 static PyType_Slot recorder_slots[] = {
     {Py_tp_dealloc, recorder_dealloc},
+    {Py_tp_getattr, recorder_getattr},
     {Py_tp_methods, recorder_methods},
     {Py_tp_doc, "The observer of a capture in progress."},
     {0, NULL},

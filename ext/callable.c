@@ -291,7 +291,26 @@ static PyObject *run_without_autocast(thx *x, thx_entry *e, const thx_leaves *le
     return result;
 }
 
+static PyObject *run_in_inference_mode(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves) {
+    thx *x = c->x;
+    PyObject *mode = PyObject_CallOneArg(x->inference_mode, Py_True), *result = NULL;
+    PyObject *entered = mode ? PyObject_CallMethodNoArgs(mode, x->n.enter) : NULL;
+    if (entered) {
+        result = e->ambient.autocast ? run_without_autocast(x, e, leaves) : run_plan(x, e, leaves);
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *left = PyObject_CallMethodObjArgs(mode, x->n.exit, Py_None, Py_None, Py_None, NULL);
+        Py_XDECREF(left);
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(entered);
+    Py_XDECREF(mode);
+    return result;
+}
+
 static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves) {
+    if (e->inference) return run_in_inference_mode(c, e, leaves);
     return e->ambient.autocast ? run_without_autocast(c->x, e, leaves) : run_plan(c->x, e, leaves);
 }
 
@@ -580,7 +599,9 @@ static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     if (!e) Py_RETURN_NONE;
     th_trace *captured = NULL, *final = NULL;
     if (thx_check(c->x, th_trace_clone(e->captured, &captured)) < 0) return NULL;
-    if (thx_check(c->x, th_trace_clone(e->final, &final)) < 0) {
+    if (thx_check(c->x, th_trace_clone(e->final, &final)) < 0 ||
+        thx_name_constants(c->x, final, captured->ninputs, e->roots) < 0) {
+        th_trace_free(final);
         th_trace_free(captured);
         return NULL;
     }

@@ -38,6 +38,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     th_plan *plan;
     uint32_t *slot_of;  /* by value of `final` */
     uint32_t nvalues;   /* outputs and tensors written to state */
+    bool inference;     /* the program's operations run in an inference mode of its own */
     bool checked;       /* a run has confirmed the sizes and strides that the trace states */
     th_slot *roots;     /* nroots filled slots: the template of a frame */
     int32_t *root_leaf; /* by root: argument leaf, or -1 - index of a bound tensor */

@@ -51,6 +51,8 @@ typedef struct thx_recorder {
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
     bool forgivable;    /* a CaptureError now is the user's to catch: only a message was to be made */
     bool saw_random;
+    bool inference;         /* inference mode of the caller */
+    bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
@@ -102,6 +104,9 @@ int thx_emit(thx_recorder *r, const th_op_args *op); /* append an operation at t
 
 /* ---- constants.c ---- */
 int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t); /* new constants become roots of r */
+/* For showing: the inputs from `first` on are what was evaluated; they become foreign objects of their names, so that
+ * the text is a function of the same arguments at every stage. */
+int thx_name_constants(thx *x, th_trace *t, uint32_t first, const th_slot *roots);
 
 /* ---- funcs.c ---- */
 const thx_func *thx_func_find(thx *x, PyObject *function); /* NULL with an exception */

@@ -74,8 +74,8 @@ typedef struct thx {
     uint32_t nfuncs, cap_funcs;
     thx_func transient; /* description of a function without importable name; valid until the next look-up */
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
-    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *modes_off, *is_neg,
-        *use_count, *count_weakrefs, *get_rng_state, *set_rng_state, *equal, *rand;
+    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *inference_mode, *modes_off,
+        *is_neg, *use_count, *count_weakrefs, *get_rng_state, *set_rng_state, *equal, *rand;
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
     getter version_get, requires_grad_get;
     void *version_closure, *requires_grad_closure;

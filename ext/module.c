@@ -94,6 +94,7 @@ static int load_functions(thx *x) {
         {&x->default_dtype, x->torch, "get_default_dtype"},
         {&x->default_device, x->torch, "get_default_device"},
         {&x->inference, x->torch, "is_inference_mode_enabled"},
+        {&x->inference_mode, x->torch, "inference_mode"},
         {&x->is_functorch, x->torch_c, "_functorch.is_functorch_wrapped_tensor"},
         {&x->is_alias_of, x->torch_c, "_is_alias_of"},
         {&x->get_rng_state, x->torch, "get_rng_state"},

@@ -164,8 +164,18 @@ static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors) {
     return none_node(r);
 }
 
+/* Does the program run this operation in an inference mode of its own? Its results then carry the mark. */
+static int note_inference(thx_recorder *r) {
+    PyObject *on = PyObject_CallNoArgs(r->x->inference);
+    if (!on) return -1;
+    *((on == Py_True) == r->inference ? &r->outside : &r->inside) = true;
+    Py_DECREF(on);
+    return 0;
+}
+
 int thx_emit(thx_recorder *r, const th_op_args *op) {
     th_op_args here = *op;
+    if (note_inference(r) < 0) return -1;
     thx_user_line(r, &here.file, &here.line);
     if (!th_trace_op(r->t, &here)) return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
     return 0;

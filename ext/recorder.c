@@ -516,6 +516,11 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         thx_capture_error(r, "the grad mode", "the function leaves it other than it found it",
                           "switch it outside, or in a with block");
     }
+    if (*result && r->inside && (r->outside || r->inference)) { /* a plan runs in one mode */
+        Py_CLEAR(*result);
+        thx_capture_error(r, "torch.inference_mode", "some operations run inside and some outside of it",
+                          "put the whole function inside, or use torch.no_grad()");
+    }
     if (*result && thx_random_before(r) < 0) Py_CLEAR(*result);
     if (thx_random_end(r) < 0) Py_CLEAR(*result);
     if (r->error && (*result || !PyErr_ExceptionMatches(x->CaptureError))) { /* user code swallowed it */
@@ -534,6 +539,10 @@ thx_recorder *thx_recorder_new(thx *x, PyObject *params) {
     if (!r) return NULL;
     r->x = x;
     r->params = Py_XNewRef(params);
+    PyObject *inference = PyObject_CallNoArgs(x->inference);
+    r->inference = inference == Py_True;
+    PyErr_Clear();
+    Py_XDECREF(inference);
     r->t = th_trace_new(x->ctx, "computation");
     PyObject *dtype = PyObject_CallNoArgs(x->default_dtype), *device = PyObject_CallNoArgs(x->default_device);
     if (dtype && device && r->t) {

@@ -421,6 +421,33 @@ def test_inference_mode_around():
         assert_same(f(x()), compiled(x()))
 
 
+def test_inference_mode_for_the_whole_function():
+    @torch.inference_mode()
+    def f(a, b):
+        b.add_(1)
+        c = a * 2
+        return c, c.is_inference(), c[0], (a + b).sum()
+
+    compiled = thunder.jit(f)
+    for _ in range(2):
+        ours, expected = compiled(x(), x()), f(x(), x())
+        assert_same(expected, ours)
+        for o, e in zip(ours, expected, strict=True):
+            if isinstance(e, torch.Tensor):
+                assert o.is_inference() == e.is_inference()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_inference_mode_for_a_part_is_refused():
+    def f(a):
+        with torch.inference_mode():
+            b = a * 2
+        return b, a + 1
+
+    with pytest.raises(thunder.CaptureError, match="inference_mode"):
+        thunder.jit(f)(x())
+
+
 def test_inference_mode_inside():
     def f(a):
         with torch.inference_mode():

@@ -88,7 +88,6 @@ static int load_functions(thx *x) {
         {&x->set_autocast, x->torch, "set_autocast_enabled"},
         {&x->grad_enabled, x->torch, "is_grad_enabled"},
         {&x->is_neg, (PyObject *)x->TensorBase, "is_neg"},
-        {&x->use_count, (PyObject *)x->TensorBase, "_use_count"},
         {&x->set_grad, x->torch_c, "_set_grad_enabled"},
         {&x->modes_off, x->torch_c, "DisableTorchFunction"},
         {&x->default_dtype, x->torch, "get_default_dtype"},
@@ -113,6 +112,9 @@ static int load_functions(thx *x) {
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
         if (!(*wanted[i].place = get_path(wanted[i].root, wanted[i].path))) return -1;
+    x->use_count =
+        PyObject_GetAttrString((PyObject *)x->TensorBase, "_use_count"); /* without it no fake serves twice */
+    PyErr_Clear();
     PyObject *weakref = PyImport_ImportModule("_weakref");
     x->count_weakrefs = weakref ? PyObject_GetAttrString(weakref, "getweakrefcount") : NULL;
     Py_XDECREF(weakref);

@@ -24,7 +24,7 @@ static bool says(PyObject *answer, long wanted) {
 }
 
 static bool is_free(thx_recorder *r, PyObject *fake, th_typeref type) {
-    if (Py_REFCNT(fake) != 1) return false;
+    if (!r->x->use_count || Py_REFCNT(fake) != 1) return false;
     thx_cell *cell = thx_recorder_cell(r, fake);
     if (!cell || !cell->ours || r->t->values[cell->value].type != type) return false;
     PyObject *attributes = PyObject_GenericGetDict(fake, NULL);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def write_json(name: str, content: Any) -> Path:
 
 
 def one_line(text: object, width: int = 160) -> str:
-    """A message fit for a table cell: one line, bounded, no cell separator."""
-    line = " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    """A message fit for a table cell: one line, bounded, no cell separator, paths from the package or the tree on."""
+    short = re.sub(r"(?:/[^\s/:]+)*/site-packages/", "", str(text)).replace(f"{ROOT}/", "")
+    line = " ".join(short.split()).replace("|", "\\|").replace("<", "&lt;")
     return line if len(line) <= width else line[: width - 3] + "..."

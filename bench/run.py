@@ -56,11 +56,15 @@ def per_call(program: Program, options: argparse.Namespace) -> list[Row]:
 
 
 def first_call(layers: int, against_compile: bool) -> list[Row]:
-    """The first call of litgpt's GPT in a fresh process; torch.compile with an empty cache."""
-    ours = fresh_process("bench/first_call.py", "thunder", str(layers))
+    """The first call of litgpt's GPT, the median of fresh processes; torch.compile with an empty cache."""
+    runs = [fresh_process("bench/first_call.py", "thunder", str(layers)) for _ in range(9)]
+    runs.sort(key=lambda run: run["cold"] / run["eager"])
+    ours = runs[len(runs) // 2]
+    low, high = (runs[i]["cold"] / runs[i]["eager"] for i in (2, -3))
     over_eager = 2.5 if layers == 24 else None
     name = f"first call, litgpt GPT, {layers} layers"
     detail = f"{1e3 * ours['cold']:.1f} ms, again {1e3 * ours['again']:.1f} ms, eager {1e3 * ours['eager']:.2f} ms"
+    detail += f", quartiles {low:.2f} {high:.2f}"
     rows = [Row(name, ours["cold"] / ours["eager"], over_eager, "x eager", detail)]
     if against_compile:
         other = fresh_process("bench/first_call.py", "compile", str(layers))

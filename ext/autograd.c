@@ -144,11 +144,12 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     g->nmutated = joint->nmutated;
     g->bytes = halves.bytes;
     g->bytes_kept = halves.bytes_kept;
-    int rc =
-        copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 || copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
-                copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 || describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0
-            ? -1
-            : 0;
+    int rc = copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
+                     copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
+                     copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
+                     describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0
+                 ? -1
+                 : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
     for (uint32_t i = 0; rc == 0 && i < g->nmutated; i++)
         g->mutated[i] = index_of(f->inputs, f->ninputs, g->mutated[i]);
@@ -440,7 +441,8 @@ static bool laid_out_so(thx *x, PyObject *tensor, const th_type *t) {
 }
 
 /* The gradients in the layout that the backward program was made for; a list of new references. */
-static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t, bool as_they_are) {
+static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t,
+                                 bool as_they_are) {
     PyObject *list = PyList_New(g->ntangents);
     for (uint32_t i = 0; list && i < g->ntangents; i++) {
         th_val v = t->inputs[t->ninputs - g->ntangents + i];

@@ -15,8 +15,8 @@ typedef struct thx_saved { /* one input of the backward program */
 typedef struct thx_gradient { /* Python object: how a program is differentiated; shared by its entry and pending runs */
     PyObject_HEAD thx *x;
     thx_program backward;
-    thx_program batched; /* the same on builtins alone: for gradients that are no plain tensors (vmap) */
-    thx_program again;   /* gradients from the inputs of the call, run under autograd: for create_graph */
+    thx_program batched;       /* the same on builtins alone: for gradients that are no plain tensors (vmap) */
+    thx_program again;         /* gradients from the inputs of the call, run under autograd: for create_graph */
     bool again_random;         /* it draws random numbers, so it would not be the run that it repeats */
     uint32_t nroots, nresults; /* of the forward program; nresults without what is saved */
     uint32_t nwrt, *wrt;       /* inputs of the call that require grad */

@@ -163,12 +163,31 @@ static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leav
     return result;
 }
 
+static PyObject *run_in_inference_mode(thx *x, thx_entry *e, const thx_leaves *leaves) {
+    PyObject *mode = PyObject_CallOneArg(x->inference_mode, Py_True), *result = NULL;
+    PyObject *entered = mode ? PyObject_CallMethodNoArgs(mode, x->n.enter) : NULL;
+    if (entered) {
+        result = run_plain(x, e, leaves);
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *left = PyObject_CallMethodObjArgs(mode, x->n.exit, Py_None, Py_None, Py_None, NULL);
+        Py_XDECREF(left);
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(entered);
+    Py_XDECREF(mode);
+    return result;
+}
+
 static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves) {
     thx *x = c->x;
     thx_autocast cast;
     if (e->ambient.autocast && thx_autocast_off(x, &cast) < 0) return NULL;
     if (e->generation != thx_guards_generation(e->guards)) refresh_roots(x, e);
-    PyObject *result = e->gradient ? run_differentiable(x, e, leaves) : run_plain(x, e, leaves);
+    PyObject *result = e->inference  ? run_in_inference_mode(x, e, leaves)
+                       : e->gradient ? run_differentiable(x, e, leaves)
+                                     : run_plain(x, e, leaves);
     if (e->ambient.autocast) thx_autocast_on(x, &cast);
     return result;
 }
@@ -413,12 +432,12 @@ static PyObject *callable_get(PyObject *self, PyObject *object, PyObject *type) 
 
 static PyObject *entry_stats(thx *x, const thx_entry *e) {
     (void)x;
-    return Py_BuildValue("{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "hits", e->hits, "capture_ms",
-                         e->capture_ms, "passes_ms", e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule",
-                         e->nfast, "recorded_by_torch", e->nslow, "queries", e->nqueries, "evaluated", e->nevals,
-                         "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
-                         e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
-                         "builtin_instructions", e->main.nbuiltin, "saved_bytes", (long long)(e->gradient ? e->gradient->bytes_kept : 0),
+    return Py_BuildValue(
+        "{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "hits", e->hits, "capture_ms", e->capture_ms, "passes_ms",
+        e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow, "queries",
+        e->nqueries, "evaluated", e->nevals, "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
+        e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim, "builtin_instructions",
+        e->main.nbuiltin, "saved_bytes", (long long)(e->gradient ? e->gradient->bytes_kept : 0),
         "saved_bytes_without_remat", (long long)(e->gradient ? e->gradient->bytes : 0), "backward_instructions",
         e->gradient ? e->gradient->backward.plan->ninstrs : 0);
 }
@@ -437,13 +456,18 @@ static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
                 : NULL;
 }
 
-static PyObject *trace_copy(thx *x, const th_trace *t) {
+/* A trace to show: evaluated constants, the inputs that the capture did not have, are objects that it names. */
+static PyObject *trace_copy(thx *x, const thx_entry *e, const th_trace *t) {
     th_trace *copy = NULL;
-    return thx_check(x, th_trace_clone(t, &copy)) < 0 ? NULL : thx_trace_object(x, copy);
+    if (thx_check(x, th_trace_clone(t, &copy)) < 0) return NULL;
+    if (t != e->main.t || thx_name_constants(x, copy, e->captured->ninputs, e->roots) == 0)
+        return thx_trace_object(x, copy);
+    th_trace_free(copy);
+    return NULL;
 }
 
-/* Traces of the entry used last: (captured, final), and where it can be differentiated the gradients from the inputs and
- * the backward; None before the first compile. */
+/* Traces of the entry used last: (captured, final), and where it can be differentiated the gradients from the inputs
+ * and the backward; None before the first compile. */
 static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     (void)unused;
     const thx_entry *e = c->entries;
@@ -454,7 +478,7 @@ static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     uint32_t n = e->gradient ? 4 : 2;
     PyObject *tuple = PyTuple_New(n);
     for (uint32_t i = 0; tuple && i < n; i++) {
-        PyObject *o = trace_copy(c->x, all[i]);
+        PyObject *o = trace_copy(c->x, e, all[i]);
         if (!o)
             Py_CLEAR(tuple);
         else
@@ -471,7 +495,8 @@ static PyObject *callable_reset(thx_callable_object *c, PyObject *unused) {
 
 static PyMethodDef callable_methods[] = {
     {"_stats", (PyCFunction)callable_stats, METH_NOARGS, "Counters of this callable and its entries, as a dict."},
-    {"_traces", (PyCFunction)callable_traces, METH_NOARGS, "Traces of the entry used last: (captured, final) or (captured, forward, gradients, backward)."},
+    {"_traces", (PyCFunction)callable_traces, METH_NOARGS,
+     "Traces of the entry used last: (captured, final) or (captured, forward, gradients, backward)."},
     {"_reset", (PyCFunction)callable_reset, METH_NOARGS, "Forget all compiled entries."},
     {NULL, NULL, 0, NULL},
 };

@@ -30,6 +30,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     th_trace *captured;
     thx_program main;
     thx_gradient *gradient;   /* owned; NULL: nothing to differentiate */
+    bool inference;           /* the program's operations run in an inference mode of its own */
     const th_plan *placed;    /* the plan that result_slots and writes belong to */
     uint32_t nroots, nvalues; /* nvalues: outputs and tensors written to state */
     th_slot *roots;           /* nroots filled slots: the template of a frame */

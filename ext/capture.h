@@ -12,6 +12,7 @@ typedef struct thx_cell { /* of the recorder's pointer-keyed table */
     PyObject *key;        /* owned: a fake, or a real tensor */
     PyObject *fake;       /* for a real tensor: its fake once there is one (owned); its cell then holds the value */
     th_val value;         /* the value it stands for now */
+    bool ours;            /* a fake that a rule of ours made and no kernel has seen */
 } thx_cell;
 
 typedef struct thx_root { /* an input of the trace and where a call finds it */
@@ -23,6 +24,16 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
     bool requires_grad;
 } thx_root;
 
+typedef struct thx_pool thx_pool;
+
+typedef struct thx_line { /* of the recorder's cache: the line of an instruction */
+    PyObject *code;       /* owned */
+    int at;
+    th_str file;
+    uint32_t line;
+} thx_line;
+enum { THX_LINES = 1024 };
+
 typedef struct thx_recorder {
     PyObject_HEAD thx *x;
     th_trace *t;
@@ -32,6 +43,7 @@ typedef struct thx_recorder {
     uint32_t nroots, cap_roots;
     PyObject **consts; /* by value: the real tensor of a value without input roots, once evaluated (owned) */
     uint32_t nconsts;
+    PyObject *bound;   /* its own __torch_function__ while the capture runs: a cycle, so no longer than that (owned) */
     PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
     PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
     PyObject **inputs; /* tensors of the operation being recorded: fakes, or real ones that have none yet (borrowed) */
@@ -45,10 +57,14 @@ typedef struct thx_recorder {
     PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
     bool late;              /* while deriving: autograd runs backwards */
     bool deriving;          /* records what autograd does for one operation: derive.c */
+    bool inference;         /* inference mode of the caller */
+    bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
+    thx_pool *pool;         /* pool.c; NULL until the first fake of our own */
+    thx_line *lines;        /* THX_LINES, by code and instruction; NULL until the first look-up */
     int depth;              /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
     th_dev default_device;
@@ -72,7 +88,7 @@ int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
-void thx_user_line(thx *x, th_str *file, uint32_t *line);
+void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
 int thx_recorder_init(thx *x, PyObject *module);
 
 /* ---- observer.c ---- */
@@ -89,6 +105,8 @@ bool thx_under_functorch(thx *x);
 int thx_custom_init(thx *x, PyObject *module);
 int thx_custom_enter(thx *x);
 void thx_custom_leave(thx *x);
+/* ---- pool.c ---- */
+PyObject *thx_pool_fake(thx_recorder *r, th_typeref type); /* for a value of our own rules: new reference */
 
 /* ---- random.c: seeding inside captured code ---- */
 int thx_random_begin(thx_recorder *r);
@@ -106,12 +124,15 @@ int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_
 th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_note *note);
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
 PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
-int thx_tensor_flag(thx_recorder *r, PyObject *tensor); /* 1 requires grad, 0 does not, -1 error */
+int thx_tensor_flag(thx_recorder *r, PyObject *tensor);      /* 1 requires grad, 0 does not, -1 error */
 int thx_note_hooks_begin(thx_recorder *r);
 PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
 
 /* ---- constants.c ---- */
 int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t); /* new constants become roots of r */
+/* For showing: the inputs from `first` on are what was evaluated; they become foreign objects of their names, so that
+ * the text is a function of the same arguments at every stage. */
+int thx_name_constants(thx *x, th_trace *t, uint32_t first, const th_slot *roots);
 
 /* ---- funcs.c ---- */
 const thx_func *thx_func_find(thx *x, PyObject *function); /* NULL with an exception */

@@ -399,6 +399,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
         e->capture_ms = captured - start;
         e->passes_ms = passed - captured;
         e->lower_ms = now_ms() - passed;
+        e->inference = k.r->inside;
         e->nfast = k.r->nfast;
         e->nslow = k.r->nslow;
         e->nqueries = k.r->nqueries;

@@ -128,3 +128,18 @@ int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t) {
     th__scratch_fini(&scratch);
     return rc;
 }
+
+int thx_name_constants(thx *x, th_trace *t, uint32_t first, const th_slot *roots) {
+    th__rewrite r;
+    th_status status = th__rewrite_begin(&r, t);
+    if (status != TH_OK) return thx_check(x, status);
+    for (uint32_t i = first; i < t->ninputs; i++) {
+        th_val input = t->inputs[i];
+        uint32_t entry = th__trace_add_opaque(t, t->values[input].name, roots[i].object);
+        r.node[input] = entry ? th__node_opaque_entry(t, entry) : 0;
+    }
+    t->ninputs = first < t->ninputs ? first : t->ninputs;
+    for (th_opref o = 1; o < r.nops; o++)
+        if (!th__rewrite_copy(&r, &r.ops[o]) && th_trace_status(t) != TH_OK) break;
+    return thx_check(x, th__rewrite_end(&r, th_trace_status(t)));
+}

@@ -1,8 +1,9 @@
 /* torch.autograd.Function in captured code.
  *
- * Function.apply is seen by no mode of torch's, so for the length of a capture ours stands in its place. A call that takes
- * part in autograd is recorded whole, as one operation; what its forward and its backward do is found out when it is
- * differentiated (derive.c), which runs both. Any other call runs the forward, whose operations are recorded one by one.
+ * Function.apply is seen by no mode of torch's, so for the length of a capture ours stands in its place. A call that
+ * takes part in autograd is recorded whole, as one operation; what its forward and its backward do is found out when it
+ * is differentiated (derive.c), which runs both. Any other call runs the forward, whose operations are recorded one by
+ * one.
  */
 #include "capture.h"
 
@@ -75,9 +76,7 @@ static PyObject *apply(PyObject *module, PyObject *args, PyObject *kwargs) {
 
 static PyMethodDef methods[] = {{"apply", (PyCFunction)(void (*)(void))apply, METH_VARARGS | METH_KEYWORDS, NULL}};
 
-int thx_custom_enter(thx *x) {
-    return PyObject_SetAttrString(x->function_class, "apply", x->function_watch);
-}
+int thx_custom_enter(thx *x) { return PyObject_SetAttrString(x->function_class, "apply", x->function_watch); }
 
 void thx_custom_leave(thx *x) { /* keeps a pending exception */
     PyObject *type, *value, *trace;

@@ -216,7 +216,8 @@ static int embed_constants(derivation *d) {
     if (!r->nroots) return 0;
     for (uint32_t i = 0; i < r->nroots; i++) {
         if (!r->roots[i].requires_grad) continue;
-        PyErr_SetString(PyExc_RuntimeError, "it differentiates with respect to a tensor that is not among its arguments");
+        PyErr_SetString(PyExc_RuntimeError,
+                        "it differentiates with respect to a tensor that is not among its arguments");
         return -1;
     }
     if (thx_check(d->x, th__rewrite_begin(&w, t)) < 0) return -1;

@@ -288,7 +288,9 @@ static bool split_name(const char *callee, dispatch_data *d) {
 int thx_lower_dispatch(thx_lowering *l, th_opref o) {
     thx *x = l->x;
     const th_op *op = &l->t->ops[o];
-    if (!x->abi.dispatcher || l->plain || op->callee_opaque || thx_looks_at_grad_mode(x, op) || !op->outs || (op->effects & TH_FX_WRITES)) return 0;
+    if (!x->abi.dispatcher || l->plain || op->callee_opaque || thx_looks_at_grad_mode(x, op) || !op->outs ||
+        (op->effects & TH_FX_WRITES))
+        return 0;
     dispatch_data *d = PyMem_Calloc(1, sizeof *d);
     if (!d) return PyErr_NoMemory(), -1;
     d->head.free = free_dispatch;

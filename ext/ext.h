@@ -47,7 +47,7 @@ enum { THX_CODES = 256, THX_DEVICES = 32 }; /* of the caches below; others take 
 typedef struct thx_names { /* interned attribute names */
     PyObject *torch_function, *torch_dispatch, *dict, *class_, *device, *enter, *exit, *self, *name, *module, *qualname,
         *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped, *to_save,
-        *materialize_grads, *pending, *saved_tensors;
+        *materialize_grads, *pending, *saved_tensors, *parameters, *buffers, *modules;
 } thx_names;
 
 typedef struct thx {
@@ -75,13 +75,14 @@ typedef struct thx {
     uint32_t nfuncs, cap_funcs;
     thx_func transient; /* description of a function without importable name; valid until the next look-up */
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
-    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *modes_off, *get_rng_state,
-        *set_rng_state, *equal, *rand;
+    PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *inference_mode, *modes_off,
+        *is_neg, *use_count, *count_weakrefs, *get_rng_state, *set_rng_state, *equal, *rand;
     PyObject *autograd_grad, *is_view, *is_multithreading, *set_multithreading;
-    PyObject *apply;                  /* of the autograd node's class: autograd.c */
+    PyObject *apply; /* of the autograd node's class: autograd.c */
     PyObject *top_hooks, *keep_graph, *is_legacy_batched, *below_autograd;
-    PyObject *function_class, *function_class_apply, *function_apply, *function_watch; /* custom.c */ /* NULL in a torch without them */
-    struct thx_rule **rules;          /* derived ones: derive.c */
+    PyObject *function_class, *function_class_apply, *function_apply, *function_watch;
+        /* custom.c */       /* NULL in a torch without them */
+    struct thx_rule **rules; /* derived ones: derive.c */
     uint32_t nrules, cap_rules;
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
     getter version_get, requires_grad_get;
@@ -93,6 +94,8 @@ typedef struct thx {
         *forbid_data_ptr, *functorch_level;
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
     int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
+    PyObject *empty_set;    /* the copy of every set that is empty, for guards */
+    PyObject *module_dicts; /* frozenset: the dictionaries that every nn.Module has */
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];

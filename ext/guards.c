@@ -22,7 +22,8 @@ static uint64_t dict_events;
 #endif
 
 typedef struct watch_dict {
-    PyObject *dict, *copy;
+    PyObject *dict, **items; /* items: key, value, key, value as at the capture; one block of memory, NULL when empty */
+    Py_ssize_t count;        /* of pairs */
     uint64_t tag;
 } watch_dict;
 
@@ -199,22 +200,43 @@ static bool is_foreign_cached(walker *w, PyObject *o) {
 
 static int walk(walker *w, PyObject *o, int depth);
 
+/* Most dictionaries of a module are empty, the others small: pairs in plain memory are less than a dictionary, and no
+ * work for the garbage collector. count -1: no memory. */
+static PyObject **copy_items(PyObject *dict, Py_ssize_t *count) {
+    Py_ssize_t n = PyDict_GET_SIZE(dict), i = 0;
+    PyObject **items = n ? PyMem_Malloc(sizeof *items * (size_t)(2 * n)) : NULL, *key, *value;
+    if (n && !items) {
+        PyErr_NoMemory();
+        *count = -1;
+        return NULL;
+    }
+    for (Py_ssize_t at = 0; i < n && PyDict_Next(dict, &at, &key, &value); i++) {
+        items[2 * i] = Py_NewRef(key);
+        items[2 * i + 1] = Py_NewRef(value);
+    }
+    *count = i;
+    return items;
+}
+
 static int walk_dict(walker *w, PyObject *dict, int depth) {
     thx_guards *g = w->g;
     if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
     if (RESERVE(g->dicts) < 0 || watch(w->x, dict) < 0) return -1;
-    PyObject *copy = PyDict_Copy(dict), *key, *value;
-    if (!copy) return -1;
-    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), copy, tag_of(dict)};
-    for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);)
-        if (walk(w, value, depth + 1) < 0) return -1;
+    Py_ssize_t count = 0;
+    PyObject **items = copy_items(dict, &count);
+    if (count < 0) return -1;
+    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, tag_of(dict)};
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
     return 0;
 }
 
 static int walk_sequence(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     if (PyObject_Size(o) > MAX_WATCHED) return 0;
-    PyObject *copy = PyAnySet_Check(o) ? PyFrozenSet_New(o) : PySequence_Tuple(o);
+    PyObject *copy = !PyAnySet_Check(o)  ? PySequence_Tuple(o)
+                     : PySet_GET_SIZE(o) ? PyFrozenSet_New(o)
+                                         : Py_NewRef(w->x->empty_set);
     if (!copy || RESERVE(g->sequences) < 0) return -1;
     if (PyTuple_Check(o))
         Py_DECREF(copy);
@@ -306,6 +328,22 @@ static int walk_module(walker *w, PyObject *o) {
     return 0;
 }
 
+/* A dictionary that torch keeps in a module for itself: nobody writes attributes of the dictionary object. */
+static bool is_torchs_own(walker *w, PyObject *key, PyObject *value) {
+    return PyODict_CheckExact(value) && PyUnicode_CheckExact(key) && PySet_Contains(w->x->module_dicts, key) == 1;
+}
+
+/* The attributes of a module. */
+static int walk_module_dict(walker *w, PyObject *dict, int depth) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+        if (!is_torchs_own(w, key, value)) continue;
+        int fresh = first_visit(w, value);
+        if (fresh < 0 || (fresh == 1 && walk_dict(w, value, depth + 1) < 0)) return -1;
+    }
+    return walk_dict(w, dict, depth);
+}
+
 static int walk_object(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
@@ -319,7 +357,8 @@ static int walk_object(walker *w, PyObject *o, int depth) {
         g->objects.items[g->objects.count++] =
             (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o))};
         int fresh = first_visit(w, dict);
-        rc = fresh == 1 ? walk_dict(w, dict, depth) : fresh;
+        bool module = fresh == 1 && PyObject_TypeCheck(o, w->x->NnModule);
+        rc = fresh != 1 ? fresh : module ? walk_module_dict(w, dict, depth) : walk_dict(w, dict, depth);
     }
     Py_DECREF(dict);
     return rc;
@@ -327,6 +366,10 @@ static int walk_object(walker *w, PyObject *o, int depth) {
 
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
+    if (PyDict_CheckExact(o)) { /* holds no attributes */
+        int fresh = depth > 64 ? 0 : first_visit(w, o);
+        return fresh == 1 ? walk_dict(w, o, depth) : fresh;
+    }
     if (is_leaf(w->x, o) || depth > 64) return 0;
     int fresh = first_visit(w, o);
     if (fresh <= 0) return fresh;
@@ -403,7 +446,8 @@ void thx_guards_free(thx *x, thx_guards *g) {
     for (uint32_t i = 0; i < g->dicts.count; i++) {
         unwatch(x, g->dicts.items[i].dict);
         Py_DECREF(g->dicts.items[i].dict);
-        Py_DECREF(g->dicts.items[i].copy);
+        for (Py_ssize_t j = 0; j < 2 * g->dicts.items[i].count; j++) Py_DECREF(g->dicts.items[i].items[j]);
+        PyMem_Free(g->dicts.items[i].items);
     }
     for (uint32_t i = 0; i < g->sequences.count; i++) {
         Py_DECREF(g->sequences.items[i].object);
@@ -447,7 +491,7 @@ int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg) {
     if (!g) return 0;
     for (uint32_t i = 0; i < g->dicts.count; i++) {
         Py_VISIT(g->dicts.items[i].dict);
-        Py_VISIT(g->dicts.items[i].copy);
+        for (Py_ssize_t j = 0; j < 2 * g->dicts.items[i].count; j++) Py_VISIT(g->dicts.items[i].items[j]);
     }
     for (uint32_t i = 0; i < g->sequences.count; i++) {
         Py_VISIT(g->sequences.items[i].object);
@@ -494,12 +538,16 @@ bool thx_guards_holds(const thx_guards *g, PyObject *tensor) {
 
 /* ---- parameter places ---- */
 
+static PyObject *dotted(PyObject *prefix, PyObject *key) {
+    return PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+}
+
 /* Tensors of one module's dictionary; a tensor found before keeps its first place. */
 static int add_places(thx *x, PyObject *places, PyObject *prefix, PyObject *dict) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
         if (!thx_is_tensor(x, value)) continue;
-        PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+        PyObject *name = dotted(prefix, key);
         PyObject *place = name ? PyTuple_Pack(3, dict, key, name) : NULL, *id = PyLong_FromVoidPtr(value);
         bool ok = place && id && PyDict_SetDefault(places, id, place);
         Py_XDECREF(id);
@@ -515,15 +563,15 @@ static int walk_places(walker *w, PyObject *places, PyObject *prefix, PyObject *
     PyObject *dict = fresh == 1 ? PyObject_GetAttr(module, w->x->n.dict) : NULL, *key, *child;
     if (!dict) return fresh == 1 ? -1 : fresh;
     int rc = 0;
-    static const char *const kinds[] = {"_parameters", "_buffers"};
+    PyObject *const kinds[] = {w->x->n.parameters, w->x->n.buffers};
     for (int k = 0; k < 2 && rc == 0; k++) {
-        PyObject *tensors = PyDict_GetItemString(dict, kinds[k]);
+        PyObject *tensors = PyDict_GetItemWithError(dict, kinds[k]);
         if (tensors && PyDict_Check(tensors)) rc = add_places(w->x, places, prefix, tensors);
     }
-    PyObject *modules = PyDict_GetItemString(dict, "_modules");
+    PyObject *modules = PyDict_GetItemWithError(dict, w->x->n.modules);
     for (Py_ssize_t at = 0; rc == 0 && modules && PyDict_Check(modules) && PyDict_Next(modules, &at, &key, &child);) {
         if (!PyObject_TypeCheck(child, w->x->NnModule)) continue;
-        PyObject *name = PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+        PyObject *name = dotted(prefix, key);
         rc = name ? walk_places(w, places, name, child, depth + 1) : -1;
         Py_XDECREF(name);
     }
@@ -661,22 +709,17 @@ static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObjec
 }
 
 static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
-    PyObject *key, *old;
-    if (PyDict_GET_SIZE(w->dict) == PyDict_GET_SIZE(w->copy)) {
-        Py_ssize_t at = 0;
-        while (PyDict_Next(w->copy, &at, &key, &old)) {
-            PyObject *now = PyDict_GetItemWithError(w->dict, key);
-            if (!now || (!same_value(old, now) && !rebind(x, g, w->dict, key, old, now))) break;
-            if (now != old) {
-                Py_INCREF(now);
-                PyDict_SetItem(w->copy, key, now); /* same keys: the iteration stays valid */
-                Py_DECREF(now);
-            }
-            key = NULL;
-        }
-        if (!key || !PyDict_GET_SIZE(w->copy)) {
-            w->tag = tag_of(w->dict);
-            return true;
+    if (PyDict_GET_SIZE(w->dict) != w->count) {
+        snprintf(g->reason, sizeof g->reason, "a dictionary went from %zd to %zd entries", w->count,
+                 PyDict_GET_SIZE(w->dict));
+        return false;
+    }
+    for (Py_ssize_t i = 0; i < w->count; i++) {
+        PyObject *key = w->items[2 * i], *old = w->items[2 * i + 1], *now = PyDict_GetItemWithError(w->dict, key);
+        if (now == old) continue;
+        if (now && (same_value(old, now) || rebind(x, g, w->dict, key, old, now))) {
+            Py_SETREF(w->items[2 * i + 1], Py_NewRef(now));
+            continue;
         }
         PyObject *text = PyObject_Repr(key);
         const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
@@ -685,10 +728,8 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
         Py_XDECREF(text);
         return false;
     }
-    snprintf(g->reason, sizeof g->reason, "a dictionary went from %zd to %zd entries", PyDict_GET_SIZE(w->copy),
-             PyDict_GET_SIZE(w->dict));
-    PyErr_Clear();
-    return false;
+    w->tag = tag_of(w->dict);
+    return true;
 }
 
 static bool scope_holds(thx_guards *g, watch_scope *s) {
@@ -790,34 +831,46 @@ static void release_error(pending p) {
     PyErr_Restore(p.type, p.value, p.trace);
 }
 
-static int tell_changes(const watch_dict *w, thx_change_fn changed, void *user) {
+/* The dictionary as it was. */
+static PyObject *dict_before(const watch_dict *w) {
+    PyObject *before = PyDict_New();
+    for (Py_ssize_t i = 0; before && i < w->count; i++)
+        if (PyDict_SetItem(before, w->items[2 * i], w->items[2 * i + 1]) < 0) Py_CLEAR(before);
+    return before;
+}
+
+static int tell_changes(PyObject *dict, PyObject *before, thx_change_fn changed, void *user) {
     PyObject *key, *now, *old;
-    PyObject *after = PyDict_Copy(w->dict);
+    PyObject *after = PyDict_Copy(dict);
     if (!after) return -1;
     int rc = 0;
     for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(after, &at, &key, &now);) {
-        old = PyDict_GetItemWithError(w->copy, key);
-        if (old != now && !(old && same_value(old, now))) rc = changed(user, w->dict, key, old, now);
+        old = PyDict_GetItemWithError(before, key);
+        if (old != now && !(old && same_value(old, now))) rc = changed(user, dict, key, old, now);
     }
-    for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(w->copy, &at, &key, &old);)
-        if (!PyDict_GetItemWithError(after, key)) rc = changed(user, w->dict, key, old, NULL);
+    for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(before, &at, &key, &old);)
+        if (!PyDict_GetItemWithError(after, key)) rc = changed(user, dict, key, old, NULL);
     Py_DECREF(after);
     return rc;
 }
 
 static int restore_dict(watch_dict *w, thx_change_fn changed, void *user) {
     int rc = 0;
-    bool differs = PyDict_GET_SIZE(w->dict) != PyDict_GET_SIZE(w->copy);
-    PyObject *key, *old;
-    for (Py_ssize_t at = 0; !differs && PyDict_Next(w->copy, &at, &key, &old);) {
-        PyObject *now = PyDict_GetItemWithError(w->dict, key);
-        differs = !now || !same_value(old, now);
+    bool differs = PyDict_GET_SIZE(w->dict) != w->count;
+    for (Py_ssize_t i = 0; !differs && i < w->count; i++) {
+        PyObject *now = PyDict_GetItemWithError(w->dict, w->items[2 * i]);
+        differs = !now || !same_value(w->items[2 * i + 1], now);
     }
-    if (differs && changed) rc = tell_changes(w, changed, user);
     if (differs) {
         pending error = hold_error();
+        PyObject *before = dict_before(w);
+        release_error(error);
+        if (!before) return -1;
+        if (changed) rc = tell_changes(w->dict, before, changed, user);
+        error = hold_error();
         PyDict_Clear(w->dict);
-        (void)PyDict_Update(w->dict, w->copy);
+        (void)PyDict_Update(w->dict, before);
+        Py_DECREF(before);
         release_error(error);
     }
     w->tag = tag_of(w->dict);
@@ -898,10 +951,11 @@ int thx_guards_restore(thx_guards *g, thx_change_fn changed, void *user) {
 
 PyObject *thx_guards_name(const thx_guards *g, PyObject *object) {
     PyObject *key, *value;
-    for (uint32_t i = 0; i < g->dicts.count + g->scopes.count; i++) {
-        PyObject *copy = i < g->dicts.count ? g->dicts.items[i].copy : g->scopes.items[i - g->dicts.count].copy;
-        for (Py_ssize_t at = 0; PyDict_Next(copy, &at, &key, &value);)
+    for (uint32_t i = 0; i < g->dicts.count; i++)
+        for (Py_ssize_t j = 0; j < g->dicts.items[i].count; j++)
+            if (g->dicts.items[i].items[2 * j + 1] == object) return g->dicts.items[i].items[2 * j];
+    for (uint32_t i = 0; i < g->scopes.count; i++)
+        for (Py_ssize_t at = 0; PyDict_Next(g->scopes.items[i].copy, &at, &key, &value);)
             if (value == object) return key;
-    }
     return NULL;
 }

@@ -21,8 +21,8 @@ typedef enum call_kind { CALL_VECTOR = 1, CALL_GETITEM, CALL_SETITEM } call_kind
 typedef struct call_data {
     thx_instr_data head;
     uint8_t kind;
-    bool no_grad;       /* ran while gradients were off; matters where a program runs under autograd */
-    bool below_autograd; /* makes what a backward needs only while gradients are on */
+    bool no_grad;               /* ran while gradients were off; matters where a program runs under autograd */
+    bool below_autograd;        /* makes what a backward needs only while gradients are on */
     PyObject *callee, *kwnames; /* owned */
     uint32_t nargs, npositional;
     arg *args;
@@ -248,8 +248,7 @@ static int run_call(th_frame *f, const th_instr *instr) {
 /* ---- building ---- */
 
 bool thx_looks_at_grad_mode(thx *x, const th_op *op) {
-    return !op->callee_opaque &&
-           strcmp(th_str_get(x->ctx, op->callee), "torch.ops.aten.mkldnn_rnn_layer.default") == 0;
+    return !op->callee_opaque && strcmp(th_str_get(x->ctx, op->callee), "torch.ops.aten.mkldnn_rnn_layer.default") == 0;
 }
 
 static void free_call(void *data) {

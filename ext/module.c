@@ -88,11 +88,13 @@ static int load_functions(thx *x) {
         {&x->autocast_dtype, x->torch, "get_autocast_dtype"},
         {&x->set_autocast, x->torch, "set_autocast_enabled"},
         {&x->grad_enabled, x->torch, "is_grad_enabled"},
+        {&x->is_neg, (PyObject *)x->TensorBase, "is_neg"},
         {&x->set_grad, x->torch_c, "_set_grad_enabled"},
         {&x->modes_off, x->torch_c, "DisableTorchFunction"},
         {&x->default_dtype, x->torch, "get_default_dtype"},
         {&x->default_device, x->torch, "get_default_device"},
         {&x->inference, x->torch, "is_inference_mode_enabled"},
+        {&x->inference_mode, x->torch, "inference_mode"},
         {&x->is_functorch, x->torch_c, "_functorch.is_functorch_wrapped_tensor"},
         {&x->is_alias_of, x->torch_c, "_is_alias_of"},
         {&x->get_rng_state, x->torch, "get_rng_state"},
@@ -115,6 +117,13 @@ static int load_functions(thx *x) {
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
         if (!(*wanted[i].place = get_path(wanted[i].root, wanted[i].path))) return -1;
+    x->use_count =
+        PyObject_GetAttrString((PyObject *)x->TensorBase, "_use_count"); /* without it no fake serves twice */
+    PyErr_Clear();
+    PyObject *weakref = PyImport_ImportModule("_weakref");
+    x->count_weakrefs = weakref ? PyObject_GetAttrString(weakref, "getweakrefcount") : NULL;
+    Py_XDECREF(weakref);
+    if (!x->count_weakrefs) return -1;
     for (int d = 1; d < TH_DTYPE_COUNT; d++) {
         x->dtype_objects[d] = PyObject_GetAttrString(x->torch, th_dtype_get((th_dtype)d)->torch_name);
         if (!x->dtype_objects[d]) PyErr_Clear(); /* a torch without that dtype */
@@ -127,6 +136,7 @@ static int load_names(thx *x) {
         PyObject **place;
         const char *text;
     } names[] = {
+        {&x->n.torch_function, "__torch_function__"},
         {&x->n.torch_dispatch, "__torch_dispatch__"},
         {&x->n.dict, "__dict__"},
         {&x->n.class_, "__class__"},
@@ -148,10 +158,27 @@ static int load_names(thx *x) {
         {&x->n.materialize_grads, "materialize_grads"},
         {&x->n.pending, "_thunder_pending"},
         {&x->n.saved_tensors, "saved_tensors"},
+        {&x->n.parameters, "_parameters"},
+        {&x->n.buffers, "_buffers"},
+        {&x->n.modules, "_modules"},
     };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!(*names[i].place = PyUnicode_InternFromString(names[i].text))) return -1;
     return 0;
+}
+
+/* The names under which a bare nn.Module keeps dictionaries. */
+static int load_module_dicts(thx *x) {
+    PyObject *module = PyObject_CallNoArgs((PyObject *)x->NnModule), *key, *value;
+    PyObject *attributes = module ? PyObject_GetAttr(module, x->n.dict) : NULL, *names = PyList_New(0);
+    int rc = attributes && names ? 0 : -1;
+    for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(attributes, &at, &key, &value);)
+        if (PyDict_Check(value)) rc = PyList_Append(names, key);
+    if (rc == 0 && !(x->module_dicts = PyFrozenSet_New(names))) rc = -1;
+    Py_XDECREF(names);
+    Py_XDECREF(attributes);
+    Py_XDECREF(module);
+    return rc;
 }
 
 static int load_library(thx *x) { /* where `os` lies */
@@ -303,17 +330,19 @@ static int module_exec(PyObject *module) {
     x->module = module; /* borrowed: the state lives in it */
     x->dict_watcher = -2;
     x->watch_counts = PyDict_New();
+    x->empty_set = PyFrozenSet_New(NULL);
     x->callables = PyDict_New();
     x->ctx = th_ctx_new(NULL, NULL);
-    if (!x->ctx || !x->callables || !x->watch_counts) return PyErr_NoMemory(), -1;
+    if (!x->ctx || !x->callables || !x->watch_counts || !x->empty_set) return PyErr_NoMemory(), -1;
     if (thx_check(x, th_catalog_new(x->ctx, &x->catalog)) < 0) return -1;
     x->torch = PyImport_ImportModule("torch");
     x->torch_c = x->torch ? PyObject_GetAttrString(x->torch, "_C") : NULL;
     x->functional = x->torch ? get_path(x->torch, "nn.functional") : NULL;
     if (!x->torch_c || !x->functional || load_names(x) < 0 || load_types(x) < 0 || load_functions(x) < 0 ||
-        load_errors(x) < 0 || load_library(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 ||
-        thx_fake_init(x, module) < 0 || thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 ||
-        thx_autograd_init(x, module) < 0 || thx_custom_init(x, module) < 0 || thx_callable_init(x, module) < 0)
+        load_errors(x) < 0 || load_library(x) < 0 || load_module_dicts(x) < 0 ||
+        thx_abi_init(&x->abi, x->ctx, x->torch) < 0 || thx_fake_init(x, module) < 0 ||
+        thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 || thx_autograd_init(x, module) < 0 ||
+        thx_custom_init(x, module) < 0 || thx_callable_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x);
     return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded);

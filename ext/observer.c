@@ -167,9 +167,19 @@ static th_node out_node(thx_recorder *r, PyObject *out, uint32_t *tensors, const
     return none_node(r);
 }
 
+/* Does the program run this operation in an inference mode of its own? Its results then carry the mark. */
+static int note_inference(thx_recorder *r) {
+    PyObject *on = PyObject_CallNoArgs(r->x->inference);
+    if (!on) return -1;
+    *((on == Py_True) == r->inference ? &r->outside : &r->inside) = true;
+    Py_DECREF(on);
+    return 0;
+}
+
 int thx_emit(thx_recorder *r, const th_op_args *op) {
     th_op_args here = *op;
-    thx_user_line(r->x, &here.file, &here.line);
+    if (note_inference(r) < 0) return -1;
+    thx_user_line(r, &here.file, &here.line);
     if (!th_trace_op(r->t, &here)) return thx_check(r->x, th_trace_status(r->t) ? th_trace_status(r->t) : TH_EINTERNAL);
     return 0;
 }
@@ -196,14 +206,17 @@ static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th
 static PyObject *fast_out(call *c, const th_out *out, th_node *node) {
     thx_recorder *r = c->r;
     th_val value = th_trace_value(r->t, 0, thx_flag_type(r, th_type_set_grad(r->x->ctx, out->type, false), &c->note));
-    PyObject *fake = thx_fake(r->x, out->type);
+    PyObject *fake = thx_pool_fake(r, out->type);
     if (!fake) return NULL;
     if (out->alias_of) {
         r->t->values[value].alias = alias_group(r->t, out->alias_of);
         r->t->values[value].offset = out->offset;
     }
     *node = th_node_value(r->t, value);
-    if (thx_recorder_define(r, fake, value) < 0) Py_CLEAR(fake);
+    if (thx_recorder_define(r, fake, value) < 0)
+        Py_CLEAR(fake);
+    else
+        thx_recorder_cell(r, fake)->ours = true;
     return fake;
 }
 
@@ -214,6 +227,7 @@ static PyObject *fast_inplace(call *c, const th_call *rule) {
     thx_cell *cell = thx_recorder_cell(r, self);
     if (!cell || rule->outs[0].type != r->t->values[cell->value].type) return NULL;
     th_val before = cell->value, value = th_trace_value(r->t, 0, rule->outs[0].type);
+    cell->ours = false;
     r->t->values[value].alias = alias_group(r->t, before);
     r->t->values[value].offset = r->t->values[before].offset;
     uint8_t effects = TH_FX_WRITES | (c->random ? TH_FX_RANDOM : 0);
@@ -495,12 +509,14 @@ static PyObject *slow(call *c) {
         Py_XDECREF(args);
         return NULL;
     }
-    for (uint32_t i = 0; i < r->ninputs; i++)
+    for (uint32_t i = 0; i < r->ninputs; i++) {
         if (!(r->inputs[i] = thx_recorder_fake(r, r->inputs[i]))) {
             Py_DECREF(args);
             Py_XDECREF(kwargs);
             return NULL;
         }
+        thx_recorder_cell(r, r->inputs[i])->ours = false; /* what a kernel does to it or keeps of it cannot be told */
+    }
     long fixed[64], *versions = r->ninputs <= 64 ? fixed : PyMem_Malloc(sizeof(long) * r->ninputs);
     uint32_t count = r->ninputs;
     for (uint32_t i = 0; i < count; i++) versions[i] = version_of(r->x, r->inputs[i]);
@@ -534,6 +550,14 @@ bool thx_under_functorch(thx *x) {
     return level && level != Py_None;
 }
 
+/* A pure operation on tensors that no transform has wrapped is what it is outside the transform; on wrapped ones
+ * thx_to_node notices. */
+static bool indifferent_to_functorch(const thx_func *f) {
+    return f->kind == THX_FUNC_RECORD && !f->random && f->def && f->def->meta &&
+           !(f->def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM)) && f->def->fusion != TH_FUSE_FACTORY &&
+           f->def->fusion != TH_FUSE_OPAQUE;
+}
+
 /* A plan runs under the caller's default dtype, so a program must not switch it. */
 static int check_default_dtype(thx_recorder *r) {
     PyObject *dtype = PyObject_CallNoArgs(r->x->default_dtype);
@@ -546,7 +570,8 @@ static int check_default_dtype(thx_recorder *r) {
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
-    if (thx_under_functorch(x)) /* under vmap or grad: what functorch makes of the call reaches layer 2 */
+    if (!indifferent_to_functorch(f) &&
+        thx_under_functorch(x)) /* what vmap or grad makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     if (check_default_dtype(r) < 0) return NULL;
     r->ninputs = 0;

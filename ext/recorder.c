@@ -42,17 +42,20 @@ int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value) { return 
 
 /* ---- roots ---- */
 
-static th_str root_name(thx_recorder *r, PyObject *place, const char *fallback) {
+static bool is_name_char(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9'); }
+
+/* p_ and the dotted name for what lives in a module; a0 for an argument, c3 for a constant. */
+static th_str root_name(thx_recorder *r, PyObject *place, int32_t leaf) {
     char text[200], *out = text;
-    const char *name = place ? PyUnicode_AsUTF8(PyTuple_GET_ITEM(place, 2)) : fallback;
-    for (; name && *name && out < text + sizeof text - 1; name++)
-        *out++ = (*name >= 'a' && *name <= 'z') || (*name >= 'A' && *name <= 'Z') || (*name >= '0' && *name <= '9')
-                     ? *name
-                     : '_';
-    *out = 0;
-    char prefixed[208];
-    snprintf(prefixed, sizeof prefixed, "%s%s", place || text[0] < 'a' ? "p_" : "", text);
-    return th_intern_z(r->x->ctx, prefixed);
+    if (!place) {
+        snprintf(text, sizeof text, "%c%d", leaf >= 0 ? 'a' : 'c', leaf >= 0 ? (int)leaf : (int)r->nroots);
+        return th_intern_z(r->x->ctx, text);
+    }
+    *out++ = 'p';
+    *out++ = '_';
+    for (const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(place, 2)); name && *name && out < text + sizeof text;)
+        *out++ = is_name_char(*name) ? *name : '_', name++;
+    return th_intern(r->x->ctx, text, (size_t)(out - text));
 }
 
 /* A class of its own decides what operations on it mean: all but torch's, and parameters that add only a name. */
@@ -106,6 +109,20 @@ static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
                : 0;
 }
 
+/* A plain strided tensor, told at little cost; what is not is looked at again by refuse_tensor, which knows why. */
+static bool is_plain_tensor(thx *x, PyObject *tensor, thx_meta *meta) {
+    int32_t layout = -1;
+    if (!x->abi.on || !x->abi.aoti_torch_get_layout || !x->abi.aoti_torch_layout_strided ||
+        (Py_TYPE(tensor) != x->Tensor && Py_TYPE(tensor) != x->Parameter) ||
+        x->abi.aoti_torch_get_layout(thx_borrow(&x->abi, tensor), &layout) ||
+        layout != x->abi.aoti_torch_layout_strided())
+        return false;
+    PyObject *negated = thx_read_meta(x, tensor, false, meta) == 0 ? PyObject_CallOneArg(x->is_neg, tensor) : NULL;
+    PyErr_Clear();
+    Py_XDECREF(negated); /* a singleton */
+    return negated == Py_False && meta->dtype != TH_C64 && meta->dtype != TH_C128;
+}
+
 static thx_root *push_root(thx_recorder *r, thx_root root) {
     if (r->nroots == r->cap_roots) {
         uint32_t cap = r->cap_roots ? r->cap_roots * 2 : 64;
@@ -138,17 +155,17 @@ static void join_storage(thx_recorder *r, const thx_root *root) {
 /* An input of the trace for a real tensor. Its fake is made when something has to run on it. */
 static thx_cell *add_root(thx_recorder *r, PyObject *real, int32_t leaf) {
     thx *x = r->x;
-    if (refuse_tensor(r, real) < 0) return NULL;
     thx_meta meta;
-    if (thx_read_meta(x, real, false, &meta) < 0) return NULL;
+    if (!is_plain_tensor(x, real, &meta) && (refuse_tensor(r, real) < 0 || thx_read_meta(x, real, false, &meta) < 0))
+        return NULL;
     th_typeref type = thx_meta_type(x, &meta);
     PyObject *place = NULL, *id = NULL;
     if (leaf < 0 && r->params && (id = PyLong_FromVoidPtr(real))) place = PyDict_GetItemWithError(r->params, id);
     Py_XDECREF(id);
-    char hint[24];
-    snprintf(hint, sizeof hint, leaf >= 0 ? "a%d" : "c%d", leaf >= 0 ? leaf : (int)r->nroots);
-    th_val value = type ? th_trace_input(r->t, root_name(r, place, hint), type) : 0;
-    thx_root *root = value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL, thx_storage_base(x, real), meta.requires_grad}) : NULL;
+    th_val value = type ? th_trace_input(r->t, root_name(r, place, leaf), type) : 0;
+    thx_root *root =
+        value ? push_root(r, (thx_root){value, NULL, leaf, NULL, NULL, thx_storage_base(x, real), meta.requires_grad})
+              : NULL;
     if (!root) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         return NULL;
@@ -330,10 +347,27 @@ static PyFrameObject *user_frame(thx *x, th_str *file) {
     return NULL;
 }
 
-void thx_user_line(thx *x, th_str *file, uint32_t *line) {
-    PyFrameObject *frame = user_frame(x, file);
+/* CPython finds a line by walking the code's table from its start; loops over layers ask for the same ones again. */
+void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line) {
+    PyFrameObject *frame = user_frame(r->x, file);
     if (!frame) return;
-    *line = (uint32_t)PyFrame_GetLineNumber(frame);
+    PyCodeObject *code = PyFrame_GetCode(frame);
+    int at = PyFrame_GetLasti(frame);
+    if (!r->lines) r->lines = PyMem_Calloc(THX_LINES, sizeof *r->lines);
+    thx_line *known = r->lines ? &r->lines[(((uintptr_t)code >> 5) * 31 + (unsigned)at / 2) % THX_LINES] : NULL;
+    if (known && known->code == (PyObject *)code && known->at == at) {
+        *line = known->line;
+        Py_DECREF(code);
+    } else {
+        *line = (uint32_t)PyFrame_GetLineNumber(frame);
+        if (known) {
+            Py_XSETREF(known->code, (PyObject *)code);
+            known->at = at;
+            known->line = *line;
+        } else {
+            Py_DECREF(code);
+        }
+    }
     Py_DECREF(frame);
 }
 
@@ -384,7 +418,10 @@ static int enter(thx_recorder *r, surroundings *s) {
     s->compiling = s->compiler ? PyObject_GetAttrString(s->compiler, "_is_compiling_flag") : NULL;
     PyErr_Clear();
     s->script = PyObject_CallNoArgs(x->get_script_optimize);
-    if (!s->script || thx_random_begin(r) < 0 || thx_note_hooks_begin(r) < 0 || set_script_optimize(x, Py_False) < 0) return -1;
+    r->bound = PyObject_GetAttr((PyObject *)r, x->n.torch_function);
+    if (!s->script || !r->bound || thx_random_begin(r) < 0 || thx_note_hooks_begin(r) < 0 ||
+        set_script_optimize(x, Py_False) < 0)
+        return -1;
     PyObject *pushed = PyObject_CallOneArg(x->push_function, (PyObject *)r);
     if (!pushed) {
         set_script_optimize(x, s->script);
@@ -476,6 +513,7 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         if (!*result && !PyErr_ExceptionMatches(x->CaptureError) && !PyErr_ExceptionMatches(x->GradNeeded))
             explain_exception(r);
     }
+    Py_CLEAR(r->bound);
     Py_XDECREF(s.script);
     Py_XDECREF(s.compiling);
     Py_XDECREF(s.compiler);
@@ -483,6 +521,11 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         Py_CLEAR(*result);
         thx_capture_error(r, "the grad mode", "the function leaves it other than it found it",
                           "switch it outside, or in a with block");
+    }
+    if (*result && r->inside && (r->outside || r->inference)) { /* a plan runs in one mode */
+        Py_CLEAR(*result);
+        thx_capture_error(r, "torch.inference_mode", "some operations run inside and some outside of it",
+                          "put the whole function inside, or use torch.no_grad()");
     }
     if (*result && thx_random_before(r) < 0) Py_CLEAR(*result);
     if (thx_random_end(r) < 0) Py_CLEAR(*result);
@@ -502,6 +545,10 @@ thx_recorder *thx_recorder_new(thx *x, PyObject *params) {
     if (!r) return NULL;
     r->x = x;
     r->params = Py_XNewRef(params);
+    PyObject *inference = PyObject_CallNoArgs(x->inference);
+    r->inference = inference == Py_True;
+    PyErr_Clear();
+    Py_XDECREF(inference);
     r->t = th_trace_new(x->ctx, "computation");
     PyObject *dtype = PyObject_CallNoArgs(x->default_dtype), *device = PyObject_CallNoArgs(x->default_device);
     if (dtype && device && r->t) {
@@ -535,6 +582,9 @@ static void recorder_dealloc(thx_recorder *r) {
     PyMem_Free(r->roots);
     PyMem_Free(r->consts);
     PyMem_Free(r->inputs);
+    for (uint32_t i = 0; r->lines && i < THX_LINES; i++) Py_XDECREF(r->lines[i].code);
+    PyMem_Free(r->lines);
+    PyMem_Free(r->pool);
     Py_XDECREF(r->params);
     Py_XDECREF(r->error);
     Py_XDECREF(r->rng_last);
@@ -545,6 +595,15 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_DECREF(type);
 }
 
+/* torch asks for __torch_function__ by C string, twice for each operation: without a string object it costs little. */
+static PyObject *recorder_getattr(PyObject *self, char *name) {
+    thx_recorder *r = (thx_recorder *)self;
+    if (r->bound && strcmp(name, "__torch_function__") == 0) return Py_NewRef(r->bound);
+    PyObject *key = PyUnicode_FromString(name), *found = key ? PyObject_GenericGetAttr(self, key) : NULL;
+    Py_XDECREF(key);
+    return found;
+}
+
 static PyMethodDef recorder_methods[] = {
     {"__torch_function__", (PyCFunction)(void (*)(void))thx_torch_function, METH_FASTCALL, NULL},
     {"__torch_dispatch__", (PyCFunction)(void (*)(void))thx_watch_dispatch, METH_FASTCALL, NULL},
@@ -552,6 +611,7 @@ static PyMethodDef recorder_methods[] = {
 };
 static PyType_Slot recorder_slots[] = {
     {Py_tp_dealloc, recorder_dealloc},
+    {Py_tp_getattr, recorder_getattr},
     {Py_tp_methods, recorder_methods},
     {Py_tp_doc, "The observer of a capture in progress."},
     {0, NULL},

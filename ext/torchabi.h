@@ -32,6 +32,8 @@ typedef uint64_t th_cell; /* StableIValue */
     X(aoti_torch_get_device_index, th_rc, (th_h, int32_t *))                                                           \
     X(aoti_torch_get_data_ptr, th_rc, (th_h, void **))                                                                 \
     X(aoti_torch_get_storage_offset, th_rc, (th_h, int64_t *))                                                         \
+    X(aoti_torch_get_layout, th_rc, (th_h, int32_t *))                                                                 \
+    X(aoti_torch_layout_strided, int32_t, (void))                                                                      \
     X(aoti_torch_grad_mode_is_enabled, bool, (void))                                                                   \
     X(aoti_torch_grad_mode_set_enabled, void, (bool))                                                                  \
     X(aoti_torch_empty_strided, th_rc, (int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, th_h *)) \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -420,6 +421,33 @@ def test_inference_mode_around():
         assert_same(f(x()), compiled(x()))
 
 
+def test_inference_mode_for_the_whole_function():
+    @torch.inference_mode()
+    def f(a, b):
+        b.add_(1)
+        c = a * 2
+        return c, c.is_inference(), c[0], (a + b).sum()
+
+    compiled = thunder.jit(f)
+    for _ in range(2):
+        ours, expected = compiled(x(), x()), f(x(), x())
+        assert_same(expected, ours)
+        for o, e in zip(ours, expected, strict=True):
+            if isinstance(e, torch.Tensor):
+                assert o.is_inference() == e.is_inference()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_inference_mode_for_a_part_is_refused():
+    def f(a):
+        with torch.inference_mode():
+            b = a * 2
+        return b, a + 1
+
+    with pytest.raises(thunder.CaptureError, match="inference_mode"):
+        thunder.jit(f)(x())
+
+
 def test_inference_mode_inside():
     def f(a):
         with torch.inference_mode():
@@ -646,3 +674,48 @@ def test_reductions_and_norms():
 
 def test_nan_and_infinite_values_pass_through():
     check(lambda a: (a / 0, a * math.nan, torch.nan_to_num(a / 0)), x())
+
+
+# ---- intermediates that the function drops, while others live on ----
+
+
+def test_a_dropped_intermediate_leaves_nothing_on_a_later_one():
+    def f(a):
+        dropped = a * 2
+        dropped.note = "mine"
+        seen = weakref.ref(dropped + 1)
+        del dropped
+        later = [a * k for k in (3, 4, 5)]
+        assert not any(hasattr(t, "note") for t in later)
+        assert not any(seen() is t for t in later)
+        return later
+
+    check(f, x())
+
+
+def test_intermediates_kept_in_closures_generators_and_views_keep_their_values():
+    def f(a):
+        kept = [lambda t=a * k: t + 1 for k in (1, 2, 3)]
+        lazy = (a * k for k in (4, 5))
+        first = next(lazy)
+        row = (a * 6)[0]
+        for k in range(20):
+            a = a * 1.5 + k
+        return [g() for g in kept], first, list(lazy), row, a
+
+    check(f, x())
+
+
+def test_intermediates_inside_vmap_keep_their_values():
+    def f(a):
+        def row(r):
+            y = r * 2
+            z = r * 3
+            return y.sin() + z.cos() * y
+
+        b = a * 2
+        out = torch.vmap(row)(b)
+        c = a * 3
+        return out, b + c
+
+    check(f, x())

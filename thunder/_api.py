@@ -245,7 +245,8 @@ def last_traces(fn: Any) -> list[_C.Trace]:
     """The trace of the program used last at every stage: as captured, after each pass, and as it runs. Printable.
 
     The last one differs from the pass before it where operations without inputs were evaluated once: their results are
-    inputs there, named ``k_...``.
+    objects named ``k_...`` there. Like all foreign objects they are in ``namespace()`` of the trace, which is what its
+    text needs to run: ``exec(str(trace), names := trace.namespace())``.
 
     Raises:
         RuntimeError: nothing was compiled yet.

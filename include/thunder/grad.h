@@ -25,9 +25,8 @@ typedef struct th_rule_request {
     const th_val *uses; /* the tensors that the operation uses, each once, in order of first use */
     const bool *needs;  /* by use: it requires grad */
     uint32_t nouts;
-    const th_val *outs; /* its results in order */
-    const th_typeref
-        *tangents; /* by result: type of its gradient, 0: it gets none */
+    const th_val *outs;         /* its results in order */
+    const th_typeref *tangents; /* by result: type of its gradient, 0: it gets none */
 } th_rule_request;
 
 typedef struct th_rule {

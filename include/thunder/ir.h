@@ -117,6 +117,7 @@ typedef struct th_value {
     th_typeref type;
     th_opref def;   /* producing operation; 0 for an input */
     uint32_t alias; /* values with the same non-zero number share storage; 0 shares with nobody */
+    th_node node;   /* the node that stands for it; 0 when none was asked for yet */
     int64_t offset; /* storage offset in elements, counted from the storage's start */
 } th_value;
 
@@ -175,6 +176,7 @@ typedef struct th_trace {
     th_opaque *opaques;
     uint32_t nopaques, cap_opaques;
     th_opaque_vtable opaque_vtable;
+    th_node none;   /* the node of None; 0 when none was asked for yet */
     th_node result; /* what is returned: any node; 0 returns None */
     uint32_t next_name, next_alias;
     th_status sticky; /* first failed allocation; checked by th_trace_status so that builders need no checks between */

@@ -9,9 +9,10 @@
 typedef struct th_fuel {
     int64_t left; /* negative: unlimited */
     int64_t spent;
-    char last[120]; /* what the last rewrite was: "cse: t4 = t2" */
+    char last[120]; /* what the last rewrite was: "cse: t4" */
 } th_fuel;
-bool th_fuel_take(th_fuel *fuel, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* May `pass` do one more rewrite, of `what`? */
+bool th_fuel_take(th_fuel *fuel, const char *pass, const char *what);
 
 typedef th_status (*th_pass_fn)(th_trace *t, th_fuel *fuel);
 

@@ -125,7 +125,10 @@ static void *grow_moving(th_ctx *ctx, void *old, size_t old_size, size_t size) {
 }
 
 bool th__grow(th_ctx *ctx, void *array, uint32_t *cap, uint64_t need, size_t size) {
-    uint64_t wanted = TH_DEBUG ? need + need / 4 : need + need / 2 + 30;
+    /* Growing copies into fresh pages, whose faults cost more than the copy; room that is never touched costs nothing.
+     */
+    uint64_t wanted = TH_DEBUG ? need + need / 4 : need * size > 16384 ? need * 4 : need + need / 2 + 30;
+    if (wanted > MAX_ITEMS && need <= MAX_ITEMS) wanted = MAX_ITEMS;
     if (need > MAX_ITEMS) {
         th_fail(ctx, TH_ELIMIT, "more than %d items in one array", MAX_ITEMS);
         return false;

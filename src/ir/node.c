@@ -25,7 +25,11 @@ static th_node add_ref(th_trace *t, th_node_kind kind, uint32_t ref) {
     return add(t, (th_node_data){.kind = (uint8_t)kind, .u.ref = ref});
 }
 
-th_node th_node_none(th_trace *t) { return add(t, (th_node_data){.kind = TH_N_NONE}); }
+/* None and values occur at most operations: one node each serves the whole trace. */
+th_node th_node_none(th_trace *t) {
+    if (!t->none) t->none = add(t, (th_node_data){.kind = TH_N_NONE});
+    return t->none;
+}
 th_node th_node_ellipsis(th_trace *t) { return add(t, (th_node_data){.kind = TH_N_ELLIPSIS}); }
 th_node th_node_bool(th_trace *t, bool b) { return add(t, (th_node_data){.kind = TH_N_BOOL, .u.i = b}); }
 th_node th_node_int(th_trace *t, int64_t i) { return add(t, (th_node_data){.kind = TH_N_INT, .u.i = i}); }
@@ -37,7 +41,11 @@ th_node th_node_str(th_trace *t, th_str s) { return add_ref(t, TH_N_STR, s); }
 th_node th_node_dtype(th_trace *t, th_dtype d) { return add_ref(t, TH_N_DTYPE, d); }
 th_node th_node_device(th_trace *t, th_dev d) { return add_ref(t, TH_N_DEVICE, d); }
 th_node th_node_symbol(th_trace *t, th_str dotted) { return add_ref(t, TH_N_SYMBOL, dotted); }
-th_node th_node_value(th_trace *t, th_val v) { return add_ref(t, TH_N_VALUE, v); }
+th_node th_node_value(th_trace *t, th_val v) {
+    if (v == 0 || v >= t->nvalues) return add_ref(t, TH_N_VALUE, v);
+    if (!t->values[v].node) t->values[v].node = add_ref(t, TH_N_VALUE, v);
+    return t->values[v].node;
+}
 th_node th__node_opaque_entry(th_trace *t, uint32_t index) { return add_ref(t, TH_N_OPAQUE, index); }
 th_node th_node_opaque(th_trace *t, const char *hint, void *object) {
     return add_ref(t, TH_N_OPAQUE, th_trace_opaque(t, hint, object));

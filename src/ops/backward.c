@@ -112,7 +112,8 @@ void th__give(th__backward *b, th_val of, th_val gradient) {
         b->failed = true;
         return;
     }
-    const th_type *want = th_type_get(t->ctx, t->values[of].type), *have = th_type_get(t->ctx, t->values[gradient].type);
+    const th_type *want = th_type_get(t->ctx, t->values[of].type),
+                  *have = th_type_get(t->ctx, t->values[gradient].type);
     uint32_t lead = have->ndim - want->ndim, n = 0;
     th_node dims[TH_MAX_RANK], sizes[TH_MAX_RANK];
     bool same = have->ndim == want->ndim;

@@ -47,9 +47,9 @@ typedef struct th__backward {
 
 /* ---- for rules; a value of 0 makes the rule fail ---- */
 
-th_val th__use(const th__backward *b, uint32_t param);     /* the tensor that the parameter was given; 0: none */
-bool th__wants(const th__backward *b, th_val v);           /* does it require grad? */
-th_node th__node_of(th__backward *b, th_val v);            /* 0 for 0 */
+th_val th__use(const th__backward *b, uint32_t param);      /* the tensor that the parameter was given; 0: none */
+bool th__wants(const th__backward *b, th_val v);            /* does it require grad? */
+th_node th__node_of(th__backward *b, th_val v);             /* 0 for 0 */
 void th__give(th__backward *b, th_val of, th_val gradient); /* summed up to the shape that was broadcast */
 /* The same contents, row-major, in storage that starts with them. */
 th_val th__own_storage(th__backward *b, th_val v);

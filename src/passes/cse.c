@@ -202,7 +202,7 @@ static void look_up(merger *m, th_opref ref, th_fuel *fuel) {
         const th_op *before = &t->ops[m->table[at].op];
         if (m->table[at].hash != hash || !same_call(t, before, op)) continue;
         if (!unwritten_since(m, ref, m->table[at].order) || !results_merge(m, before->outs, op->outs)) break;
-        if (!th_fuel_take(fuel, "cse: %s", th__op_label(t, op))) return;
+        if (!th_fuel_take(fuel, "cse", th__op_label(t, op))) return;
         merge_results(m, before->outs, op->outs);
         t->nops--;
         return;

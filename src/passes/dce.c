@@ -68,7 +68,7 @@ th_status th_pass_dce(th_trace *t, th_fuel *fuel) {
     if (status == TH_OK) th_node_each_value(t, t->result, use, &l);
     for (th_opref op = t->nops; status == TH_OK && op-- > 1;) {
         if (t->ops[op].kind == TH_OP_DEL) continue;
-        dead[op] = !stays(&l, op) && th_fuel_take(fuel, "dce: %s", th__op_label(t, &t->ops[op]));
+        dead[op] = !stays(&l, op) && th_fuel_take(fuel, "dce", th__op_label(t, &t->ops[op]));
         any |= dead[op];
         if (!dead[op]) th_op_each_use(t, op, use, &l);
     }

@@ -231,7 +231,7 @@ th_status th_pass_fold(th_trace *t, th_fuel *fuel) {
         data.args = th__rewrite_node(&r, data.args);
         bool known_result = out && data.kind == TH_OP_CALL && !data.effects && evaluate(t, &data, &n);
         th_node node = known_result ? literal(t, out, &n) : 0;
-        if (node && th_fuel_take(fuel, "fold: %s", th_str_get(t->ctx, t->values[out].name)))
+        if (node && th_fuel_take(fuel, "fold", th_str_get(t->ctx, t->values[out].name)))
             r.node[out] = node;
         else
             th__rewrite_copy(&r, &r.ops[op]);

@@ -73,7 +73,7 @@ typedef struct pass {
     th_str file; /* of the operation that is being rewritten */
     uint32_t line;
     uint8_t marks;
-    bool grad; /* an input requires grad: results that do stay connected to it */
+    bool grad;   /* an input requires grad: results that do stay connected to it */
     th_opref op; /* being examined */
     bool suspicious;
     const th__view *region; /* that it writes */
@@ -425,7 +425,8 @@ static th_val new_contents(pass *p, const th__write *w, bool *fresh) {
     th_val v;
     *fresh = true;
     if (w->kind == TH__WRITE_FILL && p->grad && is_number_node(t, w->source) && is_whole(p, w)) {
-        th_node args[] = {th_node_value(t, read_member(p, w->dest)), w->source}; /* requires grad, as what it replaces */
+        th_node args[] = {th_node_value(t, read_member(p, w->dest)),
+                          w->source}; /* requires grad, as what it replaces */
         return emit(p, "torch.ops.aten.fill.Scalar", t->values[w->dest].type, 2, args, 0);
     }
     if (w->kind == TH__WRITE_FILL) return full(p, w->dest, w->region.ndim, w->region.shape, w->source);
@@ -607,8 +608,7 @@ static th_status prepare(pass *p) {
     p->members = th__scratch_zeroed(&p->scratch, t->nvalues, sizeof *p->members);
     p->writes = th__scratch_zeroed(&p->scratch, t->nops, sizeof(th__write *));
     if (!p->members || !p->writes) return TH_ENOMEM;
-    for (uint32_t i = 0; i < t->ninputs; i++)
-        p->grad |= th_type_get(t->ctx, t->values[t->inputs[i]].type)->flags != 0;
+    for (uint32_t i = 0; i < t->ninputs; i++) p->grad |= th_type_get(t->ctx, t->values[t->inputs[i]].type)->flags != 0;
     p->nvalues = t->nvalues;
     p->nops = t->nops;
     TRY(number_groups(p));
@@ -622,7 +622,7 @@ static bool choose(pass *p, th_fuel *fuel) {
     for (th_opref op = 1; op < p->nops; op++) {
         group *g = p->writes[op] ? group_of(p, p->writes[op]->dest) : NULL;
         if (!g || g->refused || g->taken || g->first_write != op) continue;
-        g->taken = th_fuel_take(fuel, "functionalize: %s", th_str_get(t->ctx, t->values[g->base].name));
+        g->taken = th_fuel_take(fuel, "functionalize", th_str_get(t->ctx, t->values[g->base].name));
         g->current = g->base;
         any |= g->taken;
     }

@@ -38,7 +38,7 @@ static void chain(const ends *e, th_val *first, th_val *next) {
 static void push_del(th_trace *t, th_val v, const th_val *next, th__scratch *s) {
     uint32_t count = 0;
     for (th_val w = v; w; w = next[w]) count++;
-    th_node *kids = th__scratch_zeroed(s, count, sizeof *kids);
+    th_node few[16], *kids = count <= 16 ? few : th__scratch_zeroed(s, count, sizeof *kids);
     if (!kids) {
         t->sticky = TH_ENOMEM;
         return;
@@ -70,7 +70,7 @@ th_status th_pass_lifetime(th_trace *t, th_fuel *fuel) {
         for (th_opref op = 1; op < r.nops; op++) {
             if (r.ops[op].kind == TH_OP_DEL) continue;
             th__op_push(t, &r.ops[op]);
-            if (first[op] && th_fuel_take(fuel, "lifetime: %s", th_str_get(t->ctx, t->values[first[op]].name))) {
+            if (first[op] && th_fuel_take(fuel, "lifetime", th_str_get(t->ctx, t->values[first[op]].name))) {
                 push_del(t, first[op], next, &s);
             }
         }

@@ -93,7 +93,7 @@ static bool find_noops(th_trace *t, const uint8_t *groups, th_val *value, bool *
     for (th_opref op = 1; op < t->nops; op++) {
         th_val in = th__op_returns_input(t, &t->ops[op]), out = in ? t->nodes[t->ops[op].outs].u.ref : 0;
         if (!in || is_written(t, groups, in) || is_written(t, groups, out)) continue;
-        if (!th_fuel_take(fuel, "noop: %s", th_str_get(t->ctx, t->values[out].name))) continue;
+        if (!th_fuel_take(fuel, "noop", th_str_get(t->ctx, t->values[out].name))) continue;
         value[out] = value[in] ? value[in] : in;
         kept[value[out]] = true;
         any = true;

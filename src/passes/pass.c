@@ -1,21 +1,22 @@
 /* See pass.h. */
 #include "passes/pass.h"
 
-#include <stdarg.h>
-#include <stdio.h>
+#include "base/text.h"
+
 #include <string.h>
 
 /* ---- fuel ---- */
 
-bool th_fuel_take(th_fuel *fuel, const char *format, ...) {
-    va_list args;
+/* Runs at every rewrite of every compile: no printf. */
+bool th_fuel_take(th_fuel *fuel, const char *pass, const char *what) {
     if (!fuel) return true;
     if (fuel->left == 0) return false;
     if (fuel->left > 0) fuel->left--;
     fuel->spent++;
-    va_start(args, format);
-    vsnprintf(fuel->last, sizeof fuel->last, format, args);
-    va_end(args);
+    th__text text = {.data = fuel->last, .cap = sizeof fuel->last};
+    th__text_z(&text, pass);
+    th__text_z(&text, ": ");
+    th__text_bytes(&text, what, strnlen(what, 100));
     return true;
 }
 

@@ -52,7 +52,7 @@ def write_json(name: str, content: Any) -> Path:
 
 
 def one_line(text: object, width: int = 160) -> str:
-    """A message fit for a table cell: one line, bounded, no cell separator, no folder of this machine."""
-    line = re.sub(r"\S*/site-packages/", "", " ".join(str(text).split())).replace(f"{ROOT}/", "")
-    line = line.replace("|", "\\|").replace("<", "&lt;")
+    """A message fit for a table cell: one line, bounded, no cell separator, paths from the package or the tree on."""
+    short = re.sub(r"(?:/[^\s/:]+)*/site-packages/", "", str(text)).replace(f"{ROOT}/", "")
+    line = " ".join(short.split()).replace("|", "\\|").replace("<", "&lt;")
     return line if len(line) <= width else line[: width - 3] + "..."

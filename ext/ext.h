@@ -81,7 +81,7 @@ typedef struct thx {
     PyObject *apply; /* of the autograd node's class: autograd.c */
     PyObject *top_hooks, *keep_graph, *is_legacy_batched, *below_autograd;
     PyObject *function_class, *function_class_apply, *function_apply, *function_watch;
-        /* custom.c */       /* NULL in a torch without them */
+    /* custom.c */           /* NULL in a torch without them */
     struct thx_rule **rules; /* derived ones: derive.c */
     uint32_t nrules, cap_rules;
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;

@@ -98,7 +98,7 @@ void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note) {
 PyObject *thx_grad_needed(thx_recorder *r, const char *why) {
     th_str file = 0;
     uint32_t line = 0;
-    thx_user_line(r->x, &file, &line);
+    thx_user_line(r, &file, &line);
     return PyErr_Format(r->x->GradNeeded, "%s, line %u: %s", file ? th_str_get(r->x->ctx, file) : "?", line, why);
 }
 

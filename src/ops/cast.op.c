@@ -131,12 +131,12 @@ static th_status detach(th_call *call) {
 
 /* ---- operators ---- */
 
-#define CAST(name_, rule)                                    \
+#define CAST(name_, ...)                                     \
     {.name = "to_" name_,                                    \
      .params = "input, memory_format=torch.preserve_format", \
      .names = "torch.Tensor." name_,                         \
      .fusion = TH_FUSE_POINTWISE,                            \
-     .meta = rule}
+     .meta = __VA_ARGS__}
 
 const th_opdef th__ops_cast[] = {
     {.name = "to",

@@ -270,8 +270,8 @@ static th_status interpolate(th_call *call) {
      .names = "torch." #f " torch.nn.functional." #f,                                 \
      .fusion = TH_FUSE_OPAQUE,                                                        \
      .meta = f}
-#define POOL(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_OPAQUE, .meta = rule}
+#define POOL(name_, params_, names_, ...) \
+    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_OPAQUE, .meta = __VA_ARGS__}
 #define MAX_POOL(f)                                                                                       \
     POOL("functional." #f,                                                                                \
          "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False", \

@@ -270,8 +270,8 @@ static th_status new_tensor(th_call *call) {
 
 /* ---- operators ---- */
 
-#define FACTORY(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_FACTORY, .meta = rule}
+#define FACTORY(name_, params_, names_, ...) \
+    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_FACTORY, .meta = __VA_ARGS__}
 #define RANDOM(name_, params_, names_, rule) \
     {.name = name_,                          \
      .params = params_,                      \

@@ -58,8 +58,12 @@ static th_status by_class(th_call *call) {
 
 /* ---- operators ---- */
 
-#define LOSS(f, params_, rule) \
-    {.name = #f, .params = params_, .names = "torch.nn.functional." #f, .fusion = TH_FUSE_REDUCTION, .meta = rule}
+#define LOSS(f, params_, ...)            \
+    {.name = #f,                         \
+     .params = params_,                  \
+     .names = "torch.nn.functional." #f, \
+     .fusion = TH_FUSE_REDUCTION,        \
+     .meta = __VA_ARGS__}
 #define CLASSES "input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction=mean"
 
 const th_opdef th__ops_loss[] = {

@@ -160,8 +160,8 @@ static th_status outer(th_call *call) {
 
 /* ---- operators ---- */
 
-#define MATMUL(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_MATMUL, .meta = rule}
+#define MATMUL(name_, params_, names_, ...) \
+    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_MATMUL, .meta = __VA_ARGS__}
 
 const th_opdef th__ops_matmul[] = {
     MATMUL("linear", "input, weight, bias=None", "torch.nn.functional.linear torch._C._nn.linear", linear),

@@ -155,8 +155,8 @@ static th_status clamp(th_call *call) {
 
 /* ---- operators ---- */
 
-#define ACTIVATION(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_POINTWISE, .meta = rule}
+#define ACTIVATION(name_, params_, names_, ...) \
+    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_POINTWISE, .meta = __VA_ARGS__}
 #define IN_PLACE(name_, params_, names_, functional_, rule) \
     {.name = name_,                                         \
      .params = params_,                                     \

@@ -102,8 +102,8 @@ static th_status softmax(th_call *call) { return softmax_of(call, 2); }
 
 /* ---- operators ---- */
 
-#define NORM(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_REDUCTION, .meta = rule}
+#define NORM(name_, params_, names_, ...) \
+    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_REDUCTION, .meta = __VA_ARGS__}
 #define F "torch.nn.functional."
 
 const th_opdef th__ops_norm[] = {

@@ -236,8 +236,8 @@ static th_status is_infinite(th_call *call) {
 
 /* ---- operators ---- */
 
-#define POINTWISE(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_POINTWISE, .meta = rule}
+#define POINTWISE(name_, params_, names_, ...) \
+    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_POINTWISE, .meta = __VA_ARGS__}
 #define IN_PLACE(name_, params_, names_, functional_, rule) \
     {.name = name_,                                         \
      .params = params_,                                     \
@@ -247,11 +247,11 @@ static th_status is_infinite(th_call *call) {
      .meta = rule,                                          \
      .functional = functional_}
 /* torch.f, Tensor.f and Tensor.f_ */
-#define UNARY(f, rule)                                             \
-    POINTWISE(#f, "input", "torch." #f " torch.Tensor." #f, rule), \
+#define UNARY(f, rule, ...)                                                     \
+    POINTWISE(#f, "input", "torch." #f " torch.Tensor." #f, rule, __VA_ARGS__), \
         IN_PLACE(#f "_", "input", "torch." #f "_ torch.Tensor." #f "_", "torch." #f, rule)
-#define BINARY(f, rule)                                                   \
-    POINTWISE(#f, "input, other", "torch." #f " torch.Tensor." #f, rule), \
+#define BINARY(f, rule, ...)                                                           \
+    POINTWISE(#f, "input, other", "torch." #f " torch.Tensor." #f, rule, __VA_ARGS__), \
         IN_PLACE(#f "_", "input, other", "torch.Tensor." #f "_", "torch." #f, rule)
 
 const th_opdef th__ops_pointwise[] = {
@@ -285,7 +285,7 @@ const th_opdef th__ops_pointwise[] = {
     POINTWISE("remainder", "input, other", "torch.remainder torch.Tensor.remainder torch.Tensor.__mod__", floor_divide),
     IN_PLACE("remainder_", "input, other", "torch.Tensor.remainder_ torch.Tensor.__imod__", "torch.remainder",
              floor_divide),
-    BINARY(fmod, floor_divide),
+    BINARY(fmod, floor_divide, ),
     POINTWISE("rdiv", "input, other", "torch.Tensor.__rdiv__ torch.Tensor.__rtruediv__", rdiv),
     POINTWISE("rfloordiv", "input, other", "torch.Tensor.__rfloordiv__", rfloordiv),
     POINTWISE("rmod", "input, other", "torch.Tensor.__rmod__", rfloordiv),
@@ -331,9 +331,9 @@ const th_opdef th__ops_pointwise[] = {
              "torch.bitwise_left_shift", shift),
     IN_PLACE("bitwise_right_shift_", "input, other", "torch.Tensor.bitwise_right_shift_ torch.Tensor.__irshift__",
              "torch.bitwise_right_shift", shift),
-    BINARY(logical_and, logical),
-    BINARY(logical_or, logical),
-    BINARY(logical_xor, logical),
+    BINARY(logical_and, logical, ),
+    BINARY(logical_or, logical, ),
+    BINARY(logical_xor, logical, ),
     POINTWISE("logical_not", "input", "torch.logical_not torch.Tensor.logical_not", logical_not),
     IN_PLACE("logical_not_", "input", "torch.Tensor.logical_not_", "torch.logical_not", logical_not),
 
@@ -346,38 +346,38 @@ const th_opdef th__ops_pointwise[] = {
     IN_PLACE("abs_", "input", "torch.abs_ torch.Tensor.abs_ torch.Tensor.absolute_", "torch.abs", same_dtype_no_bool),
     POINTWISE("positive", "input", "torch.positive torch.Tensor.positive torch.Tensor.__pos__", positive),
     POINTWISE("sign", "input", "torch.sign torch.Tensor.sign", same_dtype),
-    UNARY(square, same_dtype_no_bool),
-    UNARY(floor, same_dtype_no_bool),
-    UNARY(ceil, same_dtype_no_bool),
-    UNARY(trunc, same_dtype_no_bool),
+    UNARY(square, same_dtype_no_bool, ),
+    UNARY(floor, same_dtype_no_bool, ),
+    UNARY(ceil, same_dtype_no_bool, ),
+    UNARY(trunc, same_dtype_no_bool, ),
     POINTWISE("isnan", "input", "torch.isnan torch.Tensor.isnan", is_special),
     POINTWISE("isinf", "input", "torch.isinf torch.Tensor.isinf", is_infinite),
     POINTWISE("isfinite", "input", "torch.isfinite torch.Tensor.isfinite", is_infinite),
 
-    UNARY(rsqrt, float_result),
-    UNARY(sqrt, float_result),
-    UNARY(exp, float_result),
-    UNARY(expm1, float_result),
-    UNARY(exp2, float_result),
-    UNARY(log, float_result),
-    UNARY(log2, float_result),
-    UNARY(log10, float_result),
-    UNARY(log1p, float_result),
-    UNARY(sin, float_result),
-    UNARY(cos, float_result),
-    UNARY(tan, float_result),
-    UNARY(sinh, float_result),
-    UNARY(cosh, float_result),
-    UNARY(tanh, float_result),
-    UNARY(asin, float_result),
-    UNARY(acos, float_result),
-    UNARY(atan, float_result),
-    UNARY(asinh, float_result),
-    UNARY(acosh, float_result),
-    UNARY(atanh, float_result),
-    UNARY(erf, float_result),
-    UNARY(erfc, float_result),
-    UNARY(reciprocal, float_result),
-    UNARY(sigmoid, float_result),
+    UNARY(rsqrt, float_result, ),
+    UNARY(sqrt, float_result, ),
+    UNARY(exp, float_result, ),
+    UNARY(expm1, float_result, ),
+    UNARY(exp2, float_result, ),
+    UNARY(log, float_result, ),
+    UNARY(log2, float_result, ),
+    UNARY(log10, float_result, ),
+    UNARY(log1p, float_result, ),
+    UNARY(sin, float_result, ),
+    UNARY(cos, float_result, ),
+    UNARY(tan, float_result, ),
+    UNARY(sinh, float_result, ),
+    UNARY(cosh, float_result, ),
+    UNARY(tanh, float_result, ),
+    UNARY(asin, float_result, ),
+    UNARY(acos, float_result, ),
+    UNARY(atan, float_result, ),
+    UNARY(asinh, float_result, ),
+    UNARY(acosh, float_result, ),
+    UNARY(atanh, float_result, ),
+    UNARY(erf, float_result, ),
+    UNARY(erfc, float_result, ),
+    UNARY(reciprocal, float_result, ),
+    UNARY(sigmoid, float_result, ),
 };
 const size_t th__ops_pointwise_count = sizeof th__ops_pointwise / sizeof *th__ops_pointwise;

@@ -155,8 +155,12 @@ static th_status scan(th_call *call) {
 
 /* ---- operators ---- */
 
-#define REDUCTION(f, params_, rule) \
-    {.name = #f, .params = params_, .names = "torch." #f " torch.Tensor." #f, .fusion = TH_FUSE_REDUCTION, .meta = rule}
+#define REDUCTION(f, params_, ...)             \
+    {.name = #f,                               \
+     .params = params_,                        \
+     .names = "torch." #f " torch.Tensor." #f, \
+     .fusion = TH_FUSE_REDUCTION,              \
+     .meta = __VA_ARGS__}
 
 const th_opdef th__ops_reduction[] = {
     REDUCTION(sum, "input, dim=None, keepdim=False, *, dtype=None", sum),

@@ -227,8 +227,8 @@ static th_status flip(th_call *call) {
 
 /* ---- operators ---- */
 
-#define SHAPE(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_OPAQUE, .meta = rule}
+#define SHAPE(name_, params_, names_, ...) \
+    {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_OPAQUE, .meta = __VA_ARGS__}
 
 const th_opdef th__ops_shape[] = {
     SHAPE("cat", "tensors, dim=0", "torch.cat torch.concat torch.concatenate", cat),

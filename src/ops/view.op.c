@@ -2,7 +2,7 @@
  *
  * reshape and flatten are here too: they are views wherever the strides allow one, and copies otherwise.
  */
-#include "ops/backward.h"
+#include "ops/derivatives.h"
 
 #include <string.h>
 
@@ -400,41 +400,15 @@ static th_status as_strided_scatter(th_call *call) {
     return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, x.stride);
 }
 
-/* ---- derivatives ---- */
-
-/* torch's own formula gives the input the gradient of the region, where it should be zero, and zero elsewhere. */
-static th_status as_strided_scatter_grad(th__backward *b) {
-    th_trace *t = b->e.t;
-    th_val x = th__use(b, 0), src = th__use(b, 1), g = b->tangents[0];
-    int64_t offset = 0;
-    DECLINE_IF(!x || !th_type_get(t->ctx, t->values[x].type)->contiguous);
-    if (th__has(&b->call, 4)) TRY(th__arg_int(&b->call, 4, 0, &offset));
-    offset = th__has(&b->call, 4) ? offset - t->values[x].offset : 0;
-    DECLINE_IF(offset < 0);
-    g = th__own_storage(b, g);
-    th_node size = b->call.arg[2], stride = b->call.arg[3], at = th_node_int(t, offset);
-    if (th__wants(b, x)) {
-        th_node zeros[] = {th__node_of(b, g), size};
-        th_val blank = th__emit(&b->e, "torch.Tensor.new_zeros", 2, zeros);
-        th_node args[] = {th__node_of(b, g), th__node_of(b, blank), size, stride, at};
-        th__give(b, x, th__emit(&b->e, "torch.as_strided_scatter", 5, args));
-    }
-    if (th__wants(b, src)) {
-        th_node args[] = {th__node_of(b, g), size, stride, at};
-        th__tensor s;
-        TRY(th__arg_tensor(&b->call, 1, &s));
-        th__dims strides;
-        TRY(th__arg_ints(&b->call, 3, &strides));
-        th_typeref type = th_type_tensor(t->ctx, s.dtype, s.device, s.ndim, s.shape, strides.at, 0);
-        th__give(b, src, th__emit_view(b, "torch.as_strided", type, g, offset, 4, args));
-    }
-    return TH_OK;
-}
-
 /* ---- operators ---- */
 
-#define VIEW(name_, params_, names_, rule) \
-    {.name = name_, .params = params_, .names = names_, .effects = TH_OPDEF_VIEW, .fusion = TH_FUSE_VIEW, .meta = rule}
+#define VIEW(name_, params_, names_, ...) \
+    {.name = name_,                       \
+     .params = params_,                   \
+     .names = names_,                     \
+     .effects = TH_OPDEF_VIEW,            \
+     .fusion = TH_FUSE_VIEW,              \
+     .meta = __VA_ARGS__}
 
 const th_opdef th__ops_view[] = {
     VIEW("view", "input, *size", "torch.Tensor.view", view),
@@ -470,7 +444,7 @@ const th_opdef th__ops_view[] = {
      .names = "torch.as_strided_scatter torch.Tensor.as_strided_scatter torch.ops.aten.as_strided_scatter.default",
      .fusion = TH_FUSE_OPAQUE,
      .meta = as_strided_scatter,
-     .grad = as_strided_scatter_grad},
+     .grad = th__grad_as_strided_scatter},
     VIEW("diagonal", "input, offset=0, dim1=0, dim2=1", "torch.diagonal torch.Tensor.diagonal", diagonal),
 };
 const size_t th__ops_view_count = sizeof th__ops_view / sizeof *th__ops_view;

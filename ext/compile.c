@@ -215,7 +215,8 @@ static int capture(compile *k) {
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
-    } else if (undone < 0 || check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0) {
+    } else if (undone < 0 || thx_ties_check(k->r, k->e->guards) < 0 || check_arguments_unchanged(k) < 0 ||
+               collect_outputs(k) < 0) {
         rc = -1;
     }
     for (uint32_t i = 0; i < k->e->nargs; i++) thx_spec_settle(&k->e->args[i]);

@@ -155,6 +155,16 @@ PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, P
         Py_DECREF(same);
         Py_RETURN_NONE;
     }
+    if (strcmp(name, "register_hook") == 0 || strcmp(name, "retain_grad") == 0) {
+        if (!is) return PyObject_Call(func, args, kwargs); /* torch's own error */
+        if (!root && name[2] == 't') return thx_tie_grad(r, tensor);
+        PyObject *hook = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1) : PyDict_GetItemString(kwargs, "hook");
+        if (!root && hook) return thx_tie_hook(r, tensor, hook);
+    }
+    if (is && strcmp(name, "grad_fn.__get__") == 0) {
+        PyObject *node = thx_tie_node(r, tensor);
+        if (node || PyErr_Occurred()) return node;
+    }
     if (!is && strcmp(name, "grad_fn.__get__") == 0) Py_RETURN_NONE;
     if (!is && strcmp(name, "grad.__get__") == 0 && !root) Py_RETURN_NONE;
     if (is) {

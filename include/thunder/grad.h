@@ -40,13 +40,21 @@ typedef struct th_rule {
  * long as the join runs. */
 typedef th_status (*th_rule_fn)(void *user, const th_rule_request *request, const th_rule **rule);
 
+typedef struct th_kept { /* a result whose whole gradient is wanted: retain_grad() */
+    uint32_t result;
+    th_val total; /* 0: it gets none */
+} th_kept;
+
 typedef struct th_joint {
-    th_trace *t; /* result: TUPLE of the call's results, new contents of inputs, and by input that requires grad its
-                    gradient or None; inputs: those of the call, then the gradients of results */
+    th_trace *t; /* result: TUPLE of the call's results, new contents of inputs, by input that requires grad its
+                    gradient or None, and by kept result the same; inputs: those of the call, then the gradients of
+                    results */
     uint32_t nresults, nmutated, nwrt, ntangents;
     th_val *mutated;      /* inputs whose new contents take part in autograd: to be copied to them after the call */
     th_val *wrt;          /* inputs that require grad */
     uint32_t *tangent_of; /* by gradient of a result: which of the results and new contents it belongs to */
+    uint32_t nkept;
+    th_kept *kept;
 } th_joint;
 
 /* Differentiate a functionalised trace, which is consumed: it becomes joint->t. Inputs whose types carry
@@ -57,9 +65,9 @@ void th_joint_fini(th_joint *joint);
 typedef enum th_remat { TH_REMAT_OFF, TH_REMAT_AUTO, TH_REMAT_MAX } th_remat;
 
 typedef struct th_halves {
-    th_trace *forward; /* result: TUPLE of the results, the new contents of inputs, then what is saved */
-    th_trace
-        *backward; /* inputs: what is saved, then the gradients of results; result: TUPLE by input that requires grad */
+    th_trace *forward;  /* result: TUPLE of the results, the new contents of inputs, then what is saved */
+    th_trace *backward; /* inputs: what is saved, then the gradients of results; result: TUPLE by input that requires
+                           grad, then by kept result */
     uint32_t nsaved;
     th_val *saved;             /* values of `forward`; inputs of the call may be among them */
     int64_t bytes, bytes_kept; /* of intermediate results saved: as autograd would, and as chosen */

@@ -11,6 +11,7 @@
 #include "ops/backward.h"
 #include "passes/cut.h"
 #include "passes/pass.h"
+#include "passes/tie.h"
 
 #include <string.h>
 
@@ -38,6 +39,7 @@ static void set_made(void *user, th_val *v) { ((splitter *)user)->made[*v] = tru
 static th_node result_kid(const th_trace *t, uint32_t i) { return t->kids[t->nodes[t->result].u.kids + i]; }
 
 static uint32_t nvalues(const th_joint *joint) { return joint->nresults + joint->nmutated; }
+static uint32_t ngradients(const th_joint *joint) { return joint->nwrt + joint->nkept; }
 
 /* ---- which operation belongs where ---- */
 
@@ -59,7 +61,8 @@ static void find_forward(splitter *s) {
     for (uint32_t i = 0; i < nvalues(s->joint); i++) th_node_each_value(t, result_kid(t, i), set_wanted, s);
     for (th_opref o = t->nops; o-- > 1;) {
         if (t->ops[o].kind == TH_OP_DEL || s->backward[o]) continue;
-        s->hit = t->ops[o].effects != 0 && !(t->ops[o].marks & TH_MARK_LATE);
+        bool tie = th__tie_of(t, &t->ops[o]) == TH__TIE_HOOK; /* the backward has the call */
+        s->hit = t->ops[o].effects != 0 && !tie && !(t->ops[o].marks & TH_MARK_LATE);
         th_op_each_out(t, o, test_wanted, s);
         s->forward[o] = s->hit;
         if (s->hit) th_op_each_use(t, o, set_wanted, s);
@@ -72,7 +75,7 @@ static void find_forward(splitter *s) {
 static void find_backward(splitter *s) {
     th_trace *t = s->t;
     memset(s->wanted, 0, t->nvalues * sizeof *s->wanted);
-    for (uint32_t i = 0; i < s->joint->nwrt; i++)
+    for (uint32_t i = 0; i < ngradients(s->joint); i++)
         th_node_each_value(t, result_kid(t, nvalues(s->joint) + i), set_wanted, s);
     for (th_opref o = t->nops; o-- > 1;) {
         s->hit = t->ops[o].effects != 0 && (s->backward[o] || t->ops[o].marks & TH_MARK_LATE);
@@ -237,10 +240,10 @@ static th_status build_forward(splitter *s, th_halves *out) {
 static th_status build_backward(splitter *s, th_halves *out) {
     TRY(th_trace_clone(s->t, &out->backward));
     th_trace *t = out->backward;
-    uint32_t nwrt = s->joint->nwrt, ntangents = s->joint->ntangents, first = t->ninputs - ntangents;
+    uint32_t n = ngradients(s->joint), ntangents = s->joint->ntangents, first = t->ninputs - ntangents;
     keep_ops(t, s->backward);
     th_val *inputs = th_ctx_alloc(t->ctx, NULL, (out->nsaved + ntangents + 1) * sizeof *inputs);
-    th_node *kids = th__scratch_zeroed(&s->scratch, nwrt, sizeof *kids);
+    th_node *kids = th__scratch_zeroed(&s->scratch, n, sizeof *kids);
     if (!inputs || !kids) {
         th_ctx_alloc(t->ctx, inputs, 0);
         return th_fail(t->ctx, TH_ENOMEM, "out of memory");
@@ -251,8 +254,8 @@ static th_status build_backward(splitter *s, th_halves *out) {
     t->inputs = inputs;
     t->ninputs = out->nsaved + ntangents;
     t->cap_inputs = t->ninputs + 1;
-    for (uint32_t i = 0; i < nwrt; i++) kids[i] = result_kid(s->t, nvalues(s->joint) + i);
-    t->result = th_node_seq(t, TH_N_TUPLE, nwrt, kids);
+    for (uint32_t i = 0; i < n; i++) kids[i] = result_kid(s->t, nvalues(s->joint) + i);
+    t->result = th_node_seq(t, TH_N_TUPLE, n, kids);
     t->name = th_intern_z(t->ctx, "backward");
     TRY(th_trace_status(t));
     return th_pass_lifetime(t, NULL);

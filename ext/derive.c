@@ -190,16 +190,58 @@ static th_node value_node(derivation *d, PyObject *tensor) {
     return cell ? th_node_value(d->r->t, cell->value) : 0;
 }
 
+/* Did the author of an autograd.Function say that its backward cannot be differentiated? The decorator leaves a
+ * wrapper. */
+static bool is_once_differentiable(const derivation *d) {
+    const th_rule_request *q = d->q;
+    PyObject *method = q->op->callee_opaque ? q->t->opaques[q->op->callee_opaque].object : NULL;
+    if (!method || !PyMethod_Check(method) || !PyType_Check(PyMethod_GET_SELF(method))) return false;
+    PyObject *backward = PyObject_GetAttrString(PyMethod_GET_SELF(method), "backward");
+    PyObject *module = PyImport_ImportModule("torch.autograd.function");
+    PyObject *decorator = module ? PyObject_GetAttrString(module, "once_differentiable") : NULL;
+    bool found = false;
+    if (backward && decorator && PyFunction_Check(backward) && PyFunction_Check(decorator)) {
+        PyCodeObject *code = (PyCodeObject *)PyFunction_GET_CODE(backward);
+        PyObject *consts = ((PyCodeObject *)PyFunction_GET_CODE(decorator))->co_consts;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(consts); i++)
+            found |= PyTuple_GET_ITEM(consts, i) == (PyObject *)code;
+    }
+    PyErr_Clear();
+    Py_XDECREF(backward);
+    Py_XDECREF(decorator);
+    Py_XDECREF(module);
+    return found;
+}
+
+static th_node mark_once(th_trace *t, uint32_t nuses, th_node gradient) {
+    th_val v = th__node_as_value(t, gradient), out = v ? th_trace_value(t, 0, t->values[v].type) : 0;
+    uint32_t n = t->ninputs - nuses;
+    th_node incoming[64];
+    if (!v || n > 64) return gradient;
+    for (uint32_t i = 0; i < n; i++) incoming[i] = th_node_value(t, t->inputs[nuses + i]);
+    th_node args[] = {gradient, th_node_seq(t, TH_N_TUPLE, n, incoming)};
+    if (!t->values[v].alias) t->values[v].alias = th_trace_alias(t);
+    t->values[out].alias = t->values[v].alias;
+    t->values[out].offset = t->values[v].offset;
+    th_trace_op(t, &(th_op_args){.kind = TH_OP_CALL,
+                                 .callee = th_intern_z(t->ctx, "thunder._kernels.once_differentiable"),
+                                 .args = th_node_seq(t, TH_N_TUPLE, 2, args),
+                                 .outs = th_node_value(t, out)});
+    return th_node_value(t, out);
+}
+
 static int set_result(derivation *d) {
     const th_rule_request *q = d->q;
     th_trace *t = d->r->t;
     th_node *kids = PyMem_Calloc(q->nouts + q->nuses + 1, sizeof *kids);
     Py_ssize_t at = 0;
+    bool once = is_once_differentiable(d);
     if (!kids) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < q->nouts; i++) kids[i] = value_node(d, PyList_GET_ITEM(d->outs, i));
     for (uint32_t i = 0; i < q->nuses; i++) {
         PyObject *grad = q->needs[i] && d->grads ? PyTuple_GET_ITEM(d->grads, at++) : Py_None;
         kids[q->nouts + i] = grad == Py_None ? th_node_none(t) : value_node(d, grad);
+        if (once && kids[q->nouts + i]) kids[q->nouts + i] = mark_once(t, q->nuses, kids[q->nouts + i]);
     }
     if (!PyErr_Occurred()) t->result = th_node_seq(t, TH_N_TUPLE, q->nouts + q->nuses, kids);
     PyMem_Free(kids);

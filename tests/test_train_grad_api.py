@@ -347,6 +347,27 @@ def test_once_differentiable_raises_in_the_second_backward_as_in_eager():
         assert_same_error(lambda: attempt(f), lambda: attempt(compiled), "once_differentiable")
 
 
+def test_once_differentiable_leaves_no_second_derivative_as_in_eager():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(a)
+            return a**3, b * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad, other):
+            (a,) = ctx.saved_tensors
+            return grad * 3 * a**2, other
+
+    def run(fn, call):
+        a = leaf()
+        (g,) = torch.autograd.grad(fn(a).sum(), a, create_graph=True)
+        return g.detach(), torch.autograd.grad(g.sum(), a)
+
+    assert_compiled(compare_runs(lambda a: Once.apply(a, a)[0] + a.exp() + a.sin().square(), run))
+
+
 def test_gradgradcheck():
     compiled = thunder.jit(lambda a, w: (a @ w).tanh())
     assert torch.autograd.gradgradcheck(compiled, (leaf(2, 3, dtype=torch.float64), leaf(3, 2, dtype=torch.float64)))

@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import extend
+from thunder import _kernels, extend  # noqa: F401  (traces name the kernels)
 from thunder._api import (
     CompileStats,
     cache_hits,

@@ -238,3 +238,20 @@ class Kept:
             before = self.before[0] if self.before else tensor.grad
             tensor.grad = total.clone() if before is None else before + total
         self.before = None
+
+
+def once_differentiable(grad: torch.Tensor, incoming: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A gradient from a backward that its author marked with ``torch.autograd.function.once_differentiable``.
+
+    Under ``create_graph`` it has no history, and where one of the gradients that came in has one, differentiating it
+    raises torch's error.
+    """
+    if not torch.is_grad_enabled():
+        return grad
+    grad = grad.detach()
+    if not any(given.requires_grad for given in incoming):
+        return grad
+    error = torch._C._functions.DelayedError(
+        b"trying to differentiate twice a function that was marked with @once_differentiable", 1
+    )
+    return error(grad.requires_grad_())

@@ -54,6 +54,7 @@ typedef struct thx_recorder {
     bool saw_random;
     bool hidden_write;      /* something that requires grad was written while gradients were off */
     int recompute;          /* above 0: inside a checkpoint */
+    PyObject *leaves;       /* set of values that the code made to require grad, or NULL (owned) */
     PyObject *ties;         /* list of (hook or node, file, line), or NULL: tie.c (owned) */
     PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
     bool late;              /* while deriving: autograd runs backwards */
@@ -126,6 +127,7 @@ th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
 PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor);      /* 1 requires grad, 0 does not, -1 error */
+bool thx_was_made_leaf(const thx_recorder *r, th_val value); /* by the code, of something that required no grad */
 int thx_note_hooks_begin(thx_recorder *r);
 PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
 

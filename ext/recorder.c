@@ -592,6 +592,7 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_XDECREF(r->rng_outer);
     Py_XDECREF(r->hooks);
     Py_XDECREF(r->ties);
+    Py_XDECREF(r->leaves);
     th_trace_free(r->t);
     type->tp_free((PyObject *)r);
     Py_DECREF(type);

@@ -492,3 +492,56 @@ def test_tensor_that_the_backward_does_not_need_may_change():
         return out, torch.autograd.grad(weighted_sum(out), a)
 
     assert_compiled(compare_runs(lambda a, b: a + b, run))
+
+
+# ---- tensors that the function makes to require grad ----
+
+
+def test_intermediate_is_made_to_require_grad():
+    def f(a, w):
+        h = a[:, None]
+        h.requires_grad = True
+        assert h.requires_grad and h.is_leaf and (h * 2).requires_grad and not (h * 2).is_leaf
+        return (h * w).sum(1)
+
+    check_training(f, x(), leaf())
+
+
+def test_detached_copy_is_made_to_require_grad():
+    def f(a):
+        b = a.sin().detach().requires_grad_()
+        return a * b
+
+    check_training(f, leaf())
+
+
+@pytest.mark.parametrize("what", ["it", "depends", "view", "written", "grad", "hook"])
+def test_leaf_made_inside_that_can_be_seen_is_as_in_eager(what):
+    def f(a, w):
+        b = (a * 2).detach().requires_grad_()
+        if what == "it":
+            return b, w * 2
+        if what == "depends":
+            return b.sin(), w * 2
+        if what == "view":
+            return b[1:], w * 2
+        if what == "written":
+            with torch.no_grad():
+                b.mul_(2)
+        if what == "hook":
+            b.register_hook(lambda g: g * 2)
+        if what == "grad":
+            (b * b).sum().backward()
+            return b.grad * w
+        return b * w
+
+    check_training(f, x(), leaf(), allow_refusal=True)
+
+
+def test_leaf_made_inside_is_not_written_to():
+    def f(a, w):
+        b = (a * 2).detach().requires_grad_()
+        b.mul_(3)
+        return b * w
+
+    assert_same_error(lambda: f(x(), leaf()), lambda: thunder.jit(f)(x(), leaf()), "leaf Variable that requires grad")

@@ -255,15 +255,45 @@ static bool same_layout(const th_ctx *ctx, th_typeref a, th_typeref b) {
     return same;
 }
 
+/* Dimensions from the largest stride to the smallest; false: the elements leave gaps, or share places. */
+static bool stride_order(const th_type *type, uint32_t *order) {
+    if (type->ndim > TH_MAX_RANK || !th__is_dense(type->ndim, type->shape, type->stride)) return false;
+    for (uint32_t i = 0; i < type->ndim; i++) {
+        uint32_t at = i;
+        for (; at && type->stride[order[at - 1]] < type->stride[i]; at--) order[at] = order[at - 1];
+        order[at] = i;
+    }
+    return true;
+}
+
+/* A copy in the order of `want`, which is dense: packed with its dimensions in that order, then seen as it was. */
+static th_val emit_ordered(joiner *j, const record *rec, th_val v, th_typeref want) {
+    th_trace *t = j->t;
+    uint32_t order[TH_MAX_RANK];
+    const th_type *type = th_type_get(t->ctx, want);
+    if (!stride_order(type, order)) return 0;
+    th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, rec->op.marks};
+    th_node there[TH_MAX_RANK], back[TH_MAX_RANK];
+    for (uint32_t i = 0; i < type->ndim; i++) {
+        there[i] = th_node_int(t, order[i]);
+        back[order[i]] = th_node_int(t, i);
+    }
+    th_node args[] = {th_node_value(t, v), th_node_seq(t, TH_N_TUPLE, type->ndim, there)};
+    th_val turned = th__emit(&e, "torch.permute", 2, args), packed = turned ? th__emit_packed(&e, turned) : 0;
+    if (!packed) return 0;
+    th_node again[] = {th_node_value(t, packed), th_node_seq(t, TH_N_TUPLE, type->ndim, back)};
+    th_val out = th__emit(&e, "torch.permute", 2, again);
+    return out && same_layout(t->ctx, t->values[out].type, want) ? out : 0;
+}
+
 /* The operation's results in the joint trace: what the rule's forward part made, in the layout that was recorded. */
 static th_val settle_out(joiner *j, const record *rec, th_val old, th_val made) {
     th_trace *t = j->t;
-    th_typeref was = t->values[old].type, is = t->values[made].type;
-    if (same_layout(t->ctx, was, is)) return made;
-    const th_type *type = th_type_get(t->ctx, was);
+    th_typeref was = t->values[old].type;
+    if (same_layout(t->ctx, was, t->values[made].type)) return made;
     th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, 0};
-    if (type->contiguous) return th__emit_packed(&e, made);
-    return 0;
+    if (th_type_get(t->ctx, was)->contiguous) return th__emit_packed(&e, made);
+    return emit_ordered(j, rec, made, was);
 }
 
 static th_status splice_forward(joiner *j, record *rec, const th_op *old, const th_val *old_outs) {

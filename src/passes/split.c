@@ -24,6 +24,7 @@ typedef struct splitter {
     bool *backward;  /* by operation: part of the backward trace; both: computed twice */
     bool *made;      /* by value: the forward trace has it */
     bool *input;     /* by value: an input of the call */
+    bool *result;    /* by value: the caller gets it, so that keeping it costs nothing */
     uint8_t *groups; /* flags of th__groups; what is copied to after the call counts as written */
     bool *wanted;    /* by value: the backward trace uses it and does not make it */
     bool hit;

@@ -144,8 +144,23 @@ static bool counts_from_storage(const th_rule_request *q) {
     return false;
 }
 
+/* Kernels that torch chose because its fakes required no grad: they leave out what a backward needs. */
+static bool chosen_without_grad(const th_rule_request *q) {
+    static const char *const kernels[] = {"_scaled_dot_product_flash_attention.",
+                                          "_scaled_dot_product_efficient_attention.",
+                                          "_scaled_dot_product_cudnn_attention.", "_embedding_bag_forward_only.", NULL};
+    const char *name = q->op->callee_opaque ? "" : th_str_get(q->t->ctx, q->op->callee);
+    bool found = false;
+    for (int i = 0; kernels[i] && !found; i++) found = strstr(name, kernels[i]) != NULL;
+    return found;
+}
+
 static int run_forward(derivation *d) {
     const th_rule_request *q = d->q;
+    if (chosen_without_grad(q)) {
+        PyErr_SetString(PyExc_RuntimeError, "torch chose it for a run without gradients");
+        return -1;
+    }
     if (counts_from_storage(q)) {
         PyErr_SetString(PyExc_RuntimeError, "it counts from the start of an input's storage");
         return -1;

@@ -329,7 +329,7 @@ static PyObject *forward(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     const thx_gradient *g = p->g;
     PyObject *hooks = x->top_hooks ? PyObject_CallOneArg(x->top_hooks, Py_False) : Py_NewRef(Py_None);
     if (!hooks) return NULL;
-    p->all_shown = hooks != Py_None;
+    p->all_shown = hooks != Py_None || !x->keep_graph; /* without that, only torch knows when to let go */
     Py_DECREF(hooks);
     if (run_program(x, f) < 0) return NULL;
     PyObject *outs = PyTuple_New(g->ntangents);

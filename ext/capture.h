@@ -129,6 +129,7 @@ PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls mu
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor);      /* 1 requires grad, 0 does not, -1 error */
 bool thx_was_made_leaf(const thx_recorder *r, th_val value); /* by the code, of something that required no grad */
 int thx_note_hooks_begin(thx_recorder *r);
+int thx_gradstate_init(thx *x, PyObject *module);
 PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
 
 /* ---- tie.c: hooks that captured code registers; tensor: a fake that requires grad and is no input ---- */

@@ -144,8 +144,23 @@ static bool counts_from_storage(const th_rule_request *q) {
     return false;
 }
 
+/* Kernels that torch chose because its fakes required no grad: they leave out what a backward needs. */
+static bool chosen_without_grad(const th_rule_request *q) {
+    static const char *const kernels[] = {"_scaled_dot_product_flash_attention.",
+                                          "_scaled_dot_product_efficient_attention.",
+                                          "_scaled_dot_product_cudnn_attention.", "_embedding_bag_forward_only.", NULL};
+    const char *name = q->op->callee_opaque ? "" : th_str_get(q->t->ctx, q->op->callee);
+    bool found = false;
+    for (int i = 0; kernels[i] && !found; i++) found = strstr(name, kernels[i]) != NULL;
+    return found;
+}
+
 static int run_forward(derivation *d) {
     const th_rule_request *q = d->q;
+    if (chosen_without_grad(q)) {
+        PyErr_SetString(PyExc_RuntimeError, "torch chose it for a run without gradients");
+        return -1;
+    }
     if (counts_from_storage(q)) {
         PyErr_SetString(PyExc_RuntimeError, "it counts from the start of an input's storage");
         return -1;
@@ -320,8 +335,37 @@ static void use_public_name(thx *x, th_trace *t, th_op *op) {
 typedef struct around {
     PyObject *active, *threads, *script;
     int grad;
-    bool pushed;
+    bool pushed, hooked;
 } around;
+
+static PyObject *identity(PyObject *module, PyObject *o) {
+    (void)module;
+    return Py_NewRef(o);
+}
+static PyMethodDef identity_method = {"identity", identity, METH_O, NULL};
+
+/* Saved tensor hooks around the call are for what the call saves, not for what a rule does: the last ones pushed count.
+ * 1 pushed, 0 there are none, -1 error. */
+static int hide_saved_tensor_hooks(thx *x) {
+    PyObject *hooks = x->top_hooks ? PyObject_CallOneArg(x->top_hooks, Py_False) : Py_NewRef(Py_None);
+    Py_XDECREF(hooks);
+    if (!hooks || hooks == Py_None) return hooks ? 0 : -1;
+    PyObject *autograd = PyObject_GetAttrString(x->torch_c, "_autograd"),
+             *same = PyCFunction_New(&identity_method, NULL);
+    PyObject *done =
+        autograd && same ? PyObject_CallMethod(autograd, "_push_saved_tensors_default_hooks", "OO", same, same) : NULL;
+    Py_XDECREF(autograd);
+    Py_XDECREF(same);
+    Py_XDECREF(done);
+    return done ? 1 : -1;
+}
+
+static void show_saved_tensor_hooks(thx *x) {
+    PyObject *autograd = PyObject_GetAttrString(x->torch_c, "_autograd");
+    PyObject *done = autograd ? PyObject_CallMethod(autograd, "_pop_saved_tensors_default_hooks", NULL) : NULL;
+    Py_XDECREF(autograd);
+    Py_XDECREF(done);
+}
 
 static PyObject *call_flag(PyObject *function, bool on) {
     return PyObject_CallOneArg(function, on ? Py_True : Py_False);
@@ -341,14 +385,17 @@ static int enter(thx *x, derivation *d, around *a) {
     if (done) done = PyObject_CallOneArg(x->push_dispatch, (PyObject *)d->r);
     Py_XDECREF(done);
     a->pushed = done != NULL;
+    int hooked = done ? hide_saved_tensor_hooks(x) : -1;
+    a->hooked = hooked == 1;
     x->active = (PyObject *)d->r;
     x->active_thread = PyThread_get_thread_ident();
-    return done ? 0 : -1;
+    return hooked < 0 ? -1 : 0;
 }
 
 static void leave(thx *x, around *a) { /* keeps a pending exception */
     PyObject *type, *value, *trace, *done;
     PyErr_Fetch(&type, &value, &trace);
+    if (a->hooked) show_saved_tensor_hooks(x);
     x->active = a->active;
     if (a->pushed) {
         done = PyObject_CallOneArg(x->pop_dispatch, Py_None);

@@ -105,6 +105,25 @@ PyObject *thx_grad_needed(thx_recorder *r, const char *why) {
 
 /* ---- answers ---- */
 
+/* What stands for the grad_fn of an intermediate: it is not None, and that is all that it can say. */
+static PyObject *grad_fn_attribute(PyObject *self, PyObject *name) {
+    PyObject *found = PyObject_GenericGetAttr(self, name);
+    thx *x = PyType_GetModuleState(Py_TYPE(self));
+    if (found || !PyErr_ExceptionMatches(PyExc_AttributeError)) return found;
+    PyErr_Clear();
+    return PyErr_Format(x->GradNeeded, "the function uses %U of a grad_fn", name);
+}
+
+static PyType_Slot grad_fn_slots[] = {{Py_tp_getattro, grad_fn_attribute},
+                                      {Py_tp_doc, "The grad_fn of a tensor while its function is captured."},
+                                      {0, NULL}};
+static PyType_Spec grad_fn_spec = {"thunder._C.GradFn", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT, grad_fn_slots};
+
+int thx_gradstate_init(thx *x, PyObject *module) {
+    x->GradFn = (PyTypeObject *)PyType_FromModuleAndSpec(module, &grad_fn_spec, NULL);
+    return x->GradFn ? 0 : -1;
+}
+
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor) {
     if (thx_is_fake(r->x, tensor)) {
         thx_cell *cell = thx_recorder_cell(r, tensor);
@@ -198,8 +217,12 @@ PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, P
         if (!root && hook) return thx_tie_hook(r, tensor, hook);
     }
     if (is && strcmp(name, "grad_fn.__get__") == 0) {
+        thx_cell *cell = thx_recorder_cell(r, tensor);
+        if (!cell) return NULL;
+        if (thx_was_made_leaf(r, cell->value)) Py_RETURN_NONE;
         PyObject *node = thx_tie_node(r, tensor);
         if (node || PyErr_Occurred()) return node;
+        if (!root) return PyObject_CallNoArgs((PyObject *)r->x->GradFn);
     }
     if (!is && strcmp(name, "grad_fn.__get__") == 0) Py_RETURN_NONE;
     if (!is && strcmp(name, "grad.__get__") == 0 && !root) Py_RETURN_NONE;

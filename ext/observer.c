@@ -567,6 +567,27 @@ static int check_default_dtype(thx_recorder *r) {
                              "set it outside the compiled function, or pass dtype= to each operation");
 }
 
+/* Operations that torch makes of others look at requires_grad to choose among kernels, and fakes require none: passing
+ * autograd over, they reach layer 2 whole, and what they are made of is found out with gradients on. */
+static PyObject *call_below_autograd(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
+    thx *x = r->x;
+    if (!x->below_autograd) return thx_grad_needed(r, "autocast with gradients is not compiled with this torch");
+    PyObject *guard = PyObject_CallNoArgs(x->below_autograd), *result = NULL;
+    PyObject *entered = guard ? PyObject_CallMethodNoArgs(guard, x->n.enter) : NULL;
+    if (entered) {
+        result = PyObject_Call(func, args, kwargs);
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *left = PyObject_CallMethodObjArgs(guard, x->n.exit, Py_None, Py_None, Py_None, NULL);
+        Py_XDECREF(left);
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(entered);
+    Py_XDECREF(guard);
+    return result;
+}
+
 static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
@@ -601,7 +622,9 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
     if (thx_note_grad(r, c.callee, c.def, &c.note) < 0) return NULL;
     if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
         PyObject *fa = fakeify(r, args), *fk = fa && kwargs ? fakeify(r, kwargs) : NULL;
-        PyObject *result = fa && (fk || !kwargs) ? PyObject_Call(func, fa, fk) : NULL;
+        PyObject *result = !fa || (kwargs && !fk) ? NULL
+                           : c.note.grad          ? call_below_autograd(r, func, fa, fk)
+                                                  : PyObject_Call(func, fa, fk);
         Py_XDECREF(fa);
         Py_XDECREF(fk);
         return result;

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import thunder
 from tests.harness.judge_model import CLEAR, RIGHT, judge
+from tests.harness.judge_model_train import FELL_BACK, judge_training
 from tests.models import QUICK, zoo
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +29,61 @@ def test_model_on_cuda_equals_eager(name: str) -> None:
     if name in MAY_BE_REFUSED and verdict.outcome == CLEAR:
         pytest.skip(f"refused with a clear error: {MAY_BE_REFUSED[name]}")
     assert verdict.outcome == RIGHT, verdict.reason
+
+
+# Falls back with a warning, on the CPU too (tests/training_gaps.py).
+MAY_FALL_BACK = ("swin", "wav2vec2", "mamba", "deberta_v2")
+
+
+@pytest.mark.parametrize("name", GPU_MODELS)
+def test_model_trains_on_cuda_like_eager(name: str) -> None:
+    verdict = judge_training(zoo()[name], "cuda")
+    if name in MAY_FALL_BACK and verdict.outcome in (FELL_BACK, CLEAR):
+        pytest.skip(f"does not train compiled: {verdict.reason}")
+    assert verdict.outcome == RIGHT, verdict.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_training_dtypes_on_cuda_equal_eager(dtype: torch.dtype) -> None:
+    model = _block().train().to(dtype)
+    twin = copy.deepcopy(model)
+    compiled = thunder.jit(twin)
+    for seed in (0, 1):
+        x = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+        model(x).square().mean().backward(), compiled(x).square().mean().backward()
+    for ours, eager in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, eager.grad, **_rounding(dtype))
+    assert thunder.compile_stats(compiled).fallbacks == 0
+
+
+def _rounding(dtype: torch.dtype) -> dict[str, float]:
+    """Sums of some hundred terms in another order: a few units in the last place of the largest."""
+    return {"rtol": 16 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+
+
+def test_autocast_training_on_cuda_equals_eager() -> None:
+    model = _block().train()
+    twin = copy.deepcopy(model)
+    compiled = thunder.jit(twin)
+    scaler = torch.amp.GradScaler("cuda")
+    x = torch.randn(2, 16, 64, device="cuda")
+    for call in (model, compiled):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = call(x).float().square().mean()
+        scaler.scale(loss).backward()
+    for ours, eager in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, eager.grad, rtol=16 * 2**-10, atol=65536 * 2**-14)
+    assert thunder.compile_stats(compiled).fallbacks == 0
+
+
+def test_dropout_masks_on_cuda_agree_between_forward_and_backward() -> None:
+    compiled = thunder.jit(lambda a: torch.nn.functional.dropout(a, 0.5))
+    a = torch.ones(1000, device="cuda", requires_grad=True)
+    for _ in range(2):
+        out = compiled(a)
+        (gradient,) = torch.autograd.grad(out.sum(), a)
+        assert torch.equal(gradient, out.detach())
+    assert thunder.compile_stats(compiled).fallbacks == 0
 
 
 def _block(width: int = 64) -> torch.nn.Module:

@@ -39,6 +39,18 @@ th_val th__emit(th__emitter *e, const char *callee, uint32_t n, const th_node *a
     return made;
 }
 
+th_val th__emit_as(th__emitter *e, const char *callee, uint32_t n, const th_node *args, const char *model) {
+    th_trace *t = e->t;
+    for (uint32_t i = 0; i < n; i++)
+        if (!args[i]) return 0;
+    const th_opdef *def = th_catalog_find(e->catalog, th_intern_z(t->ctx, model));
+    th_node tuple = th_node_seq(t, TH_N_TUPLE, 2, args);
+    th_call call = {.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
+    if (!def || !tuple || th_call_bind(&call, def, t, tuple, 0) != TH_OK || def->meta(&call) != TH_OK) return 0;
+    if (call.nouts != 1 || call.outs[0].same || call.outs[0].alias_of) return 0;
+    return th__emit_typed(e, callee, th_type_set_grad(t->ctx, call.outs[0].type, false), n, args);
+}
+
 th_val th__emit_add(th__emitter *e, th_val a, th_val b) {
     th_trace *t = e->t;
     th_node args[] = {th_node_value(t, a), th_node_value(t, b)};
@@ -131,6 +143,12 @@ void th__give(th__backward *b, th_val of, th_val gradient) {
             th_node shape[] = {th_node_value(t, gradient), th_node_seq(t, TH_N_TUPLE, want->ndim, sizes)};
             gradient = th__emit(&b->e, "torch.reshape", 2, shape);
         }
+        if (!gradient) b->failed = true;
+    }
+    const th_type *now = th_type_get(t->ctx, t->values[gradient].type);
+    if (!b->failed && now->dtype != want->dtype) {
+        th_node args[] = {th_node_value(t, gradient), th_node_dtype(t, (th_dtype)want->dtype)};
+        gradient = th__emit(&b->e, "torch.Tensor.to", 2, args);
         if (!gradient) b->failed = true;
     }
     if (b->failed) return;

@@ -27,6 +27,8 @@ typedef struct th__emitter { /* appends operations whose types the catalogue kno
 /* 0: the catalogue declined, or memory ran out (then the trace's status says so). Nodes of 0 fail too. */
 th_val th__emit(th__emitter *e, const char *callee, uint32_t n, const th_node *args);
 th_val th__emit_typed(th__emitter *e, const char *callee, th_typeref type, uint32_t n, const th_node *args);
+/* Laid out as the result of another operator on the first two arguments: kernels that work element by element. */
+th_val th__emit_as(th__emitter *e, const char *callee, uint32_t n, const th_node *args, const char *model);
 th_val th__emit_add(th__emitter *e, th_val a, th_val b);
 th_val th__emit_packed(th__emitter *e, th_val v); /* a row-major copy */
 

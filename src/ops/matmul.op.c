@@ -1,4 +1,5 @@
 /* Matrix products: linear, matmul, mm, bmm, addmm, baddbmm, mv, dot, outer. Their results are row-major. */
+#include "ops/derivatives.h"
 #include "ops/iterator.h"
 
 #include <string.h>
@@ -164,15 +165,19 @@ static th_status outer(th_call *call) {
     {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_MATMUL, .meta = __VA_ARGS__}
 
 const th_opdef th__ops_matmul[] = {
-    MATMUL("linear", "input, weight, bias=None", "torch.nn.functional.linear torch._C._nn.linear", linear),
-    MATMUL("matmul", "input, other", "torch.matmul torch.Tensor.matmul torch.Tensor.__matmul__", matmul),
+    MATMUL("linear", "input, weight, bias=None", "torch.nn.functional.linear torch._C._nn.linear", linear,
+           .grad = th__grad_linear),
+    MATMUL("matmul", "input, other", "torch.matmul torch.Tensor.matmul torch.Tensor.__matmul__", matmul,
+           .grad = th__grad_matmul),
     MATMUL("rmatmul", "input, other", "torch.Tensor.__rmatmul__", rmatmul),
-    MATMUL("mm", "input, mat2", "torch.mm torch.Tensor.mm", mm),
-    MATMUL("bmm", "input, mat2", "torch.bmm torch.Tensor.bmm", bmm),
-    MATMUL("mv", "input, vec", "torch.mv torch.Tensor.mv", mv),
-    MATMUL("dot", "input, tensor", "torch.dot torch.Tensor.dot", dot),
-    MATMUL("addmm", "input, mat1, mat2, *, beta=1, alpha=1", "torch.addmm torch.Tensor.addmm", addmm),
-    MATMUL("baddbmm", "input, batch1, batch2, *, beta=1, alpha=1", "torch.baddbmm torch.Tensor.baddbmm", baddbmm),
+    MATMUL("mm", "input, mat2", "torch.mm torch.Tensor.mm", mm, .grad = th__grad_mm),
+    MATMUL("bmm", "input, mat2", "torch.bmm torch.Tensor.bmm", bmm, .grad = th__grad_bmm),
+    MATMUL("mv", "input, vec", "torch.mv torch.Tensor.mv", mv, .grad = th__grad_mv),
+    MATMUL("dot", "input, tensor", "torch.dot torch.Tensor.dot", dot, .grad = th__grad_dot),
+    MATMUL("addmm", "input, mat1, mat2, *, beta=1, alpha=1", "torch.addmm torch.Tensor.addmm", addmm,
+           .grad = th__grad_addmm),
+    MATMUL("baddbmm", "input, batch1, batch2, *, beta=1, alpha=1", "torch.baddbmm torch.Tensor.baddbmm", baddbmm,
+           .grad = th__grad_baddbmm),
     MATMUL("grouped_mm", "input, mat2, offs=None, bias=None, out_dtype=None",
            "torch._grouped_mm torch.nn.functional.grouped_mm", grouped_mm),
     {.name = "outer",

@@ -25,6 +25,7 @@ typedef struct splitter {
     bool *backward;  /* by operation: part of the backward trace; both: computed twice */
     bool *made;      /* by value: the forward trace has it */
     bool *input;     /* by value: an input of the call */
+    bool *result;    /* by value: the caller gets it, so that keeping it costs nothing */
     uint8_t *groups; /* flags of th__groups; what is copied to after the call counts as written */
     bool *wanted;    /* by value: the backward trace uses it and does not make it */
     bool hit;
@@ -34,6 +35,7 @@ static void test_late(void *user, th_val *v) { ((splitter *)user)->hit |= ((spli
 static void set_late(void *user, th_val *v) { ((splitter *)user)->late[*v] = true; }
 static void test_wanted(void *user, th_val *v) { ((splitter *)user)->hit |= ((splitter *)user)->wanted[*v]; }
 static void set_wanted(void *user, th_val *v) { ((splitter *)user)->wanted[*v] = true; }
+static void set_result(void *user, th_val *v) { ((splitter *)user)->result[*v] = true; }
 static void set_made(void *user, th_val *v) { ((splitter *)user)->made[*v] = true; }
 
 static th_node result_kid(const th_trace *t, uint32_t i) { return t->kids[t->nodes[t->result].u.kids + i]; }
@@ -58,7 +60,10 @@ static void find_forward(splitter *s) {
         if (s->hit) th_op_each_out(t, o, set_late, s);
         s->backward[o] = s->hit; /* for now: late */
     }
-    for (uint32_t i = 0; i < nvalues(s->joint); i++) th_node_each_value(t, result_kid(t, i), set_wanted, s);
+    for (uint32_t i = 0; i < nvalues(s->joint); i++) {
+        th_node_each_value(t, result_kid(t, i), set_wanted, s);
+        th_node_each_value(t, result_kid(t, i), set_result, s);
+    }
     for (th_opref o = t->nops; o-- > 1;) {
         if (t->ops[o].kind == TH_OP_DEL || s->backward[o]) continue;
         bool tie = th__tie_of(t, &t->ops[o]) == TH__TIE_HOOK; /* the backward has the call */
@@ -142,9 +147,10 @@ static th_status recompute_cheap(splitter *s, th_remat remat) {
         if (!s->made[v]) continue;
         th_opref def = t->values[v].def;
         bool again =
-            !s->input[v] && def &&
+            !s->input[v] && !s->result[v] && def &&
             (is_view(s, def) || is_cheap(s, def) || (t->ops[def].marks & TH_MARK_RECOMPUTE && !t->ops[def].effects));
-        int64_t cost = s->input[v] || (again && is_view(s, def)) ? 0 : bytes_of(t, v);
+        int64_t cost = s->input[v] || s->result[v] ? 0 : bytes_of(t, v);
+        if (again && is_view(s, def)) cost = INT64_C(1) << 50; /* it would keep all of its base: save that */
         th__cut_value(&cut, v, cost, !again, s->wanted[v]);
         th__cut_link link = {&cut, NULL, v};
         if (again) th_op_each_use(t, def, link_use, &link);
@@ -156,8 +162,11 @@ static th_status recompute_cheap(splitter *s, th_remat remat) {
         s->hit = false;
         th_op_each_out(t, o, test_wanted, s);
         const th_node_data *outs = &t->nodes[t->ops[o].outs];
-        if (!s->hit || outs->kind != TH_N_VALUE || th__cut_saved(&cut, outs->u.ref) || t->ops[o].effects) continue;
-        if (!is_view(s, o) && !is_cheap(s, o) && !(t->ops[o].marks & TH_MARK_RECOMPUTE)) continue;
+        if (!s->hit || t->ops[o].effects) continue;
+        if (!is_view(s, o)) {
+            if (outs->kind != TH_N_VALUE || s->result[outs->u.ref] || th__cut_saved(&cut, outs->u.ref)) continue;
+            if (!is_cheap(s, o) && !(t->ops[o].marks & TH_MARK_RECOMPUTE)) continue;
+        }
         s->backward[o] = true;
         th_op_each_use(t, o, set_wanted, s);
     }
@@ -268,11 +277,13 @@ static th_status prepare(splitter *s) {
     s->late = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
     s->made = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
     s->input = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
+    s->result = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
     s->wanted = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof(bool));
     s->forward = th__scratch_zeroed(&s->scratch, t->nops, sizeof(bool));
     s->backward = th__scratch_zeroed(&s->scratch, t->nops, sizeof(bool));
     s->groups = th__groups(t, &s->scratch);
-    if (!s->groups || !s->late || !s->made || !s->input || !s->wanted || !s->forward || !s->backward) return TH_ENOMEM;
+    if (!s->groups || !s->late || !s->made || !s->input || !s->result || !s->wanted || !s->forward || !s->backward)
+        return TH_ENOMEM;
     for (uint32_t i = 0; i < s->joint->nmutated; i++)
         s->groups[th__group_of(t, s->joint->mutated[i])] |= TH__GROUP_WRITTEN;
     return th_catalog_new(t->ctx, &s->catalog);

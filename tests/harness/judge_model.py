@@ -46,7 +46,7 @@ def judge(entry: Entry, device: str = "cpu") -> Verdict:
     return verdict
 
 
-def _on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def on_device(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
@@ -55,7 +55,7 @@ def _judge(entry: Entry, verdict: Verdict, device: str) -> None:
     model = model.to(device)
 
     def inputs(seed: int) -> dict[str, Any]:
-        return _on(device, make_inputs(seed))
+        return on_device(device, make_inputs(seed))
 
     reference = copy.deepcopy(model)
     exact = copy.deepcopy(model).double()

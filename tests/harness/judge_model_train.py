@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import thunder
 from tests.harness.compare import as_float64, clone, differences, gradients_differ
-from tests.harness.judge_model import CLEAR, OTHER, RIGHT, WRONG, Verdict
+from tests.harness.judge_model import CLEAR, OTHER, RIGHT, WRONG, Verdict, on_device
 from tests.harness.judge_op_grad import FELL_BACK, random_like, tensors_in, why_eager
 from tests.models import Entry
 
 
-def judge_training(entry: Entry) -> Verdict:
+def judge_training(entry: Entry, device: str = "cpu") -> Verdict:
     """Builds `entry` in train mode and compares two training steps; never raises for a model's sake.
 
     The loss is the sum of all floating outputs times fixed random weights. Compared are outputs, parameters, buffers
@@ -30,7 +30,7 @@ def judge_training(entry: Entry) -> Verdict:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", thunder.ThunderWarning)
-            _judge(entry, verdict)
+            _judge(entry, verdict, device)
         if verdict.outcome == FELL_BACK:
             verdict.reason = f"{verdict.reason}: {why_eager(caught)}"
     except thunder.CaptureError as error:
@@ -49,15 +49,21 @@ def _step(module: Callable[..., Any], arguments: dict[str, Any], seed: int) -> t
     outputs = module(**arguments)
     generator = torch.Generator().manual_seed(seed)
     parts = [t for t in tensors_in(outputs) if t.requires_grad]
-    loss = sum((t.double() * random_like(t.detach().float(), generator).double()).sum() for t in parts)
+    loss = sum(
+        (t.double() * random_like(t.detach().float().cpu(), generator).double().to(t.device)).sum() for t in parts
+    )
     if isinstance(loss, torch.Tensor):
         loss.backward()
     return outputs, 1e3 * (time.perf_counter() - start)
 
 
-def _judge(entry: Entry, verdict: Verdict) -> None:
-    model, inputs = entry.build()
-    model.train()
+def _judge(entry: Entry, verdict: Verdict, device: str) -> None:
+    model, make_inputs = entry.build()
+    model = model.to(device).train()
+
+    def inputs(seed: int) -> dict[str, Any]:
+        return on_device(device, make_inputs(seed))
+
     reference = copy.deepcopy(model)
     initial = copy.deepcopy(model)
     compiled = thunder.jit(model)

@@ -36,6 +36,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->mutated);
     PyMem_Free(g->kept);
+    PyMem_Free(g->stale);
     PyMem_Free(g->saved);
     PyMem_Free(g->depends);
     type->tp_free((PyObject *)g);
@@ -137,6 +138,45 @@ static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, b
     return status;
 }
 
+enum {
+    ROOT_COPY = 1, /* statistics that batch norm updates and, in training, does not read: a copy takes the update */
+    ROOT_GONE = 2, /* what it held is needed and gone */
+};
+
+static bool is_batch_norm(const th_trace *t, const th_op *op) {
+    return !op->callee_opaque && strstr(th_str_get(t->ctx, op->callee), "batch_norm") != NULL;
+}
+
+typedef struct stale_use {
+    thx_gradient *g;
+    const th_trace *t;
+    bool norm;
+} stale_use;
+
+static void note_stale(void *user, th_val *v) {
+    stale_use *s = user;
+    uint32_t at = index_of(s->t->inputs, s->g->nroots, *v);
+    if (at != UINT32_MAX && s->g->stale[at]) s->g->stale[at] |= s->norm ? ROOT_COPY : ROOT_GONE;
+}
+
+/* Inputs that the forward run writes to, by what the gradients computed from the inputs once more want with them. */
+static int find_stale(thx_gradient *g, const th_trace *forward) {
+    th_trace *t = g->again.t;
+    g->stale = PyMem_Calloc(g->nroots + 1, sizeof *g->stale);
+    if (!g->stale) return PyErr_NoMemory(), -1;
+    for (th_opref o = 1; o < forward->nops; o++)
+        for (uint32_t i = 0; i < forward->ops[o].nwrites; i++) {
+            uint32_t at = index_of(forward->inputs, g->nroots, forward->kids[forward->ops[o].writes + i]);
+            if (at != UINT32_MAX) g->stale[at] = ROOT_COPY;
+        }
+    for (th_opref o = 1; o < t->nops; o++) {
+        stale_use s = {g, t, is_batch_norm(t, &t->ops[o])};
+        if (t->ops[o].kind == TH_OP_CALL) th_op_each_use(t, o, note_stale, &s);
+    }
+    th_node_each_value(t, t->result, note_stale, &(stale_use){g, t, false});
+    return 0;
+}
+
 static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, th_trace **forward) {
     th_halves halves;
     if (thx_check(x, keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks)) < 0 ||
@@ -158,7 +198,7 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     int rc = !g->kept || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
-                     describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0
+                     describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0 || find_stale(g, f) < 0
                  ? -1
                  : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -245,6 +285,8 @@ static int keep_inputs(thx *x, pending *p, const th_slot *slots) {
         if (g->saved[i].root >= 0) p->versions[g->saved[i].root] = -1;
     for (uint32_t i = 0; i < g->nroots; i++)
         if (p->versions[i] == -2) p->versions[i] = version_of(x, p->inputs[i]);
+    for (uint32_t i = 0; i < g->nroots; i++)
+        if (g->stale[i] & ROOT_GONE) Py_CLEAR(p->inputs[i]);
     for (uint32_t i = 0; i < g->nmutated; i++) Py_CLEAR(p->inputs[g->mutated[i]]); /* it will refer to this node */
     return 0;
 }
@@ -626,6 +668,13 @@ static PyObject *backward_graph(sources *s) {
                         "thunder: create_graph=True needs an input of the compiled call as it was, and it has been "
                         "modified by an inplace operation since");
         return NULL;
+    }
+    for (uint32_t i = 0; i < g->nroots; i++) {
+        if (!g->stale[i]) continue;
+        PyObject *copy = PyObject_CallMethod(s->p->inputs[i], "clone", NULL);
+        if (!copy) return NULL;
+        Py_SETREF(s->p->inputs[i], copy);
+        s->p->versions[i] = version_of(x, copy);
     }
     if (!g->again.plan && thx_program_lower(x, &g->again, true) < 0) return NULL;
     return run_gradients(x, g, &g->again, fill_again, s);

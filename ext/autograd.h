@@ -20,6 +20,7 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     bool again_random;         /* it draws random numbers, so it would not be the run that it repeats */
     bool hooks;                /* the backward calls hooks of the user */
     uint32_t nroots, nresults; /* of the forward program; nresults without what is saved */
+    uint8_t *stale;            /* by root: ROOT_*: the run writes to it, and `again` would read what it left */
     uint32_t nwrt, *wrt;       /* inputs of the call that require grad */
     uint32_t ntangents, *tangent_of;
     uint32_t nmutated, *mutated; /* inputs that take new contents under autograd; these are the last results */

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -366,6 +368,29 @@ def test_once_differentiable_leaves_no_second_derivative_as_in_eager():
         return g.detach(), torch.autograd.grad(g.sum(), a)
 
     assert_compiled(compare_runs(lambda a: Once.apply(a, a)[0] + a.exp() + a.sin().square(), run))
+
+
+def test_create_graph_after_a_write_to_an_input_raises_clearly():
+    def f(buffer, a):
+        buffer.mul_(2)
+        return (a * a * buffer).sum()
+
+    a = leaf()
+    loss = thunder.jit(f)(torch.ones(3), a)
+    with pytest.raises(RuntimeError, match="as it was"):
+        torch.autograd.grad(loss, a, create_graph=True)
+
+
+def test_create_graph_updates_the_statistics_of_batch_norm_once():
+    torch.manual_seed(0)
+    eager = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    twin = copy.deepcopy(eager)
+    for module, owner in ((eager, eager), (thunder.jit(twin), twin)):
+        a = leaf()
+        (g,) = torch.autograd.grad(module(a).pow(3).sum(), a, create_graph=True)
+        g.square().sum().backward()
+        owner.found = [a.grad, *(p.grad for p in owner.parameters()), *owner.buffers()]
+    torch.testing.assert_close(twin.found, eager.found, rtol=1e-4, atol=1e-4)
 
 
 def test_gradgradcheck():

@@ -128,9 +128,9 @@ static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, b
     for (th_opref o = 1; o < t->nops; o++) {
         const char *callee = t->ops[o].callee_opaque ? "" : th_str_get(t->ctx, t->ops[o].callee);
         bool hook = strncmp(callee, "thunder._kernels.run_", 21) == 0; /* runs in every backward */
-        bool tie = strncmp(callee, "thunder._kernels.tie_", 21) == 0;
+        bool ours = strncmp(callee, "thunder._kernels.", 17) == 0;     /* ties, and checks of data */
         *hooks |= hook;
-        *random |= !hook && !tie && (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) != 0;
+        *random |= !ours && (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) != 0;
     }
     th_fuel fuel = {.left = -1};
     status = th_pipeline_run(t, "dce,lifetime", &fuel, false, NULL, NULL);
@@ -156,7 +156,10 @@ typedef struct stale_use {
 static void note_stale(void *user, th_val *v) {
     stale_use *s = user;
     uint32_t at = index_of(s->t->inputs, s->g->nroots, *v);
-    if (at != UINT32_MAX && s->g->stale[at]) s->g->stale[at] |= s->norm ? ROOT_COPY : ROOT_GONE;
+    if (at == UINT32_MAX) return;
+    bool learned = th_type_get(s->t->ctx, s->t->values[*v].type)->flags & TH_TYPE_REQUIRES_GRAD;
+    if (s->norm && !learned) s->g->stale[at] |= ROOT_COPY;
+    if (!s->norm && s->g->stale[at]) s->g->stale[at] |= ROOT_GONE;
 }
 
 /* Inputs that the forward run writes to, by what the gradients computed from the inputs once more want with them. */
@@ -165,7 +168,7 @@ static int find_stale(thx_gradient *g, const th_trace *forward) {
     g->stale = PyMem_Calloc(g->nroots + 1, sizeof *g->stale);
     if (!g->stale) return PyErr_NoMemory(), -1;
     for (th_opref o = 1; o < forward->nops; o++)
-        for (uint32_t i = 0; i < forward->ops[o].nwrites; i++) {
+        for (uint32_t i = 0; i < forward->ops[o].nwrites && !is_batch_norm(forward, &forward->ops[o]); i++) {
             uint32_t at = index_of(forward->inputs, g->nroots, forward->kids[forward->ops[o].writes + i]);
             if (at != UINT32_MAX) g->stale[at] = ROOT_COPY;
         }
@@ -641,7 +644,8 @@ static int fill_again(void *user, th_slot *slots) {
     Py_ssize_t at = 0;
     for (uint32_t i = 0; i < g->nsaved; i++) { /* with its history, and checked for writes */
         if (!s->p->all_shown && !g->saved[i].shown) continue;
-        if (g->saved[i].root >= 0) put_object(s->x, &slots[g->saved[i].root], PyTuple_GET_ITEM(s->shown, at));
+        int32_t root = g->saved[i].root;
+        if (root >= 0 && !g->stale[root]) put_object(s->x, &slots[root], PyTuple_GET_ITEM(s->shown, at));
         at++;
     }
     for (uint32_t i = 0; i < g->ntangents; i++)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,29 @@ def as_strided_scatter(
     start = 0 if storage_offset is None else storage_offset - input.storage_offset()
     result.as_strided(size, stride, start).copy_(src)
     return result
+
+
+# ---- checks of data ----
+
+
+def raise_if(flag: torch.Tensor, kind: str, message: str) -> None:
+    """Raise when ``flag``, of one element, is true; recorded during a capture, where that is not known yet.
+
+    Args:
+        kind: the exception, ``"ValueError"`` or ``"RuntimeError"``.
+    """
+    if torch.overrides.has_torch_function_unary(flag):
+        torch.overrides.handle_torch_function(raise_if, (flag,), flag, kind, message)
+    elif flag:
+        raise (ValueError if kind == "ValueError" else RuntimeError)(message)
+
+
+def warn_if(flag: torch.Tensor, message: str) -> None:
+    """Warn, likewise."""
+    if torch.overrides.has_torch_function_unary(flag):
+        torch.overrides.handle_torch_function(warn_if, (flag,), flag, message)
+    elif flag:
+        warnings.warn(message, stacklevel=2)
 
 
 # ---- hooks of captured code ----

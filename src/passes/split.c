@@ -27,6 +27,7 @@ typedef struct splitter {
     bool *result;    /* by value: the caller gets it, so that keeping it costs nothing */
     uint8_t *groups; /* flags of th__groups; what is copied to after the call counts as written */
     bool *wanted;    /* by value: the backward trace uses it and does not make it */
+    th_remat remat;
     bool hit, written;
 } splitter;
 
@@ -145,11 +146,12 @@ static void find_missing(void *user, th_val *v) {
     k->missing |= k->s->wanted[*v] && !k->s->result[*v] && !th__cut_saved(k->cut, *v);
 }
 
-/* Inside torch.utils.checkpoint: whatever it costs. */
+/* Inside torch.utils.checkpoint, and everywhere when as little as possible is to be saved: whatever it costs. */
 static bool may_run_again(splitter *s, th_opref o) {
     s->written = false;
     th_op_each_out(s->t, o, find_written, s);
-    return s->t->ops[o].marks & TH_MARK_RECOMPUTE && !s->t->ops[o].effects && !s->written;
+    bool wanted = s->remat == TH_REMAT_MAX || s->t->ops[o].marks & TH_MARK_RECOMPUTE;
+    return wanted && !s->t->ops[o].effects && !s->written;
 }
 
 /* Make what may be made again part of the backward trace too, from the last operation to the first. */
@@ -171,7 +173,7 @@ static void link_use(void *user, th_val *v) {
 }
 
 /* What the cheapest cut leaves out of the saved values is computed again. */
-static th_status recompute_cheap(splitter *s, th_remat remat) {
+static th_status recompute_cheap(splitter *s) {
     th_trace *t = s->t;
     th__cut cut;
     TRY(th__cut_init(&cut, &s->scratch, t->nvalues));
@@ -186,7 +188,6 @@ static th_status recompute_cheap(splitter *s, th_remat remat) {
         th__cut_link link = {&cut, NULL, v};
         if (again) th_op_each_use(t, def, link_use, &link);
     }
-    (void)remat;
     TRY(th__cut_solve(&cut));
     for (th_opref o = t->nops; o-- > 1;) {
         if (!s->forward[o]) continue;
@@ -323,6 +324,7 @@ static th_status prepare(splitter *s) {
 static th_status split(splitter *s, th_remat remat, th_halves *out) {
     th_trace *t = s->t;
     TRY(prepare(s));
+    s->remat = remat;
     find_forward(s);
     find_backward(s);
     bool *plain = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof *plain);
@@ -333,7 +335,7 @@ static th_status split(splitter *s, th_remat remat, th_halves *out) {
     if (remat == TH_REMAT_OFF)
         recompute_views(s);
     else
-        TRY(recompute_cheap(s, remat));
+        TRY(recompute_cheap(s));
     collect_saved(s, out);
     out->bytes_kept = saved_bytes(s, s->wanted);
     TRY(build_backward(s, out));

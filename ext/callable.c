@@ -433,11 +433,11 @@ static PyObject *callable_get(PyObject *self, PyObject *object, PyObject *type) 
 static PyObject *entry_stats(thx *x, const thx_entry *e) {
     (void)x;
     return Py_BuildValue(
-        "{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "hits", e->hits, "capture_ms", e->capture_ms, "passes_ms",
-        e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow, "queries",
-        e->nqueries, "evaluated", e->nevals, "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
-        e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim, "builtin_instructions",
-        e->main.nbuiltin, "saved_bytes", (long long)(e->gradient ? e->gradient->bytes_kept : 0),
+        "{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:L,s:L,s:I}", "hits", e->hits, "capture_ms", e->capture_ms,
+        "passes_ms", e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow,
+        "queries", e->nqueries, "evaluated", e->nevals, "operations", e->main.t ? e->main.t->nops - 1 : 0,
+        "instructions", e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
+        "builtin_instructions", e->main.nbuiltin, "saved_bytes", (long long)(e->gradient ? e->gradient->bytes_kept : 0),
         "saved_bytes_without_remat", (long long)(e->gradient ? e->gradient->bytes : 0), "backward_instructions",
         e->gradient ? e->gradient->backward.plan->ninstrs : 0);
 }

@@ -289,7 +289,25 @@ static int embed_constants(derivation *d) {
 
 /* ---- names ---- */
 
-static bool same_results(const th_trace *t, const th_op *op, const th_call *call) {
+typedef struct sharing {
+    const th_trace *t;
+    uint32_t alias;
+    bool found;
+} sharing;
+
+static void find_sharing(void *user, th_val *v) {
+    sharing *s = user;
+    s->found |= s->t->values[*v].alias == s->alias;
+}
+
+static bool shares_with_argument(th_trace *t, const th_op *op, uint32_t alias) {
+    sharing s = {t, alias, false};
+    th_node_each_value(t, op->args, find_sharing, &s);
+    th_node_each_value(t, op->kwargs, find_sharing, &s);
+    return s.found;
+}
+
+static bool same_results(th_trace *t, const th_op *op, const th_call *call) {
     const th_node_data *outs = &t->nodes[op->outs];
     uint32_t n = outs->kind == TH_N_TUPLE ? outs->count : 1;
     if (n != call->nouts || (outs->kind == TH_N_TUPLE) != call->outs_list) return false;
@@ -298,7 +316,8 @@ static bool same_results(const th_trace *t, const th_op *op, const th_call *call
         if (out->kind != TH_N_VALUE || call->outs[i].same) return false;
         const th_value *v = &t->values[out->u.ref];
         bool view = call->outs[i].alias_of != 0;
-        if (v->type != th_type_set_grad(t->ctx, call->outs[i].type, false) || (v->alias != 0) != view) return false;
+        if (v->type != th_type_set_grad(t->ctx, call->outs[i].type, false) || (view && !v->alias)) return false;
+        if (!view && v->alias && shares_with_argument(t, op, v->alias)) return false;
         if (view && (t->values[call->outs[i].alias_of].alias != v->alias || call->outs[i].offset != v->offset))
             return false;
     }

@@ -29,7 +29,11 @@ from thunder.extend import (
     pytorch_executor,
 )
 
+from thunder._warm import warm_up as _warm_up
+
 __version__ = "0.1.0"
+
+_warm_up()
 
 __all__ = [
     "CaptureError",

@@ -191,7 +191,7 @@ th_status th__backward_probe(th__backward *b, th_trace *t, const th_catalog *cat
     th_val tangents[TH_MAX_OUTS];
     for (uint32_t i = 0; i < nouts; i++)
         tangents[i] = th_trace_value(t, 0, th_type_set_grad(t->ctx, t->values[outs[i]].type, false));
-    status = run(b, tangents);
+    if (th_trace_status(t) == TH_OK) status = run(b, tangents);
     if (th_trace_status(t) != TH_OK) return th_trace_status(t);
     t->nvalues = start.nvalues;
     t->nops = start.nops;

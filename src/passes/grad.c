@@ -67,8 +67,10 @@ static th_status reserve_values(joiner *j) {
     bool *grad = th__scratch_zeroed(&j->scratch, need, sizeof *grad);
     th_val *tangent = th__scratch_zeroed(&j->scratch, need, sizeof *tangent);
     if (!grad || !tangent) return TH_ENOMEM;
-    memcpy(grad, j->grad, j->cap * sizeof *grad);
-    memcpy(tangent, j->tangent, j->cap * sizeof *tangent);
+    if (j->cap) {
+        memcpy(grad, j->grad, j->cap * sizeof *grad);
+        memcpy(tangent, j->tangent, j->cap * sizeof *tangent);
+    }
     j->grad = grad;
     j->tangent = tangent;
     j->cap = need;

@@ -28,7 +28,8 @@ typedef struct splitter {
     bool *result;    /* by value: the caller gets it, so that keeping it costs nothing */
     uint8_t *groups; /* flags of th__groups; what is copied to after the call counts as written */
     bool *wanted;    /* by value: the backward trace uses it and does not make it */
-    bool hit;
+    th_remat remat;
+    bool hit, written;
 } splitter;
 
 static void test_late(void *user, th_val *v) { ((splitter *)user)->hit |= ((splitter *)user)->late[*v]; }
@@ -112,12 +113,48 @@ static bool is_view(const splitter *s, th_opref o) {
            !(s->groups[th__group_of(t, out)] & TH__GROUP_WRITTEN);
 }
 
-static bool is_cheap(const splitter *s, th_opref o) {
+/* Contents that came by a write after it was made: making it again would not bring them back. */
+static void find_written(void *user, th_val *v) {
+    splitter *s = user;
+    s->written |= (s->groups[th__group_of(s->t, *v)] & TH__GROUP_WRITTEN) != 0;
+}
+
+/* Memory-bound operations: making their results again costs about what reading them from memory would. */
+static bool is_cheap(splitter *s, th_opref o) {
+    static const char *const rows[] = {"torch.nn.functional.layer_norm",
+                                       "torch.ops.aten.native_layer_norm.default",
+                                       "torch.nn.functional.rms_norm",
+                                       "torch.cat",
+                                       "torch.stack",
+                                       NULL};
     const th_op *op = &s->t->ops[o];
-    if (op->effects || op->callee_opaque) return false;
+    s->written = false;
+    th_op_each_out(s->t, o, find_written, s);
+    if (op->effects || op->callee_opaque || s->written) return false;
+    for (int i = 0; rows[i]; i++)
+        if (th__op_is(s->t, op, rows[i])) return true;
     const th_opdef *def = th_catalog_find(s->catalog, op->callee);
     return def && (def->fusion == TH_FUSE_POINTWISE || def->fusion == TH_FUSE_VIEW || def->fusion == TH_FUSE_FACTORY) &&
            !(def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM | TH_FX_STATE));
+}
+
+typedef struct kept { /* is some wanted result of an operation not kept otherwise? */
+    const splitter *s;
+    const th__cut *cut;
+    bool missing;
+} kept;
+
+static void find_missing(void *user, th_val *v) {
+    kept *k = user;
+    k->missing |= k->s->wanted[*v] && !k->s->result[*v] && !th__cut_saved(k->cut, *v);
+}
+
+/* Inside torch.utils.checkpoint, and everywhere when as little as possible is to be saved: whatever it costs. */
+static bool may_run_again(splitter *s, th_opref o) {
+    s->written = false;
+    th_op_each_out(s->t, o, find_written, s);
+    bool wanted = s->remat == TH_REMAT_MAX || s->t->ops[o].marks & TH_MARK_RECOMPUTE;
+    return wanted && !s->t->ops[o].effects && !s->written;
 }
 
 /* Make what may be made again part of the backward trace too, from the last operation to the first. */
@@ -127,7 +164,7 @@ static void recompute_views(splitter *s) {
         if (!s->forward[o]) continue;
         s->hit = false;
         th_op_each_out(t, o, test_wanted, s);
-        if (!s->hit || !(is_view(s, o) || (t->ops[o].marks & TH_MARK_RECOMPUTE && !t->ops[o].effects))) continue;
+        if (!s->hit || !(is_view(s, o) || may_run_again(s, o))) continue;
         s->backward[o] = true;
         th_op_each_use(t, o, set_wanted, s);
     }
@@ -139,7 +176,7 @@ static void link_use(void *user, th_val *v) {
 }
 
 /* What the cheapest cut leaves out of the saved values is computed again. */
-static th_status recompute_cheap(splitter *s, th_remat remat) {
+static th_status recompute_cheap(splitter *s) {
     th_trace *t = s->t;
     th__cut cut;
     TRY(th__cut_init(&cut, &s->scratch, t->nvalues));
@@ -147,25 +184,23 @@ static th_status recompute_cheap(splitter *s, th_remat remat) {
         if (!s->made[v]) continue;
         th_opref def = t->values[v].def;
         bool again =
-            !s->input[v] && !s->result[v] && def &&
-            (is_view(s, def) || is_cheap(s, def) || (t->ops[def].marks & TH_MARK_RECOMPUTE && !t->ops[def].effects));
+            !s->input[v] && !s->result[v] && def && (is_view(s, def) || is_cheap(s, def) || may_run_again(s, def));
         int64_t cost = s->input[v] || s->result[v] ? 0 : bytes_of(t, v);
         if (again && is_view(s, def)) cost = INT64_C(1) << 50; /* it would keep all of its base: save that */
         th__cut_value(&cut, v, cost, !again, s->wanted[v]);
         th__cut_link link = {&cut, NULL, v};
         if (again) th_op_each_use(t, def, link_use, &link);
     }
-    (void)remat;
     TRY(th__cut_solve(&cut));
     for (th_opref o = t->nops; o-- > 1;) {
         if (!s->forward[o]) continue;
         s->hit = false;
         th_op_each_out(t, o, test_wanted, s);
-        const th_node_data *outs = &t->nodes[t->ops[o].outs];
         if (!s->hit || t->ops[o].effects) continue;
         if (!is_view(s, o)) {
-            if (outs->kind != TH_N_VALUE || s->result[outs->u.ref] || th__cut_saved(&cut, outs->u.ref)) continue;
-            if (!is_cheap(s, o) && !(t->ops[o].marks & TH_MARK_RECOMPUTE)) continue;
+            kept k = {s, &cut, false};
+            th_op_each_out(t, o, find_missing, &k);
+            if (!k.missing || (!is_cheap(s, o) && !may_run_again(s, o))) continue;
         }
         s->backward[o] = true;
         th_op_each_use(t, o, set_wanted, s);
@@ -292,6 +327,7 @@ static th_status prepare(splitter *s) {
 static th_status split(splitter *s, th_remat remat, th_halves *out) {
     th_trace *t = s->t;
     TRY(prepare(s));
+    s->remat = remat;
     find_forward(s);
     find_backward(s);
     bool *plain = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof *plain);
@@ -302,7 +338,7 @@ static th_status split(splitter *s, th_remat remat, th_halves *out) {
     if (remat == TH_REMAT_OFF)
         recompute_views(s);
     else
-        TRY(recompute_cheap(s, remat));
+        TRY(recompute_cheap(s));
     collect_saved(s, out);
     out->bytes_kept = saved_bytes(s, s->wanted);
     TRY(build_backward(s, out));

@@ -21,6 +21,7 @@ from thunder._C import Trace
 from thunder._errors import CaptureError, ThunderError, ThunderWarning
 from thunder._grad import grad, value_and_grad
 from thunder._module import ThunderModule
+from thunder._warm import warm_up as _warm_up
 from thunder.extend import (
     get_all_executors,
     get_always_executors,
@@ -28,8 +29,6 @@ from thunder.extend import (
     get_executor,
     pytorch_executor,
 )
-
-from thunder._warm import warm_up as _warm_up
 
 __version__ = "0.1.0"
 

@@ -47,6 +47,9 @@ typedef struct th_joint {
     th_val *mutated;      /* inputs whose new contents take part in autograd: to be copied to them after the call */
     th_val *wrt;          /* inputs that require grad */
     uint32_t *tangent_of; /* by gradient of a result: which of the results and new contents it belongs to */
+    uint32_t ncatalogue;  /* operations whose derivative is the catalogue's */
+    uint32_t nderived;    /* and the others: their names */
+    th_str *derived;
 } th_joint;
 
 /* Differentiate a functionalised trace, which is consumed: it becomes joint->t. Inputs whose types carry

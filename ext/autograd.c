@@ -39,6 +39,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->stale);
     PyMem_Free(g->saved);
     PyMem_Free(g->depends);
+    Py_XDECREF(g->derived);
     type->tp_free((PyObject *)g);
     Py_DECREF(type);
 }
@@ -198,7 +199,16 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     for (uint32_t i = 0; g->kept && i < joint->nkept; i++) g->kept[i] = joint->kept[i].result;
     g->bytes = halves.bytes;
     g->bytes_kept = halves.bytes_kept;
-    int rc = !g->kept || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
+    g->ncatalogue = joint->ncatalogue;
+    g->derived = PyTuple_New(joint->nderived);
+    for (uint32_t i = 0; g->derived && i < joint->nderived; i++) {
+        PyObject *name = PyUnicode_FromString(th_str_get(x->ctx, joint->derived[i]));
+        if (name)
+            PyTuple_SET_ITEM(g->derived, i, name);
+        else
+            Py_CLEAR(g->derived);
+    }
+    int rc = !g->kept || !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
                      describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0 || find_stale(g, f) < 0

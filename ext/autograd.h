@@ -30,6 +30,8 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     uint32_t nsaved;
     thx_saved *saved;
     int64_t bytes, bytes_kept;
+    uint32_t ncatalogue; /* operations whose derivative is the catalogue's */
+    PyObject *derived;   /* tuple: names of the operations whose derivative was derived */
 } thx_gradient;
 
 /* From a joint trace (consumed) to a gradient; *forward gets the forward trace. */

@@ -430,16 +430,17 @@ static PyObject *callable_get(PyObject *self, PyObject *object, PyObject *type) 
     return object && object != Py_None ? PyMethod_New(self, object) : Py_NewRef(self);
 }
 
-static PyObject *entry_stats(thx *x, const thx_entry *e) {
-    (void)x;
-    return Py_BuildValue(
-        "{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:L,s:L,s:I}", "hits", e->hits, "capture_ms", e->capture_ms,
-        "passes_ms", e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow,
-        "queries", e->nqueries, "evaluated", e->nevals, "operations", e->main.t ? e->main.t->nops - 1 : 0,
-        "instructions", e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
-        "builtin_instructions", e->main.nbuiltin, "saved_bytes", (long long)(e->gradient ? e->gradient->bytes_kept : 0),
-        "saved_bytes_without_remat", (long long)(e->gradient ? e->gradient->bytes : 0), "backward_instructions",
-        e->gradient ? e->gradient->backward.plan->ninstrs : 0);
+static PyObject *entry_stats(const thx_entry *e) {
+    const thx_gradient *g = e->gradient;
+    return Py_BuildValue("{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:L,s:L,s:I,s:I,s:N}", "hits", e->hits,
+                         "capture_ms", e->capture_ms, "passes_ms", e->passes_ms, "lower_ms", e->lower_ms,
+                         "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow, "queries", e->nqueries,
+                         "evaluated", e->nevals, "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
+                         e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
+                         "builtin_instructions", e->main.nbuiltin, "saved_bytes", (long long)(g ? g->bytes_kept : 0),
+                         "saved_bytes_without_remat", (long long)(g ? g->bytes : 0), "backward_instructions",
+                         g ? g->backward.plan->ninstrs : 0, "catalogue_rules", g ? g->ncatalogue : 0, "derived_rules",
+                         g ? Py_NewRef(g->derived) : PyTuple_New(0));
 }
 
 static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
@@ -447,7 +448,7 @@ static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {
     PyObject *list = PyList_New(0);
     for (thx_entry *e = c->entries; list && e; e = e->next) {
         if (e->eager) continue;
-        PyObject *stats = entry_stats(c->x, e);
+        PyObject *stats = entry_stats(e);
         if (!stats || PyList_Append(list, stats) < 0) Py_CLEAR(list);
         Py_XDECREF(stats);
     }

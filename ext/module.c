@@ -276,8 +276,9 @@ static PyObject *catalog(PyObject *module, PyObject *unused) {
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list && i < th_catalog_size(); i++) {
         const th_opdef *d = th_catalog_get(i);
-        PyObject *item = Py_BuildValue("{s:s,s:s,s:s,s:i,s:i}", "name", d->name, "params", d->params, "names", d->names,
-                                       "effects", (int)d->effects, "fusion", (int)d->fusion);
+        PyObject *item =
+            Py_BuildValue("{s:s,s:s,s:s,s:i,s:i,s:O}", "name", d->name, "params", d->params, "names", d->names,
+                          "effects", (int)d->effects, "fusion", (int)d->fusion, "grad", d->grad ? Py_True : Py_False);
         if (!item || PyList_Append(list, item) < 0) Py_CLEAR(list);
         Py_XDECREF(item);
     }

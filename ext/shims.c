@@ -500,8 +500,8 @@ static bool last_dim(const shape_op *s, th_node n, uint32_t ndim) {
 static int lower_reduction(shape_op *s, th_opref o, th_val out) {
     bool mean = strcmp(s->name, "mean") == 0;
     th_val x = value_at(s, s->call.arg[0]);
-    if ((!mean && !strstr(s->name, "softmax")) || strstr(s->name, "log_softmax") || !row_input(s, x) ||
-        !thx_shim_small(s, out) || !type_of(s, out)->contiguous || !absent(s, "dtype"))
+    if ((!mean && strcmp(s->name, "softmax") != 0) || !row_input(s, x) || !thx_shim_small(s, out) ||
+        !type_of(s, out)->contiguous || !absent(s, "dtype"))
         return 0;
     const th_type *t = type_of(s, x);
     if (!t->ndim || !last_dim(s, param(s, "dim"), t->ndim)) return 0;

@@ -543,6 +543,41 @@ def attention(device):
                 yield lambda run=run, kw=kw: run(**kw)
 
 
+def backward_kernels(device):
+    """Kernels that derivatives call, on incoming gradients of every layout and dtype."""
+    aten = torch.ops.aten
+    by_element = [
+        lambda g, x: aten.threshold_backward.default(g, x, 0),
+        lambda g, x: aten.gelu_backward.default(g, x),
+        lambda g, x: aten.gelu_backward.default(g, x, approximate="tanh"),
+        lambda g, x: aten.silu_backward.default(g, x),
+        lambda g, x: aten.mish_backward.default(g, x),
+        lambda g, x: aten.softplus_backward.default(g, x, 1, 20),
+        lambda g, x: aten.hardtanh_backward.default(g, x, -1.0, 1.0),
+        lambda g, x: aten.hardswish_backward.default(g, x),
+        lambda g, x: aten.hardsigmoid_backward.default(g, x),
+        lambda g, x: aten.leaky_relu_backward.default(g, x, 0.01, False),
+        lambda g, x: aten.elu_backward.default(g, 1.0, 1, 1, False, x),
+        lambda g, x: aten._softmax_backward_data.default(g, x, 0, x.dtype),
+        lambda g, x: aten._log_softmax_backward_data.default(g, x, -1, x.dtype),
+        lambda g, x: aten.mse_loss_backward.default(g, x, g, 0),
+        lambda g, x: aten.mse_loss_backward.default(g.sum(), x, g, 1),
+        lambda g, x: aten.glu_backward.default(g[..., : g.shape[-1] // 2], x, -1),
+        lambda g, x: aten.nll_loss_backward.default(
+            g.sum(), x, torch.zeros(x.shape[0], dtype=torch.int64, device=device), None, 1, -100, x.sum()
+        ),
+        lambda g, x: aten.embedding_dense_backward.default(g, torch.zeros(g.shape[:-1], dtype=torch.int64), 5, -1, False),
+        lambda g, x: aten.index_put.default(x.contiguous(), [torch.zeros(g.shape[0], dtype=torch.int64)], g, True),
+        lambda g, x: aten.index_add.default(x.contiguous(), 0, torch.zeros(g.shape[0], dtype=torch.int64), g),
+    ]
+    for f, a, b, dtype, shape in itertools.product(
+        by_element, range(len(LAYOUTS)), range(len(LAYOUTS)), DTYPES[:4:3], [(2, 4), (2, 3, 4), (2, 0), ()]
+    ):
+        yield lambda f=f, a=a, b=b, dtype=dtype, shape=shape: f(
+            make(device, *shape, dtype=dtype, layout=a), make(device, *shape, dtype=dtype, layout=b)
+        )
+
+
 def cases(device, long=False):
     yield from arithmetic(device)
     yield from unary(device, DTYPES if long else DTYPES[::3])
@@ -552,3 +587,4 @@ def cases(device, long=False):
     yield from factories(device)
     yield from layers(device)
     yield from attention(device)
+    yield from backward_kernels(device)

@@ -52,6 +52,10 @@ BY_INDEX = {
     "scatter_add",
     "functional.embedding",
     "embedding",
+    "aten.index_put",
+    "aten.index_add",
+    "aten.embedding_dense_backward",
+    "aten.nll_loss_backward",
 }
 BY_DIVISOR = {
     "div",
@@ -77,6 +81,8 @@ CATALOG = {name: op for op in _C.catalog() for name in op["names"].split()}
 
 def dotted(function):
     """The name under which a function reaches the catalogue."""
+    if isinstance(function, torch._ops.OpOverload):
+        return f"torch.ops.{function}"
     name = getattr(function, "__name__", "")
     if type(function).__name__ == "method-wrapper":
         return f"torch.Tensor.{function.__self__.__name__}.{name}"

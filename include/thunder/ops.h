@@ -45,6 +45,7 @@ typedef struct th_opdef {
     uint8_t fusion;     /* th_fusion */
     th_meta_fn meta;
     th_grad_fn grad;        /* NULL: derived */
+    th_grad_fn forward;     /* what takes its place where `grad` needs more than its results (statistics, a mask) */
     const char *functional; /* TH_OPDEF_INPLACE: dotted name of the functional twin: torch.Tensor.add_ -> torch.add */
 } th_opdef;
 

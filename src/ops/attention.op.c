@@ -4,7 +4,7 @@
  * row-major product of plain matrix products. Older kernels always lay the result out as (batch, length, head, size):
  * the caller finds out which and says so in th_call.facts. CUDA picks among kernels by the machine: declined.
  */
-#include "ops/meta.h"
+#include "ops/derivatives.h"
 
 #include <string.h>
 
@@ -62,26 +62,39 @@ static th_status check_shapes(const th__tensor *q, const th__tensor *k, const th
     return k->shape[2] == v->shape[2] ? TH_OK : TH_DECLINED;
 }
 
-static th_status attention(th_call *call) {
-    th__tensor q, k, v;
-    bool causal, gqa;
-    int64_t stride[4];
+static th_status read(const th_call *call, th__tensor *q, bool *gqa) {
+    th__tensor k, v;
+    bool causal;
     const th_node_data *dropout = th__arg(call, DROPOUT), *scale = th__arg(call, SCALE);
-    TRY(th__arg_tensor(call, QUERY, &q));
+    TRY(th__arg_tensor(call, QUERY, q));
     TRY(th__arg_tensor(call, KEY, &k));
     TRY(th__arg_tensor(call, VALUE, &v));
     TRY(th__arg_bool(call, CAUSAL, false, &causal));
-    TRY(th__arg_bool(call, GQA, false, &gqa));
-    DECLINE_IF(!th__is_cpu(call, &q) || !th__is_float(q.dtype));
+    TRY(th__arg_bool(call, GQA, false, gqa));
+    DECLINE_IF(!th__is_cpu(call, q) || !th__is_float(q->dtype));
     DECLINE_IF(scale->kind > TH_N_NONE && scale->kind != TH_N_FLOAT && scale->kind != TH_N_INT);
     bool no_dropout = dropout->kind == TH_N_ABSENT || (dropout->kind == TH_N_FLOAT && dropout->u.f == 0) ||
                       (dropout->kind == TH_N_INT && dropout->u.i == 0);
     DECLINE_IF(!no_dropout);
+    TRY(check_shapes(q, &k, &v, *gqa));
+    return check_mask(call, q, &k, causal);
+}
+
+static th_status attention(th_call *call) {
+    th__tensor q;
+    bool gqa;
+    int64_t stride[4];
+    TRY(read(call, &q, &gqa));
     DECLINE_IF(gqa && !(call->facts & TH_FACT_FLASH_LIKE_QUERY)); /* older flash kernels know no groups */
-    TRY(check_shapes(&q, &k, &v, gqa));
-    TRY(check_mask(call, &q, &k, causal));
     DECLINE_IF(!result_layout(call, &q, stride));
     return th__out_fresh(call, q.dtype, q.device, 4, q.shape, stride);
+}
+
+th_status th__attention_is_flash(const th_call *call) {
+    th__tensor q;
+    bool gqa;
+    TRY(read(call, &q, &gqa));
+    return gqa ? TH_DECLINED : TH_OK;
 }
 
 /* ---- operators ---- */
@@ -91,6 +104,8 @@ const th_opdef th__ops_attention[] = {
      .params = "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False",
      .names = "torch.nn.functional.scaled_dot_product_attention torch._C._nn.scaled_dot_product_attention",
      .fusion = TH_FUSE_OPAQUE,
-     .meta = attention},
+     .meta = attention,
+     .grad = th__grad_attention,
+     .forward = th__forward_attention},
 };
 const size_t th__ops_attention_count = sizeof th__ops_attention / sizeof *th__ops_attention;

@@ -5,12 +5,14 @@
 
 /* ---- emitting ---- */
 
-th_val th__emit_typed(th__emitter *e, const char *callee, th_typeref type, uint32_t n, const th_node *args) {
+static th_val emit_typed(th__emitter *e, const char *callee, th_typeref type, uint32_t n, const th_node *args,
+                         th_node kwargs) {
     th_trace *t = e->t;
     th_val out = type ? th_trace_value(t, 0, type) : 0;
     th_op_args op = {.kind = TH_OP_CALL,
                      .callee = th_intern_z(t->ctx, callee),
                      .args = th_node_seq(t, TH_N_TUPLE, n, args),
+                     .kwargs = kwargs,
                      .outs = out ? th_node_value(t, out) : 0,
                      .marks = e->marks,
                      .file = e->file,
@@ -18,7 +20,11 @@ th_val th__emit_typed(th__emitter *e, const char *callee, th_typeref type, uint3
     return out && th_trace_op(t, &op) ? out : 0;
 }
 
-th_val th__emit(th__emitter *e, const char *callee, uint32_t n, const th_node *args) {
+th_val th__emit_typed(th__emitter *e, const char *callee, th_typeref type, uint32_t n, const th_node *args) {
+    return emit_typed(e, callee, type, n, args, 0);
+}
+
+th_val th__emit_kw(th__emitter *e, const char *callee, uint32_t n, const th_node *args, th_node kwargs) {
     th_trace *t = e->t;
     for (uint32_t i = 0; i < n; i++)
         if (!args[i]) return 0;
@@ -27,16 +33,20 @@ th_val th__emit(th__emitter *e, const char *callee, uint32_t n, const th_node *a
     th_node tuple = th_node_seq(t, TH_N_TUPLE, n, args);
     if (!def || !def->meta || !tuple) return 0;
     th_call call = {.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
-    if (th_call_bind(&call, def, t, tuple, 0) != TH_OK || def->meta(&call) != TH_OK || call.nouts != 1) return 0;
+    if (th_call_bind(&call, def, t, tuple, kwargs) != TH_OK || def->meta(&call) != TH_OK || call.nouts != 1) return 0;
     const th_out *out = &call.outs[0];
     if (out->same) return out->alias_of;
-    th_val made = th__emit_typed(e, callee, th_type_set_grad(t->ctx, out->type, false), n, args);
+    th_val made = emit_typed(e, callee, th_type_set_grad(t->ctx, out->type, false), n, args, kwargs);
     if (made && out->alias_of) {
         if (!t->values[out->alias_of].alias) t->values[out->alias_of].alias = th_trace_alias(t);
         t->values[made].alias = t->values[out->alias_of].alias;
         t->values[made].offset = out->offset;
     }
     return made;
+}
+
+th_val th__emit(th__emitter *e, const char *callee, uint32_t n, const th_node *args) {
+    return th__emit_kw(e, callee, n, args, 0);
 }
 
 th_val th__emit_as(th__emitter *e, const char *callee, uint32_t n, const th_node *args, const char *model) {
@@ -49,6 +59,53 @@ th_val th__emit_as(th__emitter *e, const char *callee, uint32_t n, const th_node
     if (!def || !tuple || th_call_bind(&call, def, t, tuple, 0) != TH_OK || def->meta(&call) != TH_OK) return 0;
     if (call.nouts != 1 || call.outs[0].same || call.outs[0].alias_of) return 0;
     return th__emit_typed(e, callee, th_type_set_grad(t->ctx, call.outs[0].type, false), n, args);
+}
+
+bool th__emit_many(th__emitter *e, const char *callee, uint32_t n, const th_node *args, th_node kwargs, uint32_t nouts,
+                   const th_typeref *types, th_val *outs) {
+    th_trace *t = e->t;
+    th_node nodes[TH_MAX_SAVED];
+    for (uint32_t i = 0; i < n; i++)
+        if (!args[i]) return false;
+    for (uint32_t i = 0; i < nouts; i++) {
+        outs[i] = types[i] ? th_trace_value(t, 0, types[i]) : 0;
+        nodes[i] = outs[i] ? th_node_value(t, outs[i]) : th_node_none(t);
+    }
+    th_op_args op = {.kind = TH_OP_CALL,
+                     .callee = th_intern_z(t->ctx, callee),
+                     .args = th_node_seq(t, TH_N_TUPLE, n, args),
+                     .kwargs = kwargs,
+                     .outs = th_node_seq(t, TH_N_TUPLE, nouts, nodes),
+                     .outs_list = true,
+                     .marks = e->marks,
+                     .file = e->file,
+                     .line = e->line};
+    return th_trace_op(t, &op) != 0;
+}
+
+th_val th__emit_write(th__emitter *e, const char *callee, uint8_t effects, th_val dest, uint32_t n,
+                      const th_node *rest) {
+    th_trace *t = e->t;
+    th_node args[TH_MAX_PARAMS];
+    if (!dest || n + 1 > TH_MAX_PARAMS) return 0;
+    args[0] = th_node_value(t, dest);
+    for (uint32_t i = 0; i < n; i++) args[i + 1] = rest[i];
+    if (!t->values[dest].alias) t->values[dest].alias = th_trace_alias(t);
+    th_val out = th_trace_value(t, 0, t->values[dest].type);
+    if (!out) return 0;
+    t->values[out].alias = t->values[dest].alias;
+    t->values[out].offset = t->values[dest].offset;
+    th_op_args op = {.kind = TH_OP_CALL,
+                     .callee = th_intern_z(t->ctx, callee),
+                     .args = th_node_seq(t, TH_N_TUPLE, n + 1, args),
+                     .outs = th_node_value(t, out),
+                     .effects = effects | TH_FX_WRITES,
+                     .marks = e->marks,
+                     .nwrites = 1,
+                     .writes = &dest,
+                     .file = e->file,
+                     .line = e->line};
+    return th_trace_op(t, &op) ? out : 0;
 }
 
 th_val th__emit_add(th__emitter *e, th_val a, th_val b) {
@@ -172,7 +229,7 @@ static th_status run(th__backward *b, const th_val *tangents) {
     return status == TH_OK && b->failed ? TH_DECLINED : status;
 }
 
-th_status th__backward_probe(th__backward *b, th_trace *t, const th_catalog *catalog, const th_opdef *def,
+th_status th__backward_begin(th__backward *b, th_trace *t, const th_catalog *catalog, const th_opdef *def,
                              const th_op *op, uint32_t nouts, const th_val *outs, uint32_t nuses, const th_val *uses,
                              const bool *needs) {
     if (nouts > TH_MAX_OUTS) return TH_DECLINED;
@@ -185,13 +242,35 @@ th_status th__backward_probe(th__backward *b, th_trace *t, const th_catalog *cat
                         .uses = uses,
                         .needs = needs};
     b->call = (th_call){.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
+    return th_call_bind(&b->call, def, t, op->args, op->kwargs);
+}
+
+th_status th__backward_forward(th__backward *b) {
+    th_trace *t = b->e.t;
+    uint8_t marks = b->e.marks;
+    b->failed = false;
+    b->e.marks = b->op->marks;
+    th_status status = b->def->forward(b);
+    b->e.marks = marks;
+    if (th_trace_status(t) != TH_OK) return th_trace_status(t);
+    if (status != TH_OK || !b->nmade) return status;
+    if (b->failed || b->nmade != b->nouts) return TH_DECLINED;
+    for (uint32_t i = 0; i < b->nouts; i++) { /* what others were told of the results stays true */
+        const th_typeref was = th_type_set_grad(t->ctx, t->values[b->outs[i]].type, false);
+        if (!b->made[i] || t->values[b->made[i]].type != was) return TH_DECLINED;
+    }
+    b->outs = b->made;
+    return TH_OK;
+}
+
+th_status th__backward_probe(th__backward *b) {
+    th_trace *t = b->e.t;
     mark start = {t->nvalues, t->nops, t->nnodes, t->nkids};
-    th_status status = th_call_bind(&b->call, def, t, op->args, op->kwargs);
-    if (status != TH_OK) return status;
     th_val tangents[TH_MAX_OUTS];
-    for (uint32_t i = 0; i < nouts; i++)
-        tangents[i] = th_trace_value(t, 0, th_type_set_grad(t->ctx, t->values[outs[i]].type, false));
-    if (th_trace_status(t) == TH_OK) status = run(b, tangents);
+    for (uint32_t i = 0; i < b->nouts; i++)
+        tangents[i] = th_trace_value(t, 0, th_type_set_grad(t->ctx, t->values[b->outs[i]].type, false));
+    if (th_trace_status(t) != TH_OK) return th_trace_status(t);
+    th_status status = run(b, tangents);
     if (th_trace_status(t) != TH_OK) return th_trace_status(t);
     t->nvalues = start.nvalues;
     t->nops = start.nops;

@@ -2,7 +2,7 @@
  *
  * A conversion that changes nothing returns its input itself. One that does keeps the order of dimensions.
  */
-#include "ops/meta.h"
+#include "ops/derivatives.h"
 
 #include <string.h>
 
@@ -144,11 +144,12 @@ const th_opdef th__ops_cast[] = {
                "non_blocking=False, copy=False",
      .names = "torch.Tensor.to",
      .fusion = TH_FUSE_POINTWISE,
-     .meta = to},
-    CAST("float", to_float),
-    CAST("half", to_half),
-    CAST("bfloat16", to_bfloat16),
-    CAST("double", to_double),
+     .meta = to,
+     .grad = th__grad_convert},
+    CAST("float", to_float, .grad = th__grad_convert),
+    CAST("half", to_half, .grad = th__grad_convert),
+    CAST("bfloat16", to_bfloat16, .grad = th__grad_convert),
+    CAST("double", to_double, .grad = th__grad_convert),
     CAST("int", to_int),
     CAST("long", to_long),
     CAST("short", to_short),
@@ -159,22 +160,26 @@ const th_opdef th__ops_cast[] = {
      .params = "input, other",
      .names = "torch.Tensor.type_as",
      .fusion = TH_FUSE_POINTWISE,
-     .meta = type_as},
+     .meta = type_as,
+     .grad = th__grad_convert},
     {.name = "contiguous",
      .params = "input, memory_format=torch.contiguous_format",
      .names = "torch.Tensor.contiguous",
      .fusion = TH_FUSE_POINTWISE,
-     .meta = contiguous},
+     .meta = contiguous,
+     .grad = th__grad_convert},
     {.name = "clone",
      .params = "input, *, memory_format=torch.preserve_format",
      .names = "torch.clone torch.Tensor.clone",
      .fusion = TH_FUSE_POINTWISE,
-     .meta = clone},
+     .meta = clone,
+     .grad = th__grad_convert},
     {.name = "detach",
      .params = "input",
      .names = "torch.detach torch.Tensor.detach torch.Tensor.data.__get__",
      .effects = TH_OPDEF_VIEW,
      .fusion = TH_FUSE_VIEW,
-     .meta = detach},
+     .meta = detach,
+     .grad = th__grad_detach},
 };
 const size_t th__ops_cast_count = sizeof th__ops_cast / sizeof *th__ops_cast;

@@ -8,7 +8,8 @@
 
 #include "ops/backward.h"
 
-#define TH_GRAD(name) th_status th__grad_##name(th__backward *b)
+#define TH_GRAD(name)    th_status th__grad_##name(th__backward *b)
+#define TH_FORWARD(name) th_status th__forward_##name(th__backward *b) /* .forward of its operator */
 
 /* view.grad.c */
 TH_GRAD(as_strided_scatter);
@@ -59,5 +60,89 @@ TH_GRAD(addmm);
 TH_GRAD(baddbmm);
 TH_GRAD(mv);
 TH_GRAD(dot);
+
+/* nn.grad.c */
+TH_GRAD(relu);
+TH_GRAD(gelu);
+TH_GRAD(silu);
+TH_GRAD(mish);
+TH_GRAD(hardswish);
+TH_GRAD(hardsigmoid);
+TH_GRAD(elu);
+TH_GRAD(selu);
+TH_GRAD(celu);
+TH_GRAD(leaky_relu);
+TH_GRAD(hardtanh);
+TH_GRAD(relu6);
+TH_GRAD(softplus);
+TH_GRAD(glu);
+TH_GRAD(clamp);
+TH_GRAD(clamp_min);
+TH_GRAD(clamp_max);
+TH_FORWARD(dropout);
+TH_GRAD(dropout);
+
+/* norm.grad.c */
+TH_FORWARD(layer_norm);
+TH_GRAD(layer_norm);
+TH_FORWARD(group_norm);
+TH_GRAD(group_norm);
+TH_GRAD(softmax);
+TH_GRAD(log_softmax);
+
+/* loss.grad.c */
+TH_FORWARD(mse_loss);
+TH_FORWARD(binary_cross_entropy_with_logits);
+TH_GRAD(mse_loss);
+TH_GRAD(l1_loss);
+TH_GRAD(binary_cross_entropy_with_logits);
+TH_FORWARD(nll_loss);
+TH_FORWARD(cross_entropy);
+TH_GRAD(nll_loss);
+TH_GRAD(cross_entropy);
+
+/* attention.grad.c */
+TH_FORWARD(attention);
+TH_GRAD(attention);
+/* attention.op.c: does torch take its flash kernel for the CPU? TH_DECLINED: no, or it is not known. */
+th_status th__attention_is_flash(const th_call *call);
+
+/* index.grad.c */
+TH_GRAD(getitem);
+TH_GRAD(gather);
+TH_GRAD(index_select);
+TH_GRAD(scatter);
+TH_GRAD(scatter_add);
+TH_GRAD(masked_fill);
+TH_GRAD(where);
+TH_GRAD(tensor_where);
+TH_GRAD(functional_embedding);
+TH_GRAD(embedding);
+
+/* reduction.grad.c */
+TH_GRAD(sum);
+TH_GRAD(mean);
+TH_GRAD(extreme);
+TH_GRAD(extreme_of_all);
+TH_GRAD(var);
+TH_GRAD(std);
+TH_GRAD(logsumexp);
+TH_GRAD(cumsum);
+
+/* cast.grad.c */
+TH_GRAD(convert);
+TH_GRAD(detach);
+
+/* shape.grad.c */
+TH_GRAD(cat);
+TH_GRAD(stack);
+TH_GRAD(repeat);
+TH_GRAD(tile);
+TH_GRAD(repeat_interleave);
+TH_GRAD(pad);
+TH_GRAD(tril);
+TH_GRAD(triu);
+TH_GRAD(roll);
+TH_GRAD(flip);
 
 #endif

@@ -1,5 +1,5 @@
 /* Losses, reduced to one number by "mean" or "sum"; without a reduction torch is asked. */
-#include "ops/meta.h"
+#include "ops/derivatives.h"
 
 #include <string.h>
 
@@ -67,12 +67,15 @@ static th_status by_class(th_call *call) {
 #define CLASSES "input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction=mean"
 
 const th_opdef th__ops_loss[] = {
-    LOSS(cross_entropy, CLASSES ", label_smoothing=0.0", by_class),
-    LOSS(nll_loss, CLASSES, by_class),
-    LOSS(mse_loss, "input, target, size_average=None, reduce=None, reduction=mean, weight=None", mse_loss),
-    LOSS(l1_loss, "input, target, size_average=None, reduce=None, reduction=mean, weight=None", mse_loss),
+    LOSS(cross_entropy, CLASSES ", label_smoothing=0.0", by_class, .grad = th__grad_cross_entropy,
+         .forward = th__forward_cross_entropy),
+    LOSS(nll_loss, CLASSES, by_class, .grad = th__grad_nll_loss, .forward = th__forward_nll_loss),
+    LOSS(mse_loss, "input, target, size_average=None, reduce=None, reduction=mean, weight=None", mse_loss,
+         .grad = th__grad_mse_loss, .forward = th__forward_mse_loss),
+    LOSS(l1_loss, "input, target, size_average=None, reduce=None, reduction=mean, weight=None", mse_loss,
+         .grad = th__grad_l1_loss),
     LOSS(binary_cross_entropy_with_logits,
-         "input, target, weight=None, size_average=None, reduce=None, reduction=mean, pos_weight=None",
-         bce_with_logits),
+         "input, target, weight=None, size_average=None, reduce=None, reduction=mean, pos_weight=None", bce_with_logits,
+         .grad = th__grad_binary_cross_entropy_with_logits, .forward = th__forward_binary_cross_entropy_with_logits),
 };
 const size_t th__ops_loss_count = sizeof th__ops_loss / sizeof *th__ops_loss;

@@ -3,7 +3,7 @@
  * Weights have to have the input's dtype and device. Results are row-major, but batch_norm and group_norm follow
  * channels_last.
  */
-#include "ops/meta.h"
+#include "ops/derivatives.h"
 
 #include <string.h>
 
@@ -108,21 +108,25 @@ static th_status softmax(th_call *call) { return softmax_of(call, 2); }
 
 const th_opdef th__ops_norm[] = {
     NORM("functional.layer_norm", "input, normalized_shape, weight=None, bias=None, eps=1e-05", F "layer_norm",
-         layer_norm),
+         layer_norm, .grad = th__grad_layer_norm, .forward = th__forward_layer_norm),
     NORM("layer_norm", "input, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=True",
-         "torch.layer_norm", layer_norm),
+         "torch.layer_norm", layer_norm, .grad = th__grad_layer_norm, .forward = th__forward_layer_norm),
     NORM("rms_norm", "input, normalized_shape, weight=None, eps=None", F "rms_norm torch.rms_norm", rms_norm),
-    NORM("functional.group_norm", "input, num_groups, weight=None, bias=None, eps=1e-05", F "group_norm", group_norm),
+    NORM("functional.group_norm", "input, num_groups, weight=None, bias=None, eps=1e-05", F "group_norm", group_norm,
+         .grad = th__grad_group_norm, .forward = th__forward_group_norm),
     NORM("group_norm", "input, num_groups, weight=None, bias=None, eps=1e-05, cudnn_enabled=True", "torch.group_norm",
-         group_norm),
+         group_norm, .grad = th__grad_group_norm, .forward = th__forward_group_norm),
     NORM("functional.batch_norm",
          "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05",
          F "batch_norm", functional_batch_norm),
     NORM("batch_norm", "input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled",
          "torch.batch_norm", batch_norm),
-    NORM("functional.softmax", "input, dim=None, _stacklevel=3, dtype=None", F "softmax", functional_softmax),
-    NORM("functional.log_softmax", "input, dim=None, _stacklevel=3, dtype=None", F "log_softmax", functional_softmax),
-    NORM("softmax", "input, dim, dtype=None", "torch.softmax torch.Tensor.softmax", softmax),
-    NORM("log_softmax", "input, dim, dtype=None", "torch.log_softmax torch.Tensor.log_softmax", softmax),
+    NORM("functional.softmax", "input, dim=None, _stacklevel=3, dtype=None", F "softmax", functional_softmax,
+         .grad = th__grad_softmax),
+    NORM("functional.log_softmax", "input, dim=None, _stacklevel=3, dtype=None", F "log_softmax", functional_softmax,
+         .grad = th__grad_log_softmax),
+    NORM("softmax", "input, dim, dtype=None", "torch.softmax torch.Tensor.softmax", softmax, .grad = th__grad_softmax),
+    NORM("log_softmax", "input, dim, dtype=None", "torch.log_softmax torch.Tensor.log_softmax", softmax,
+         .grad = th__grad_log_softmax),
 };
 const size_t th__ops_norm_count = sizeof th__ops_norm / sizeof *th__ops_norm;

@@ -3,6 +3,7 @@
  * max and min answer the forms that give one tensor: over everything, and of two tensors. Those with a dimension return
  * torch.return_types, which a trace does not hold.
  */
+#include "ops/derivatives.h"
 #include "ops/iterator.h"
 
 #include <string.h>
@@ -163,22 +164,22 @@ static th_status scan(th_call *call) {
      .meta = __VA_ARGS__}
 
 const th_opdef th__ops_reduction[] = {
-    REDUCTION(sum, "input, dim=None, keepdim=False, *, dtype=None", sum),
+    REDUCTION(sum, "input, dim=None, keepdim=False, *, dtype=None", sum, .grad = th__grad_sum),
     REDUCTION(nansum, "input, dim=None, keepdim=False, *, dtype=None", sum),
-    REDUCTION(mean, "input, dim=None, keepdim=False, *, dtype=None", mean),
+    REDUCTION(mean, "input, dim=None, keepdim=False, *, dtype=None", mean, .grad = th__grad_mean),
     REDUCTION(prod, "input, dim=None, keepdim=False, *, dtype=None", prod),
-    REDUCTION(amax, "input, dim=(), keepdim=False", extreme),
-    REDUCTION(amin, "input, dim=(), keepdim=False", extreme),
-    REDUCTION(max, "input, other=None", max_min),
-    REDUCTION(min, "input, other=None", max_min),
+    REDUCTION(amax, "input, dim=(), keepdim=False", extreme, .grad = th__grad_extreme),
+    REDUCTION(amin, "input, dim=(), keepdim=False", extreme, .grad = th__grad_extreme),
+    REDUCTION(max, "input, other=None", max_min, .grad = th__grad_extreme_of_all),
+    REDUCTION(min, "input, other=None", max_min, .grad = th__grad_extreme_of_all),
     REDUCTION(argmax, "input, dim=None, keepdim=False", arg_extreme),
     REDUCTION(argmin, "input, dim=None, keepdim=False", arg_extreme),
     REDUCTION(any, "input, dim=None, keepdim=False", any_all),
     REDUCTION(all, "input, dim=None, keepdim=False", any_all),
-    REDUCTION(var, "input, dim=None, unbiased=True, keepdim=False, *, correction=1", var),
-    REDUCTION(std, "input, dim=None, unbiased=True, keepdim=False, *, correction=1", var),
-    REDUCTION(logsumexp, "input, dim, keepdim=False", logsumexp),
-    REDUCTION(cumsum, "input, dim, *, dtype=None", scan),
+    REDUCTION(var, "input, dim=None, unbiased=True, keepdim=False, *, correction=1", var, .grad = th__grad_var),
+    REDUCTION(std, "input, dim=None, unbiased=True, keepdim=False, *, correction=1", var, .grad = th__grad_std),
+    REDUCTION(logsumexp, "input, dim, keepdim=False", logsumexp, .grad = th__grad_logsumexp),
+    REDUCTION(cumsum, "input, dim, *, dtype=None", scan, .grad = th__grad_cumsum),
     REDUCTION(cumprod, "input, dim, *, dtype=None", scan),
 };
 const size_t th__ops_reduction_count = sizeof th__ops_reduction / sizeof *th__ops_reduction;

@@ -1,4 +1,5 @@
 /* New tensors put together from others: cat, stack, repeat, pad, roll, flip, tril and the like. */
+#include "ops/derivatives.h"
 #include "ops/iterator.h"
 
 #include <string.h>
@@ -231,16 +232,18 @@ static th_status flip(th_call *call) {
     {.name = name_, .params = params_, .names = names_, .fusion = TH_FUSE_OPAQUE, .meta = __VA_ARGS__}
 
 const th_opdef th__ops_shape[] = {
-    SHAPE("cat", "tensors, dim=0", "torch.cat torch.concat torch.concatenate", cat),
-    SHAPE("stack", "tensors, dim=0", "torch.stack", stack),
-    SHAPE("repeat", "input, *repeats", "torch.Tensor.repeat", repeat),
-    SHAPE("tile", "input, *dims", "torch.tile torch.Tensor.tile", tile),
+    SHAPE("cat", "tensors, dim=0", "torch.cat torch.concat torch.concatenate", cat, .grad = th__grad_cat),
+    SHAPE("stack", "tensors, dim=0", "torch.stack", stack, .grad = th__grad_stack),
+    SHAPE("repeat", "input, *repeats", "torch.Tensor.repeat", repeat, .grad = th__grad_repeat),
+    SHAPE("tile", "input, *dims", "torch.tile torch.Tensor.tile", tile, .grad = th__grad_tile),
     SHAPE("repeat_interleave", "input, repeats, dim=None, *, output_size=None",
-          "torch.repeat_interleave torch.Tensor.repeat_interleave", repeat_interleave),
-    SHAPE("pad", "input, pad, mode=constant, value=None", "torch.nn.functional.pad torch._C._nn.pad", pad),
-    SHAPE("tril", "input, diagonal=0", "torch.tril torch.Tensor.tril", triangle),
-    SHAPE("triu", "input, diagonal=0", "torch.triu torch.Tensor.triu", triangle),
-    SHAPE("roll", "input, shifts, dims=None", "torch.roll torch.Tensor.roll", roll),
-    SHAPE("flip", "input, *dims", "torch.flip torch.Tensor.flip", flip),
+          "torch.repeat_interleave torch.Tensor.repeat_interleave", repeat_interleave,
+          .grad = th__grad_repeat_interleave),
+    SHAPE("pad", "input, pad, mode=constant, value=None", "torch.nn.functional.pad torch._C._nn.pad", pad,
+          .grad = th__grad_pad),
+    SHAPE("tril", "input, diagonal=0", "torch.tril torch.Tensor.tril", triangle, .grad = th__grad_tril),
+    SHAPE("triu", "input, diagonal=0", "torch.triu torch.Tensor.triu", triangle, .grad = th__grad_triu),
+    SHAPE("roll", "input, shifts, dims=None", "torch.roll torch.Tensor.roll", roll, .grad = th__grad_roll),
+    SHAPE("flip", "input, *dims", "torch.flip torch.Tensor.flip", flip, .grad = th__grad_flip),
 };
 const size_t th__ops_shape_count = sizeof th__ops_shape / sizeof *th__ops_shape;

@@ -329,6 +329,52 @@ static th_status ask(joiner *j, record *rec, const th_typeref *tangents, const t
     return TH_OK;
 }
 
+/* By the catalogue's rule. TH_DECLINED: the trace is as it was. */
+static th_status take_by_catalogue(joiner *j, const th_opdef *def, record *rec, const th_val *old_outs) {
+    th_trace *t = j->t;
+    uint32_t nvalues = t->nvalues, nops = t->nops, nnodes = t->nnodes, nkids = t->nkids;
+    th__backward *own = rec->own = th__scratch_zeroed(&j->scratch, 1, sizeof *own);
+    if (!own) return TH_ENOMEM;
+    memcpy(rec->outs, old_outs, rec->nouts * sizeof *old_outs);
+    th_status status =
+        th__backward_begin(own, t, j->catalog, def, &rec->op, rec->nouts, rec->outs, rec->nuses, rec->uses, rec->needs);
+    if (status == TH_OK && def->forward) status = th__backward_forward(own);
+    if (status == TH_OK && !own->nmade) {
+        if (rec->op.effects) status = TH_DECLINED;
+        if (status == TH_OK && !th__op_push(t, &rec->op)) return th_trace_status(t);
+    }
+    if (status == TH_OK) status = th__backward_probe(own);
+    TRY(reserve_values(j));
+    if (status == TH_DECLINED) {
+        rec->own = NULL;
+        t->nvalues = nvalues;
+        t->nops = nops;
+        t->nnodes = nnodes;
+        t->nkids = nkids;
+    }
+    TRY(status);
+    for (uint32_t i = 0; i < rec->nouts; i++) {
+        if (own->nmade) rec->outs[i] = j->r.value[old_outs[i]] = own->made[i];
+        j->grad[rec->outs[i]] = may_require_grad(j, rec->outs[i]) && own->out_grad >> i & 1;
+    }
+    j->joint->ncatalogue++;
+    return TH_OK;
+}
+
+static bool any_may_require_grad(const joiner *j, const th_val *values, uint32_t n) {
+    bool any = false;
+    for (uint32_t i = 0; i < n; i++) any |= may_require_grad(j, values[i]);
+    return any;
+}
+
+static void note_derived(joiner *j, const th_op *op) {
+    th_joint *joint = j->joint;
+    th_str *more = th_ctx_alloc(j->t->ctx, joint->derived, (joint->nderived + 1) * sizeof *more);
+    if (!more) return; /* statistics */
+    joint->derived = more;
+    joint->derived[joint->nderived++] = th_intern_z(j->t->ctx, th__op_callee(j->t, op));
+}
+
 static th_status take_part(joiner *j, th_opref at, record *rec) {
     const th_op *old = &j->r.ops[at];
     uint32_t nouts = 0;
@@ -339,25 +385,17 @@ static th_status take_part(joiner *j, th_opref at, record *rec) {
     rec->nouts = nouts;
     rec->recorded = old_outs;
     for (uint32_t i = 0; i < rec->nuses; i++) rec->needs[i] = requires_grad(j, rec->uses[i]);
-    const th_opdef *def = old->callee_opaque ? NULL : th_catalog_find(j->catalog, old->callee);
-    if (def && def->grad && !old->effects) {
-        if (!th__op_push(j->t, &rec->op)) return th_trace_status(j->t);
-        memcpy(rec->outs, old_outs, nouts * sizeof *old_outs);
-        rec->own = th__scratch_zeroed(&j->scratch, 1, sizeof *rec->own);
-        if (!rec->own) return TH_ENOMEM;
-        th_status status = th__backward_probe(rec->own, j->t, j->catalog, def, &rec->op, nouts, rec->outs, rec->nuses,
-                                              rec->uses, rec->needs);
-        TRY(reserve_values(j));
-        if (status == TH_OK) {
-            for (uint32_t i = 0; i < nouts; i++)
-                j->grad[rec->outs[i]] = may_require_grad(j, rec->outs[i]) && rec->own->out_grad >> i & 1;
-            j->records[at] = rec;
-            return TH_OK;
-        }
-        if (status != TH_DECLINED) return status;
-        rec->own = NULL;
-        j->t->nops--;
+    if (!old->effects && !any_may_require_grad(j, old_outs, nouts)) { /* comparisons, argmax */
+        th__op_push(j->t, &rec->op);
+        return th_trace_status(j->t);
     }
+    const th_opdef *def = old->callee_opaque ? NULL : th_catalog_find(j->catalog, old->callee);
+    if (def && def->grad && (!old->effects || (def->forward && old->effects == TH_FX_RANDOM))) {
+        th_status status = take_by_catalogue(j, def, rec, old_outs);
+        if (status == TH_OK) j->records[at] = rec;
+        if (status != TH_DECLINED) return status;
+    }
+    note_derived(j, &rec->op);
     th_typeref *tangents = th__scratch_zeroed(&j->scratch, nouts, sizeof *tangents);
     if (!tangents) return TH_ENOMEM;
     for (uint32_t i = 0; i < nouts; i++)
@@ -762,6 +800,7 @@ void th_joint_fini(th_joint *joint) {
     th_ctx_alloc(ctx, joint->wrt, 0);
     th_ctx_alloc(ctx, joint->tangent_of, 0);
     th_ctx_alloc(ctx, joint->kept, 0);
+    th_ctx_alloc(ctx, joint->derived, 0);
     th_trace_free(joint->t);
     *joint = (th_joint){0};
 }

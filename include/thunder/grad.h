@@ -55,8 +55,8 @@ typedef struct th_joint {
     uint32_t *tangent_of; /* by gradient of a result: which of the results and new contents it belongs to */
     uint32_t nkept;
     th_kept *kept;
-    uint32_t ncatalogue;  /* operations whose derivative is the catalogue's */
-    uint32_t nderived;    /* and the others: their names */
+    uint32_t ncatalogue; /* operations whose derivative is the catalogue's */
+    uint32_t nderived;   /* and the others: their names */
     th_str *derived;
 } th_joint;
 

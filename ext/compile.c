@@ -357,6 +357,7 @@ static int differentiate(compile *k) {
     thx_entry *e = k->e;
     th_trace *copy = NULL;
     th_joint joint;
+    const th_grad_options options = {thx_derive, x, x->facts, x->derived_only};
     thx_autocast cast;
     if (k->r->hidden_write) {
         PyErr_SetString(x->GradNeeded, "a tensor that requires grad is written to under torch.no_grad()");
@@ -366,7 +367,7 @@ static int differentiate(compile *k) {
         th_trace_free(copy);
         return -1;
     }
-    int rc = no_derivative(k, th_grad_join(copy, thx_derive, x, &joint));
+    int rc = no_derivative(k, th_grad_join(copy, &options, &joint));
     thx_autocast_on(x, &cast);
     if (rc == 0) rc = check_leaves(k, &joint);
     if (rc == 0 && (joint.ntangents || joint.nmutated)) {

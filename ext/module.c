@@ -285,6 +285,16 @@ static PyObject *catalog(PyObject *module, PyObject *unused) {
     return list;
 }
 
+/* derived_only(on): leave the catalogue's derivative rules out of what is compiled from now on. Returns what it was. */
+static PyObject *derived_only(PyObject *module, PyObject *on) {
+    thx *x = PyModule_GetState(module);
+    int value = PyObject_IsTrue(on);
+    if (value < 0) return NULL;
+    bool was = x->derived_only;
+    x->derived_only = value;
+    return PyBool_FromLong(was);
+}
+
 static PyObject *is_capturing(PyObject *module, PyObject *unused) {
     (void)unused;
     thx *x = PyModule_GetState(module);
@@ -296,6 +306,8 @@ static PyMethodDef functions[] = {
      "Which features of torch's C ABI are in use, and why others are off: a dict."},
     {"passes", passes, METH_NOARGS, "Names of the passes."},
     {"catalog", catalog, METH_NOARGS, "The catalogued operators: a list of dicts."},
+    {"derived_only", derived_only, METH_O,
+     "derived_only(on) -> bool: leave the catalogue's derivative rules out from now on; returns what it was."},
     {"meta_rule", meta_rule, METH_VARARGS,
      "meta_rule(function, args, kwargs) -> list of results, None when declined, or "
      "NotImplemented when the function is not catalogued."},

@@ -45,6 +45,13 @@ typedef struct th_kept { /* a result whose whole gradient is wanted: retain_grad
     th_val total; /* 0: it gets none */
 } th_kept;
 
+typedef struct th_grad_options {
+    th_rule_fn rules; /* asked for what has no rule in the catalogue */
+    void *user;
+    uint32_t facts;    /* what this torch does: th_call.facts */
+    bool derived_only; /* for tests: the catalogue's rules are left out */
+} th_grad_options;
+
 typedef struct th_joint {
     th_trace *t; /* result: TUPLE of the call's results, new contents of inputs, by input that requires grad its
                     gradient or None, and by kept result the same; inputs: those of the call, then the gradients of
@@ -61,8 +68,9 @@ typedef struct th_joint {
 } th_joint;
 
 /* Differentiate a functionalised trace, which is consumed: it becomes joint->t. Inputs whose types carry
- * TH_TYPE_REQUIRES_GRAD are differentiated with respect to. TH_DECLINED: it cannot be done; the error says why. */
-th_status th_grad_join(th_trace *t, th_rule_fn rules, void *user, th_joint *joint);
+ * TH_TYPE_REQUIRES_GRAD are differentiated with respect to. TH_DECLINED:
+ * it cannot be done; the error says why. */
+th_status th_grad_join(th_trace *t, const th_grad_options *options, th_joint *joint);
 void th_joint_fini(th_joint *joint);
 
 typedef enum th_remat { TH_REMAT_OFF, TH_REMAT_AUTO, TH_REMAT_MAX } th_remat;

@@ -1,11 +1,11 @@
 /* The derivative of attention: torch's flash kernel for the CPU, which also gives the logarithm of the softmax's
- * denominators, and its backward kernel. Without dropout, groups, and a mask that is differentiated: those, and every
+ * denominators, and its backward kernel. Without dropout and a mask that is differentiated: those, and every
  * case in which torch takes another kernel, are derived. */
 #include "ops/derivatives.h"
 
 #include <string.h>
 
-enum { QUERY, KEY, VALUE, MASK, DROPOUT, CAUSAL, SCALE, GQA };
+enum { QUERY, KEY, VALUE, MASK, DROPOUT, CAUSAL, SCALE };
 
 static th_node V(th__backward *b, th_val v) { return th__node_of(b, v); }
 
@@ -42,11 +42,8 @@ static th_node options(th__backward *b, th_val mask) {
 }
 
 static th_status operands(th__backward *b, th__tensor x[3], bool *causal) {
-    bool grouped;
     for (uint32_t i = 0; i < 3; i++) TRY(th__arg_tensor(&b->call, i, &x[i]));
-    TRY(th__arg_bool(&b->call, CAUSAL, false, causal));
-    TRY(th__arg_bool(&b->call, GQA, false, &grouped));
-    return grouped ? TH_DECLINED : TH_OK;
+    return th__arg_bool(&b->call, CAUSAL, false, causal);
 }
 
 TH_FORWARD(attention) {

@@ -94,7 +94,7 @@ th_status th__attention_is_flash(const th_call *call) {
     th__tensor q;
     bool gqa;
     TRY(read(call, &q, &gqa));
-    return gqa ? TH_DECLINED : TH_OK;
+    return gqa && !(call->facts & TH_FACT_FLASH_LIKE_QUERY) ? TH_DECLINED : TH_OK;
 }
 
 /* ---- operators ---- */

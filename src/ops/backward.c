@@ -32,7 +32,7 @@ th_val th__emit_kw(th__emitter *e, const char *callee, uint32_t n, const th_node
     const th_opdef *def = name ? th_catalog_find(e->catalog, name) : NULL;
     th_node tuple = th_node_seq(t, TH_N_TUPLE, n, args);
     if (!def || !def->meta || !tuple) return 0;
-    th_call call = {.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
+    th_call call = {.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1), .facts = e->facts};
     if (th_call_bind(&call, def, t, tuple, kwargs) != TH_OK || def->meta(&call) != TH_OK || call.nouts != 1) return 0;
     const th_out *out = &call.outs[0];
     if (out->same) return out->alias_of;
@@ -230,10 +230,10 @@ static th_status run(th__backward *b, const th_val *tangents) {
 }
 
 th_status th__backward_begin(th__backward *b, th_trace *t, const th_catalog *catalog, const th_opdef *def,
-                             const th_op *op, uint32_t nouts, const th_val *outs, uint32_t nuses, const th_val *uses,
-                             const bool *needs) {
+                             const th_op *op, uint32_t facts, uint32_t nouts, const th_val *outs, uint32_t nuses,
+                             const th_val *uses, const bool *needs) {
     if (nouts > TH_MAX_OUTS) return TH_DECLINED;
-    *b = (th__backward){.e = {t, catalog, op->file, op->line, op->marks & TH_MARK_RECOMPUTE},
+    *b = (th__backward){.e = {t, catalog, op->file, op->line, op->marks & TH_MARK_RECOMPUTE, facts},
                         .def = def,
                         .op = op,
                         .nouts = nouts,
@@ -241,7 +241,7 @@ th_status th__backward_begin(th__backward *b, th_trace *t, const th_catalog *cat
                         .nuses = nuses,
                         .uses = uses,
                         .needs = needs};
-    b->call = (th_call){.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1)};
+    b->call = (th_call){.default_dtype = TH_F32, .default_device = th_device(t->ctx, "cpu", -1), .facts = facts};
     return th_call_bind(&b->call, def, t, op->args, op->kwargs);
 }
 
@@ -280,7 +280,8 @@ th_status th__backward_probe(th__backward *b) {
 }
 
 th_status th__backward_run(th__backward *b, const th_val *tangents) {
-    b->call = (th_call){.default_dtype = TH_F32, .default_device = th_device(b->e.t->ctx, "cpu", -1)};
+    b->call =
+        (th_call){.default_dtype = TH_F32, .default_device = th_device(b->e.t->ctx, "cpu", -1), .facts = b->e.facts};
     th_status status = th_call_bind(&b->call, b->def, b->e.t, b->op->args, b->op->kwargs);
     return status == TH_OK ? run(b, tangents) : status;
 }

@@ -22,6 +22,7 @@ typedef struct th__emitter { /* appends operations whose types the catalogue kno
     th_str file;
     uint32_t line;
     uint8_t marks;
+    uint32_t facts; /* TH_FACT_* */
 } th__emitter;
 
 /* 0: the catalogue declined, or memory ran out (then the trace's status says so). Nodes of 0 fail too. */
@@ -75,8 +76,8 @@ th_val th__emit_view(th__backward *b, const char *callee, th_typeref type, th_va
                      const th_node *args);
 
 th_status th__backward_begin(th__backward *b, th_trace *t, const th_catalog *catalog, const th_opdef *def,
-                             const th_op *op, uint32_t nouts, const th_val *outs, uint32_t nuses, const th_val *uses,
-                             const bool *needs);
+                             const th_op *op, uint32_t facts, uint32_t nouts, const th_val *outs, uint32_t nuses,
+                             const th_val *uses, const bool *needs);
 /* The forward rule, with the operation's own marks: `made` and `saved` stay in the trace. */
 th_status th__backward_forward(th__backward *b);
 /* Does the rule cover this call? It is run with gradients like the results, and what it emits is taken back. */

@@ -60,13 +60,12 @@ TH_GRAD(sum) {
     return give(b, spread(b, &r, b->tangents[0]));
 }
 
-/* Divided before it is spread: fewer divisions, the same quotients. */
 TH_GRAD(mean) {
     reduced r;
     TRY(reduced_of(b, 1, 2, &r));
     DECLINE_IF(r.count == 0);
-    th_val g = TH_APPLY(b, "torch.div", V(b, b->tangents[0]), th_node_int(b->e.t, r.count));
-    return give(b, spread(b, &r, g));
+    th_val g = spread(b, &r, b->tangents[0]);
+    return give(b, TH_APPLY(b, "torch.div", V(b, g), th_node_int(b->e.t, r.count)));
 }
 
 /* Elements that are equally extreme share the gradient. */

@@ -36,6 +36,10 @@ TH_GRAD(cat) {
     for (uint32_t i = 0; i < parts.count; i++) {
         th__tensor x;
         TRY(th__node_tensor(&b->call, t->kids[parts.u.kids + i], &x));
+        if (x.ndim == 1 && x.shape[0] == 0 && ndim != 1) { /* left out, whatever the others are */
+            DECLINE_IF(th__wants(b, x.value));
+            continue;
+        }
         DECLINE_IF(x.ndim != ndim);
         if (th__wants(b, x.value))
             th__give(b, x.value,

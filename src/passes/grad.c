@@ -44,8 +44,7 @@ typedef struct joiner {
     th__rewrite r;
     th__scratch scratch;
     th_catalog *catalog;
-    th_rule_fn rules;
-    void *user;
+    th_grad_options options;
     bool *grad;       /* by joint value: requires grad */
     th_val *tangent;  /* by joint value: its gradient so far */
     uint32_t cap;     /* of both */
@@ -274,7 +273,7 @@ static th_val emit_ordered(joiner *j, const record *rec, th_val v, th_typeref wa
     uint32_t order[TH_MAX_RANK];
     const th_type *type = th_type_get(t->ctx, want);
     if (!stride_order(type, order)) return 0;
-    th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, rec->op.marks};
+    th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, rec->op.marks, j->options.facts};
     th_node there[TH_MAX_RANK], back[TH_MAX_RANK];
     for (uint32_t i = 0; i < type->ndim; i++) {
         there[i] = th_node_int(t, order[i]);
@@ -293,7 +292,7 @@ static th_val settle_out(joiner *j, const record *rec, th_val old, th_val made) 
     th_trace *t = j->t;
     th_typeref was = t->values[old].type;
     if (same_layout(t->ctx, was, t->values[made].type)) return made;
-    th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, 0};
+    th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, 0, j->options.facts};
     if (th_type_get(t->ctx, was)->contiguous) return th__emit_packed(&e, made);
     return emit_ordered(j, rec, made, was);
 }
@@ -322,7 +321,7 @@ static th_status splice_forward(joiner *j, record *rec, const th_op *old, const 
 static th_status ask(joiner *j, record *rec, const th_typeref *tangents, const th_rule **rule) {
     const th_rule_request request = {j->t,       &rec->op,   rec->nuses,    rec->uses,
                                      rec->needs, rec->nouts, rec->recorded, tangents};
-    th_status status = j->rules(j->user, &request, rule);
+    th_status status = j->options.rules(j->options.user, &request, rule);
     if (status != TH_OK) return status;
     if ((*rule)->nuses != rec->nuses || (*rule)->nouts != rec->nouts || rec->nouts > 64)
         return th_fail(j->t->ctx, TH_EINTERNAL, "a rule for %s has another signature", th__op_callee(j->t, &rec->op));
@@ -336,8 +335,8 @@ static th_status take_by_catalogue(joiner *j, const th_opdef *def, record *rec, 
     th__backward *own = rec->own = th__scratch_zeroed(&j->scratch, 1, sizeof *own);
     if (!own) return TH_ENOMEM;
     memcpy(rec->outs, old_outs, rec->nouts * sizeof *old_outs);
-    th_status status =
-        th__backward_begin(own, t, j->catalog, def, &rec->op, rec->nouts, rec->outs, rec->nuses, rec->uses, rec->needs);
+    th_status status = th__backward_begin(own, t, j->catalog, def, &rec->op, j->options.facts, rec->nouts, rec->outs,
+                                          rec->nuses, rec->uses, rec->needs);
     if (status == TH_OK && def->forward) status = th__backward_forward(own);
     if (status == TH_OK && !own->nmade) {
         if (rec->op.effects) status = TH_DECLINED;
@@ -389,7 +388,8 @@ static th_status take_part(joiner *j, th_opref at, record *rec) {
         th__op_push(j->t, &rec->op);
         return th_trace_status(j->t);
     }
-    const th_opdef *def = old->callee_opaque ? NULL : th_catalog_find(j->catalog, old->callee);
+    bool named = !old->callee_opaque && !j->options.derived_only;
+    const th_opdef *def = named ? th_catalog_find(j->catalog, old->callee) : NULL;
     if (def && def->grad && (!old->effects || (def->forward && old->effects == TH_FX_RANDOM))) {
         th_status status = take_by_catalogue(j, def, rec, old_outs);
         if (status == TH_OK) j->records[at] = rec;
@@ -559,7 +559,7 @@ static th_status accumulate(joiner *j, const th_op *site, th_val v, th_val gradi
         j->tangent[v] = gradient;
         return TH_OK;
     }
-    th__emitter e = {t, j->catalog, site->file, site->line, 0};
+    th__emitter e = {t, j->catalog, site->file, site->line, 0, j->options.facts};
     th_val sum = th__emit_add(&e, j->tangent[v], gradient);
     if (!sum) return th_trace_status(t) ? th_trace_status(t) : declined(j, site, "its gradients cannot be added");
     TRY(reserve_values(j));
@@ -782,8 +782,8 @@ static th_status prepare(joiner *j) {
     return th_catalog_new(t->ctx, &j->catalog);
 }
 
-th_status th_grad_join(th_trace *t, th_rule_fn rules, void *user, th_joint *joint) {
-    joiner j = {.t = t, .scratch = {.ctx = t->ctx}, .rules = rules, .user = user, .joint = joint};
+th_status th_grad_join(th_trace *t, const th_grad_options *options, th_joint *joint) {
+    joiner j = {.t = t, .scratch = {.ctx = t->ctx}, .options = *options, .joint = joint};
     *joint = (th_joint){.t = t};
     th_status status = prepare(&j);
     if (status == TH_OK) status = th__rewrite_begin(&j.r, t);

@@ -20,6 +20,7 @@ typedef struct pending {               /* a run forwards, until it has run backw
     thx_forward *run;                  /* while the run goes on */
     PyObject **inputs;                 /* of the call, for create_graph; owned; NULL where it was written to */
     long *versions;                    /* of those that torch does not keep */
+    PyObject *keepers;                 /* tuple by kept result of what fills its .grad, or NULL; owned */
     bool all_shown, freed;
     th_slot kept[1]; /* by saved value: what torch does not keep */
 } pending;
@@ -34,6 +35,8 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->wrt);
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->mutated);
+    PyMem_Free(g->kept);
+    PyMem_Free(g->stale);
     PyMem_Free(g->saved);
     PyMem_Free(g->depends);
     Py_XDECREF(g->derived);
@@ -85,7 +88,7 @@ static void scatter(void *user, th_val *v) { ((spread *)user)->mask[*v] |= ((spr
 static int find_dependences(thx_gradient *g) {
     th_trace *t = g->backward.t;
     spread s = {PyMem_Calloc(t->nvalues, sizeof *s.mask), 0};
-    g->depends = PyMem_Calloc(g->nwrt + 1, sizeof *g->depends);
+    g->depends = PyMem_Calloc(g->nwrt + g->nkept + 1, sizeof *g->depends);
     if (!s.mask || !g->depends) {
         PyMem_Free(s.mask);
         return PyErr_NoMemory(), -1;
@@ -99,7 +102,7 @@ static int find_dependences(thx_gradient *g) {
         for (uint32_t i = 0; i < t->ops[o].nwrites; i++) scatter(&s, &t->kids[t->ops[o].writes + i]);
     }
     const th_node_data *result = &t->nodes[t->result];
-    for (uint32_t i = 0; i < g->nwrt; i++) {
+    for (uint32_t i = 0; i < g->nwrt + g->nkept; i++) {
         const th_node_data *d = &t->nodes[t->kids[result->u.kids + i]];
         g->depends[i] = d->kind == TH_N_VALUE ? s.mask[d->u.ref] : 0;
     }
@@ -108,14 +111,14 @@ static int find_dependences(thx_gradient *g) {
 }
 
 /* The joint trace with the gradients alone as its result: what create_graph runs. */
-static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, bool *random) {
+static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, bool *random, bool *hooks) {
     th_status status = th_trace_clone(joint->t, out);
     if (status != TH_OK) return status;
     th_trace *t = *out;
     const th_node_data *result = &t->nodes[t->result];
     uint32_t first = joint->nresults + joint->nmutated, n = 1;
     const th_node *grads = joint->t->kids + result->u.kids + first; /* the other trace's: it does not move */
-    t->result = th_node_seq(t, TH_N_TUPLE, joint->nwrt, grads);
+    t->result = th_node_seq(t, TH_N_TUPLE, joint->nwrt + joint->nkept, grads);
     for (th_opref o = 1; o < t->nops; o++) { /* what the run did to its inputs is done */
         bool write = false;
         for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
@@ -123,16 +126,64 @@ static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, b
         if (!write) t->ops[n++] = t->ops[o];
     }
     t->nops = n;
-    for (th_opref o = 1; o < t->nops; o++) *random |= (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) != 0;
+    for (th_opref o = 1; o < t->nops; o++) {
+        const char *callee = t->ops[o].callee_opaque ? "" : th_str_get(t->ctx, t->ops[o].callee);
+        bool hook = strncmp(callee, "thunder._kernels.run_", 21) == 0; /* runs in every backward */
+        bool ours = strncmp(callee, "thunder._kernels.", 17) == 0;     /* ties, and checks of data */
+        *hooks |= hook;
+        *random |= !ours && (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) != 0;
+    }
     th_fuel fuel = {.left = -1};
     status = th_pipeline_run(t, "dce,lifetime", &fuel, false, NULL, NULL);
     (void)x;
     return status;
 }
 
+enum {
+    ROOT_COPY = 1, /* statistics that batch norm updates and, in training, does not read: a copy takes the update */
+    ROOT_GONE = 2, /* what it held is needed and gone */
+};
+
+static bool is_batch_norm(const th_trace *t, const th_op *op) {
+    return !op->callee_opaque && strstr(th_str_get(t->ctx, op->callee), "batch_norm") != NULL;
+}
+
+typedef struct stale_use {
+    thx_gradient *g;
+    const th_trace *t;
+    bool norm;
+} stale_use;
+
+static void note_stale(void *user, th_val *v) {
+    stale_use *s = user;
+    uint32_t at = index_of(s->t->inputs, s->g->nroots, *v);
+    if (at == UINT32_MAX) return;
+    bool learned = th_type_get(s->t->ctx, s->t->values[*v].type)->flags & TH_TYPE_REQUIRES_GRAD;
+    if (s->norm && !learned) s->g->stale[at] |= ROOT_COPY;
+    if (!s->norm && s->g->stale[at]) s->g->stale[at] |= ROOT_GONE;
+}
+
+/* Inputs that the forward run writes to, by what the gradients computed from the inputs once more want with them. */
+static int find_stale(thx_gradient *g, const th_trace *forward) {
+    th_trace *t = g->again.t;
+    g->stale = PyMem_Calloc(g->nroots + 1, sizeof *g->stale);
+    if (!g->stale) return PyErr_NoMemory(), -1;
+    for (th_opref o = 1; o < forward->nops; o++)
+        for (uint32_t i = 0; i < forward->ops[o].nwrites && !is_batch_norm(forward, &forward->ops[o]); i++) {
+            uint32_t at = index_of(forward->inputs, g->nroots, forward->kids[forward->ops[o].writes + i]);
+            if (at != UINT32_MAX) g->stale[at] = ROOT_COPY;
+        }
+    for (th_opref o = 1; o < t->nops; o++) {
+        stale_use s = {g, t, is_batch_norm(t, &t->ops[o])};
+        if (t->ops[o].kind == TH_OP_CALL) th_op_each_use(t, o, note_stale, &s);
+    }
+    th_node_each_value(t, t->result, note_stale, &(stale_use){g, t, false});
+    return 0;
+}
+
 static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, th_trace **forward) {
     th_halves halves;
-    if (thx_check(x, keep_gradients(x, joint, &g->again.t, &g->again_random)) < 0 ||
+    if (thx_check(x, keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks)) < 0 ||
         thx_check(x, th_grad_split(joint, remat, &halves)) < 0)
         return -1;
     const th_trace *f = halves.forward;
@@ -143,6 +194,9 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     g->nwrt = joint->nwrt;
     g->ntangents = joint->ntangents;
     g->nmutated = joint->nmutated;
+    g->nkept = joint->nkept;
+    g->kept = PyMem_Calloc(joint->nkept + 1, sizeof *g->kept);
+    for (uint32_t i = 0; g->kept && i < joint->nkept; i++) g->kept[i] = joint->kept[i].result;
     g->bytes = halves.bytes;
     g->bytes_kept = halves.bytes_kept;
     g->ncatalogue = joint->ncatalogue;
@@ -154,10 +208,10 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
         else
             Py_CLEAR(g->derived);
     }
-    int rc = !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
+    int rc = !g->kept || !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
-                     describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0
+                     describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0 || find_stale(g, f) < 0
                  ? -1
                  : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -205,6 +259,7 @@ static void pending_release(pending *p) {
 static void pending_dealloc(pending *p) {
     PyTypeObject *type = Py_TYPE(p);
     pending_release(p);
+    Py_XDECREF(p->keepers);
     Py_DECREF((PyObject *)p->g);
     type->tp_free((PyObject *)p);
     Py_DECREF(type);
@@ -243,6 +298,8 @@ static int keep_inputs(thx *x, pending *p, const th_slot *slots) {
         if (g->saved[i].root >= 0) p->versions[g->saved[i].root] = -1;
     for (uint32_t i = 0; i < g->nroots; i++)
         if (p->versions[i] == -2) p->versions[i] = version_of(x, p->inputs[i]);
+    for (uint32_t i = 0; i < g->nroots; i++)
+        if (g->stale[i] & ROOT_GONE) Py_CLEAR(p->inputs[i]);
     for (uint32_t i = 0; i < g->nmutated; i++) Py_CLEAR(p->inputs[g->mutated[i]]); /* it will refer to this node */
     return 0;
 }
@@ -364,6 +421,31 @@ static int take_outs(thx_forward *f, PyObject *outs) {
     return 0;
 }
 
+static PyObject *kernel(const char *name) {
+    PyObject *module = PyImport_ImportModule("thunder._kernels");
+    PyObject *found = module ? PyObject_GetAttrString(module, name) : NULL;
+    Py_XDECREF(module);
+    return found;
+}
+
+/* The results that retain their gradients, as the user will have them. */
+static int keep_gradients_of(thx *x, pending *p, thx_forward *f) {
+    const thx_gradient *g = p->g;
+    if (!g->nkept) return 0;
+    PyObject *cls = kernel("Kept");
+    p->keepers = cls ? PyTuple_New(g->nkept) : NULL;
+    for (uint32_t i = 0; p->keepers && i < g->nkept; i++) {
+        PyObject *o = thx_slot_object(x, result_slot(f, g->kept[i]));
+        PyObject *keeper = o ? PyObject_CallOneArg(cls, o) : NULL;
+        if (!keeper)
+            Py_CLEAR(p->keepers);
+        else
+            PyTuple_SET_ITEM(p->keepers, i, keeper);
+    }
+    Py_XDECREF(cls);
+    return p->keepers ? 0 : -1;
+}
+
 /* Inputs that take new contents, in autograd's sight. */
 static int write_inputs(thx *x, thx_forward *f) {
     const thx_gradient *g = f->gradient;
@@ -392,8 +474,9 @@ int thx_forward_run(thx *x, thx_forward *f) {
     if (args != fixed) PyMem_Free(args);
     if (roots != few) PyMem_Free(roots);
     if (p) p->run = NULL;
-    Py_XDECREF((PyObject *)p);
     int rc = outs ? take_outs(f, outs) : -1;
+    if (rc == 0) rc = keep_gradients_of(x, p, f);
+    Py_XDECREF((PyObject *)p);
     Py_XDECREF(outs);
     if (rc == 0) rc = write_inputs(x, f);
     if (rc < 0 && f->slots) {
@@ -450,6 +533,16 @@ static bool laid_out_so(thx *x, PyObject *tensor, const th_type *t) {
     return same;
 }
 
+/* Zeros in the place of a gradient that did not come in. Hooks ask whether any did. */
+static PyObject *undefined(thx *x, const thx_gradient *g, const th_type *type) {
+    PyObject *zeros = laid_out(x, type, NULL), *mark = zeros && g->hooks ? kernel("undefined") : NULL;
+    PyObject *marked = mark ? PyObject_CallOneArg(mark, zeros) : NULL;
+    if (zeros && g->hooks && !marked) Py_CLEAR(zeros);
+    Py_XDECREF(mark);
+    Py_XDECREF(marked);
+    return zeros;
+}
+
 /* The gradients in the layout that the backward program was made for; a list of new references. */
 static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const *grads, const th_trace *t,
                                  bool as_they_are) {
@@ -459,7 +552,7 @@ static PyObject *settle_tangents(thx *x, const thx_gradient *g, PyObject *const 
         const th_type *type = th_type_get(x->ctx, t->values[v].type);
         PyObject *o = grads[i];
         if (o == Py_None)
-            o = laid_out(x, type, NULL);
+            o = undefined(x, g, type);
         else if (as_they_are || laid_out_so(x, o, type))
             o = Py_NewRef(o);
         else
@@ -498,7 +591,8 @@ static void put_object(thx *x, th_slot *slot, PyObject *o) {
     *slot = (th_slot){.object = o, .handle = x->abi.on ? thx_borrow(&x->abi, o) : NULL};
 }
 
-/* Run a program whose inputs are given and collect the gradients: (None, gradient of each input that requires grad). */
+/* Run a program whose inputs are given and collect the gradients: (None, gradient of each input that requires grad,
+ * then of each result that retains its own). */
 static PyObject *run_gradients(thx *x, const thx_gradient *g, thx_program *program,
                                int (*fill)(void *user, th_slot *slots), void *user) {
     th_slot fixed[THX_SLOTS_ON_STACK], *slots = NULL;
@@ -513,9 +607,9 @@ static PyObject *run_gradients(thx *x, const thx_gradient *g, thx_program *progr
             return NULL;
         }
     }
-    PyObject *result = PyTuple_New(g->nwrt + 1);
+    PyObject *result = PyTuple_New(g->nwrt + g->nkept + 1);
     if (result) PyTuple_SET_ITEM(result, 0, Py_NewRef(Py_None));
-    for (uint32_t i = 0; result && i < g->nwrt; i++) {
+    for (uint32_t i = 0; result && i < g->nwrt + g->nkept; i++) {
         uint32_t at = thx_program_result(program, i);
         PyObject *o = at == UINT32_MAX ? Py_None : thx_slot_object(x, &slots[at]);
         if (!o)
@@ -560,7 +654,8 @@ static int fill_again(void *user, th_slot *slots) {
     Py_ssize_t at = 0;
     for (uint32_t i = 0; i < g->nsaved; i++) { /* with its history, and checked for writes */
         if (!s->p->all_shown && !g->saved[i].shown) continue;
-        if (g->saved[i].root >= 0) put_object(s->x, &slots[g->saved[i].root], PyTuple_GET_ITEM(s->shown, at));
+        int32_t root = g->saved[i].root;
+        if (root >= 0 && !g->stale[root]) put_object(s->x, &slots[root], PyTuple_GET_ITEM(s->shown, at));
         at++;
     }
     for (uint32_t i = 0; i < g->ntangents; i++)
@@ -588,6 +683,13 @@ static PyObject *backward_graph(sources *s) {
                         "modified by an inplace operation since");
         return NULL;
     }
+    for (uint32_t i = 0; i < g->nroots; i++) {
+        if (!g->stale[i]) continue;
+        PyObject *copy = PyObject_CallMethod(s->p->inputs[i], "clone", NULL);
+        if (!copy) return NULL;
+        Py_SETREF(s->p->inputs[i], copy);
+        s->p->versions[i] = version_of(x, copy);
+    }
     if (!g->again.plan && thx_program_lower(x, &g->again, true) < 0) return NULL;
     return run_gradients(x, g, &g->again, fill_again, s);
 }
@@ -598,11 +700,27 @@ static void drop_undefined(const thx_gradient *g, PyObject *const *grads, PyObje
     if (g->ntangents > 64) return;
     for (uint32_t i = 0; i < g->ntangents; i++)
         if (grads[i] != Py_None) defined |= UINT64_C(1) << i;
-    for (uint32_t i = 0; i < g->nwrt; i++) {
+    for (uint32_t i = 0; i < g->nwrt + g->nkept; i++) {
         if (!g->depends[i] || g->depends[i] & defined) continue;
         Py_DECREF(PyTuple_GET_ITEM(result, i + 1));
         PyTuple_SET_ITEM(result, i + 1, Py_NewRef(Py_None));
     }
+}
+
+/* The gradients that results retain go to them; the rest is autograd's. Takes the tuple. */
+static PyObject *hand_out(const pending *p, PyObject *result) {
+    const thx_gradient *g = p->g;
+    if (!result || !g->nkept) return result;
+    PyObject *rest = PyTuple_GetSlice(result, 0, g->nwrt + 1);
+    for (uint32_t i = 0; rest && i < g->nkept; i++) {
+        PyObject *total = PyTuple_GET_ITEM(result, g->nwrt + 1 + i);
+        if (total == Py_None || !p->keepers) continue;
+        PyObject *done = PyObject_CallMethod(PyTuple_GET_ITEM(p->keepers, i), "add", "O", total);
+        if (!done) Py_CLEAR(rest);
+        Py_XDECREF(done);
+    }
+    Py_DECREF(result);
+    return rest;
 }
 
 static bool keeps_graph(thx *x) {
@@ -645,6 +763,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
         thx_autocast_on(x, &cast);
     }
     if (result) drop_undefined(p->g, a + 1, result);
+    result = hand_out(p, result);
     if (result && !keeps_graph(x)) {
         p->freed = true;
         pending_release(p);

@@ -18,11 +18,15 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     thx_program batched;       /* the same on builtins alone: for gradients that are no plain tensors (vmap) */
     thx_program again;         /* gradients from the inputs of the call, run under autograd: for create_graph */
     bool again_random;         /* it draws random numbers, so it would not be the run that it repeats */
+    bool hooks;                /* the backward calls hooks of the user */
     uint32_t nroots, nresults; /* of the forward program; nresults without what is saved */
+    uint8_t *stale;            /* by root: ROOT_*: the run writes to it, and `again` would read what it left */
     uint32_t nwrt, *wrt;       /* inputs of the call that require grad */
     uint32_t ntangents, *tangent_of;
     uint32_t nmutated, *mutated; /* inputs that take new contents under autograd; these are the last results */
-    uint64_t *depends; /* by input that requires grad: bits of the incoming gradients that its own depends on */
+    uint32_t nkept, *kept;       /* results that retain their gradients */
+    uint64_t *depends; /* by input that requires grad, then by kept result: bits of the incoming gradients that its own
+                          depends on */
     uint32_t nsaved;
     thx_saved *saved;
     int64_t bytes, bytes_kept;

@@ -54,6 +54,8 @@ typedef struct thx_recorder {
     bool saw_random;
     bool hidden_write;      /* something that requires grad was written while gradients were off */
     int recompute;          /* above 0: inside a checkpoint */
+    PyObject *leaves;       /* set of values that the code made to require grad, or NULL (owned) */
+    PyObject *ties;         /* list of (hook or node, file, line), or NULL: tie.c (owned) */
     PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
     bool late;              /* while deriving: autograd runs backwards */
     bool deriving;          /* records what autograd does for one operation: derive.c */
@@ -125,9 +127,19 @@ th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
 PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor);      /* 1 requires grad, 0 does not, -1 error */
+bool thx_was_made_leaf(const thx_recorder *r, th_val value); /* by the code, of something that required no grad */
 int thx_note_hooks_begin(thx_recorder *r);
 int thx_gradstate_init(thx *x, PyObject *module);
 PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
+
+/* ---- tie.c: hooks that captured code registers; tensor: a fake that requires grad and is no input ---- */
+PyObject *thx_tie_hook(thx_recorder *r, PyObject *tensor, PyObject *hook);
+PyObject *thx_tie_grad(thx_recorder *r, PyObject *tensor);
+PyObject *thx_tie_module(thx_recorder *r, PyObject *args); /* BackwardHookFunction.apply(cls, *tensors) */
+PyObject *thx_tie_node(thx_recorder *r, PyObject *tensor);
+void thx_ties_close(thx_recorder *r); /* the user's code has ended: handles no longer remove */
+struct thx_guards;
+int thx_ties_check(thx_recorder *r, const struct thx_guards *g); /* -1 with GradNeeded: a hook is not made to last */
 
 /* ---- constants.c ---- */
 int thx_fold_constants(thx *x, thx_recorder *r, th_trace *t); /* new constants become roots of r */

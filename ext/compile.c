@@ -52,6 +52,7 @@ typedef struct compile {
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
+    bool *told; /* by value of `values`: the user's code was told that it requires grad */
 } compile;
 
 /* ---- arguments ---- */
@@ -215,7 +216,8 @@ static int capture(compile *k) {
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
-    } else if (undone < 0 || check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0) {
+    } else if (undone < 0 || thx_ties_check(k->r, k->e->guards) < 0 || check_arguments_unchanged(k) < 0 ||
+               collect_outputs(k) < 0) {
         rc = -1;
     }
     for (uint32_t i = 0; i < k->e->nargs; i++) thx_spec_settle(&k->e->args[i]);
@@ -324,6 +326,31 @@ static int no_derivative(compile *k, th_status status) {
     return -1;
 }
 
+static int note_told(compile *k) {
+    k->told = PyMem_Calloc(k->nvalues + 1, sizeof *k->told);
+    if (!k->told) return PyErr_NoMemory(), -1;
+    const th_trace *t = k->r->t;
+    for (uint32_t i = 0; i < k->nvalues; i++)
+        k->told[i] = th_type_get(t->ctx, t->values[k->values[i]].type)->flags & TH_TYPE_REQUIRES_GRAD;
+    return 0;
+}
+
+/* A result that requires grad for the sake of a tensor that the code made a leaf, and for no other, is not one of ours.
+ */
+static int check_leaves(compile *k, const th_joint *joint) {
+    for (uint32_t i = 0; k->r->leaves && i < k->nvalues; i++) {
+        bool found = !k->told[i];
+        for (uint32_t j = 0; j < joint->ntangents && !found; j++)
+            found = joint->tangent_of[j] < k->nvalues && k->values[joint->tangent_of[j]] == k->values[i];
+        for (uint32_t j = 0; j < k->r->nroots && !found; j++)
+            found = k->r->roots[j].value == k->values[i] && k->r->roots[j].requires_grad;
+        if (found) continue;
+        PyErr_SetString(k->x->GradNeeded, "a result requires grad because the function made a tensor require it");
+        return -1;
+    }
+    return 0;
+}
+
 /* Join the program with its derivative and split it in two. */
 static int differentiate(compile *k) {
     thx *x = k->x;
@@ -342,6 +369,7 @@ static int differentiate(compile *k) {
     }
     int rc = no_derivative(k, th_grad_join(copy, &options, &joint));
     thx_autocast_on(x, &cast);
+    if (rc == 0) rc = check_leaves(k, &joint);
     if (rc == 0 && (joint.ntangents || joint.nmutated)) {
         th_fuel fuel = {.left = -1};
         th_trace *forward = NULL;
@@ -359,7 +387,7 @@ static int differentiate(compile *k) {
 
 static int run_passes(compile *k) {
     thx_entry *e = k->e;
-    if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0) return -1;
+    if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0 || note_told(k) < 0) return -1;
     e->main.t = k->r->t;
     k->r->t = NULL;
     bool grad = take_flags(k->r, e->main.t);
@@ -410,14 +438,16 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     thx_leaves_fini(&k.leaves);
     thx_leaves_fini(&k.outputs);
     PyMem_Free(k.values);
+    PyMem_Free(k.told);
     PyMem_Free(k.fakes);
     Py_XDECREF(k.result);
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);
+    bool leaves = k.r && k.r->leaves; /* models that do this (wav2vec2) also draw which layers run: eager, as ever */
     Py_XDECREF((PyObject *)k.r);
     if (collecting) PyGC_Enable();
     if (rc < 0 && k.e->guards && !k.e->eager) {
-        if (PyErr_ExceptionMatches(x->GradNeeded))
+        if (PyErr_ExceptionMatches(x->GradNeeded) || (leaves && PyErr_ExceptionMatches(x->CaptureError)))
             k.e->eager = THX_EAGER_GRAD;
         else if (PyErr_ExceptionMatches(x->CaptureError) && c->fallback_eager)
             k.e->eager = THX_EAGER_REFUSED;

@@ -69,8 +69,7 @@ static PyObject *apply(PyObject *module, PyObject *args, PyObject *kwargs) {
     int part = takes_part(r, args);
     if (part < 0) return NULL;
     if (!part) return call_original(x, args, kwargs);
-    if (is_named(cls, "BackwardHookFunction"))
-        return thx_grad_needed(r, "a module has backward hooks, which a trace does not hold");
+    if (is_named(cls, "BackwardHookFunction")) return thx_tie_module(r, args);
     return record_whole(r, cls, args, kwargs);
 }
 

@@ -205,16 +205,58 @@ static th_node value_node(derivation *d, PyObject *tensor) {
     return cell ? th_node_value(d->r->t, cell->value) : 0;
 }
 
+/* Did the author of an autograd.Function say that its backward cannot be differentiated? The decorator leaves a
+ * wrapper. */
+static bool is_once_differentiable(const derivation *d) {
+    const th_rule_request *q = d->q;
+    PyObject *method = q->op->callee_opaque ? q->t->opaques[q->op->callee_opaque].object : NULL;
+    if (!method || !PyMethod_Check(method) || !PyType_Check(PyMethod_GET_SELF(method))) return false;
+    PyObject *backward = PyObject_GetAttrString(PyMethod_GET_SELF(method), "backward");
+    PyObject *module = PyImport_ImportModule("torch.autograd.function");
+    PyObject *decorator = module ? PyObject_GetAttrString(module, "once_differentiable") : NULL;
+    bool found = false;
+    if (backward && decorator && PyFunction_Check(backward) && PyFunction_Check(decorator)) {
+        PyCodeObject *code = (PyCodeObject *)PyFunction_GET_CODE(backward);
+        PyObject *consts = ((PyCodeObject *)PyFunction_GET_CODE(decorator))->co_consts;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(consts); i++)
+            found |= PyTuple_GET_ITEM(consts, i) == (PyObject *)code;
+    }
+    PyErr_Clear();
+    Py_XDECREF(backward);
+    Py_XDECREF(decorator);
+    Py_XDECREF(module);
+    return found;
+}
+
+static th_node mark_once(th_trace *t, uint32_t nuses, th_node gradient) {
+    th_val v = th__node_as_value(t, gradient), out = v ? th_trace_value(t, 0, t->values[v].type) : 0;
+    uint32_t n = t->ninputs - nuses;
+    th_node incoming[64];
+    if (!v || n > 64) return gradient;
+    for (uint32_t i = 0; i < n; i++) incoming[i] = th_node_value(t, t->inputs[nuses + i]);
+    th_node args[] = {gradient, th_node_seq(t, TH_N_TUPLE, n, incoming)};
+    if (!t->values[v].alias) t->values[v].alias = th_trace_alias(t);
+    t->values[out].alias = t->values[v].alias;
+    t->values[out].offset = t->values[v].offset;
+    th_trace_op(t, &(th_op_args){.kind = TH_OP_CALL,
+                                 .callee = th_intern_z(t->ctx, "thunder._kernels.once_differentiable"),
+                                 .args = th_node_seq(t, TH_N_TUPLE, 2, args),
+                                 .outs = th_node_value(t, out)});
+    return th_node_value(t, out);
+}
+
 static int set_result(derivation *d) {
     const th_rule_request *q = d->q;
     th_trace *t = d->r->t;
     th_node *kids = PyMem_Calloc(q->nouts + q->nuses + 1, sizeof *kids);
     Py_ssize_t at = 0;
+    bool once = is_once_differentiable(d);
     if (!kids) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < q->nouts; i++) kids[i] = value_node(d, PyList_GET_ITEM(d->outs, i));
     for (uint32_t i = 0; i < q->nuses; i++) {
         PyObject *grad = q->needs[i] && d->grads ? PyTuple_GET_ITEM(d->grads, at++) : Py_None;
         kids[q->nouts + i] = grad == Py_None ? th_node_none(t) : value_node(d, grad);
+        if (once && kids[q->nouts + i]) kids[q->nouts + i] = mark_once(t, q->nuses, kids[q->nouts + i]);
     }
     if (!PyErr_Occurred()) t->result = th_node_seq(t, TH_N_TUPLE, q->nouts + q->nuses, kids);
     PyMem_Free(kids);
@@ -247,7 +289,25 @@ static int embed_constants(derivation *d) {
 
 /* ---- names ---- */
 
-static bool same_results(const th_trace *t, const th_op *op, const th_call *call) {
+typedef struct sharing {
+    const th_trace *t;
+    uint32_t alias;
+    bool found;
+} sharing;
+
+static void find_sharing(void *user, th_val *v) {
+    sharing *s = user;
+    s->found |= s->t->values[*v].alias == s->alias;
+}
+
+static bool shares_with_argument(th_trace *t, const th_op *op, uint32_t alias) {
+    sharing s = {t, alias, false};
+    th_node_each_value(t, op->args, find_sharing, &s);
+    th_node_each_value(t, op->kwargs, find_sharing, &s);
+    return s.found;
+}
+
+static bool same_results(th_trace *t, const th_op *op, const th_call *call) {
     const th_node_data *outs = &t->nodes[op->outs];
     uint32_t n = outs->kind == TH_N_TUPLE ? outs->count : 1;
     if (n != call->nouts || (outs->kind == TH_N_TUPLE) != call->outs_list) return false;
@@ -256,7 +316,8 @@ static bool same_results(const th_trace *t, const th_op *op, const th_call *call
         if (out->kind != TH_N_VALUE || call->outs[i].same) return false;
         const th_value *v = &t->values[out->u.ref];
         bool view = call->outs[i].alias_of != 0;
-        if (v->type != th_type_set_grad(t->ctx, call->outs[i].type, false) || (v->alias != 0) != view) return false;
+        if (v->type != th_type_set_grad(t->ctx, call->outs[i].type, false) || (view && !v->alias)) return false;
+        if (!view && v->alias && shares_with_argument(t, op, v->alias)) return false;
         if (view && (t->values[call->outs[i].alias_of].alias != v->alias || call->outs[i].offset != v->offset))
             return false;
     }
@@ -293,8 +354,37 @@ static void use_public_name(thx *x, th_trace *t, th_op *op) {
 typedef struct around {
     PyObject *active, *threads, *script;
     int grad;
-    bool pushed;
+    bool pushed, hooked;
 } around;
+
+static PyObject *identity(PyObject *module, PyObject *o) {
+    (void)module;
+    return Py_NewRef(o);
+}
+static PyMethodDef identity_method = {"identity", identity, METH_O, NULL};
+
+/* Saved tensor hooks around the call are for what the call saves, not for what a rule does: the last ones pushed count.
+ * 1 pushed, 0 there are none, -1 error. */
+static int hide_saved_tensor_hooks(thx *x) {
+    PyObject *hooks = x->top_hooks ? PyObject_CallOneArg(x->top_hooks, Py_False) : Py_NewRef(Py_None);
+    Py_XDECREF(hooks);
+    if (!hooks || hooks == Py_None) return hooks ? 0 : -1;
+    PyObject *autograd = PyObject_GetAttrString(x->torch_c, "_autograd"),
+             *same = PyCFunction_New(&identity_method, NULL);
+    PyObject *done =
+        autograd && same ? PyObject_CallMethod(autograd, "_push_saved_tensors_default_hooks", "OO", same, same) : NULL;
+    Py_XDECREF(autograd);
+    Py_XDECREF(same);
+    Py_XDECREF(done);
+    return done ? 1 : -1;
+}
+
+static void show_saved_tensor_hooks(thx *x) {
+    PyObject *autograd = PyObject_GetAttrString(x->torch_c, "_autograd");
+    PyObject *done = autograd ? PyObject_CallMethod(autograd, "_pop_saved_tensors_default_hooks", NULL) : NULL;
+    Py_XDECREF(autograd);
+    Py_XDECREF(done);
+}
 
 static PyObject *call_flag(PyObject *function, bool on) {
     return PyObject_CallOneArg(function, on ? Py_True : Py_False);
@@ -314,14 +404,17 @@ static int enter(thx *x, derivation *d, around *a) {
     if (done) done = PyObject_CallOneArg(x->push_dispatch, (PyObject *)d->r);
     Py_XDECREF(done);
     a->pushed = done != NULL;
+    int hooked = done ? hide_saved_tensor_hooks(x) : -1;
+    a->hooked = hooked == 1;
     x->active = (PyObject *)d->r;
     x->active_thread = PyThread_get_thread_ident();
-    return done ? 0 : -1;
+    return hooked < 0 ? -1 : 0;
 }
 
 static void leave(thx *x, around *a) { /* keeps a pending exception */
     PyObject *type, *value, *trace, *done;
     PyErr_Fetch(&type, &value, &trace);
+    if (a->hooked) show_saved_tensor_hooks(x);
     x->active = a->active;
     if (a->pushed) {
         done = PyObject_CallOneArg(x->pop_dispatch, Py_None);

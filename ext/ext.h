@@ -27,6 +27,7 @@ typedef enum thx_func_kind {
     THX_FUNC_GRAD,   /* asks or tells autograd something: gradstate.c */
     THX_FUNC_SKIP,   /* switches a mode: run, not recorded */
     THX_FUNC_REFUSE, /* cannot be captured */
+    THX_FUNC_CHECK,  /* ours: raises or warns, by data */
 } thx_func_kind;
 typedef struct thx_func { /* what is known about a torch function object: funcs.c */
     PyObject *key;        /* owned */

@@ -175,7 +175,8 @@ static th_str dotted_name(thx *x, PyObject *function, const char *name) {
     th_str result = 0;
     if (module && PyUnicode_Check(module) && qualname && PyUnicode_Check(qualname)) {
         snprintf(text, sizeof text, "%s.%s", PyUnicode_AsUTF8(module), PyUnicode_AsUTF8(qualname));
-        if (strncmp(text, "torch.", 6) == 0 && !strchr(text, '<')) {
+        bool ours = strncmp(text, "thunder._kernels.", 17) == 0;
+        if ((ours || strncmp(text, "torch.", 6) == 0) && !strchr(text, '<')) {
             PyObject *owner = PyDict_GetItemString(PyImport_GetModuleDict(), PyUnicode_AsUTF8(module));
             PyObject *found = owner ? PyObject_GetAttr(owner, qualname) : NULL;
             PyErr_Clear();
@@ -210,6 +211,7 @@ static uint8_t kind_of(const char *callee, const char *name) {
     if (listed(queries, name)) return THX_FUNC_QUERY;
     if (listed(data, name)) return THX_FUNC_DATA;
     if (listed(skipped, name)) return THX_FUNC_SKIP;
+    if (strncmp(callee, "thunder._kernels.", 17) == 0) return THX_FUNC_CHECK;
     if (listed(refused, name)) return THX_FUNC_REFUSE;
     if (strcmp(callee, "torch.autograd.grad") == 0 || strncmp(callee, "torch.autograd.backward", 23) == 0)
         return THX_FUNC_GRAD;

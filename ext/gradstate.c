@@ -88,6 +88,7 @@ void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note) {
     th_trace *t = r->t;
     uint32_t alias = t->values[value].alias;
     if (note->marks & TH_MARK_NO_GRAD && flagged(r, value)) r->hidden_write = true;
+    if (thx_was_made_leaf(r, value)) r->hidden_write = true; /* and eager would refuse it */
     if (!note->grad) return;
     t->values[value].type = thx_flag_type(r, t->values[value].type, note);
     for (th_val v = 1; alias && v < t->nvalues; v++)
@@ -143,10 +144,41 @@ static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
     return NULL;
 }
 
+bool thx_was_made_leaf(const thx_recorder *r, th_val value) {
+    PyObject *id = r->leaves ? PyLong_FromUnsignedLong(value) : NULL;
+    bool found = id && PySet_Contains(r->leaves, id) == 1;
+    Py_XDECREF(id);
+    return found;
+}
+
+/* A tensor that the code computed is made to require grad. Its gradient ends there, where nobody sees it: what reads it
+ * runs in eager. What is left is what the code is told, and whether results require grad for its sake (compile.c). */
+static int make_leaf(thx_recorder *r, PyObject *tensor) {
+    thx_cell *cell = thx_recorder_cell(r, tensor);
+    if (!cell || (!r->leaves && !(r->leaves = PySet_New(NULL)))) return -1;
+    PyObject *id = PyLong_FromUnsignedLong(cell->value);
+    int rc = id ? PySet_Add(r->leaves, id) : -1;
+    Py_XDECREF(id);
+    th_typeref *type = &r->t->values[cell->value].type;
+    *type = th_type_set_grad(r->x->ctx, *type, true);
+    cell->ours = false;
+    return rc;
+}
+
+static bool may_require_grad(thx_recorder *r, PyObject *tensor) {
+    thx_cell *cell = thx_recorder_cell(r, tensor);
+    const th_type *type = cell ? th_type_get(r->x->ctx, r->t->values[cell->value].type) : NULL;
+    char class_ = type ? th_dtype_get((th_dtype)type->dtype)->class_ : 0;
+    PyErr_Clear();
+    return class_ == 'f' || class_ == 'c';
+}
+
 static PyObject *set_requires_grad(thx_recorder *r, PyObject *tensor, int is, PyObject *wanted) {
     int on = PyObject_IsTrue(wanted);
     if (on < 0) return NULL;
     if (on == is) return Py_NewRef(tensor);
+    if (on && !root_of(r, tensor) && may_require_grad(r, tensor))
+        return make_leaf(r, tensor) < 0 ? NULL : Py_NewRef(tensor);
     return thx_grad_needed(r,
                            on ? "a tensor is made to require gradients" : "a tensor is made to require no gradients");
 }
@@ -161,6 +193,10 @@ PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, P
     name += 13;
     if (strcmp(name, "requires_grad.__get__") == 0) return PyBool_FromLong(is);
     PyObject *root = root_of(r, tensor);
+    if (strcmp(name, "is_leaf.__get__") == 0 && is && !root) {
+        thx_cell *cell = thx_recorder_cell(r, tensor);
+        return cell ? PyBool_FromLong(thx_was_made_leaf(r, cell->value)) : NULL;
+    }
     if (strcmp(name, "is_leaf.__get__") == 0) return root ? PyObject_CallOneArg(func, root) : PyBool_FromLong(!is);
     if (strcmp(name, "requires_grad_") == 0) {
         PyObject *flag = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1)
@@ -174,7 +210,20 @@ PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, P
         Py_DECREF(same);
         Py_RETURN_NONE;
     }
-    if (strcmp(name, "grad_fn.__get__") == 0 && is && !root) return PyObject_CallNoArgs((PyObject *)r->x->GradFn);
+    if (strcmp(name, "register_hook") == 0 || strcmp(name, "retain_grad") == 0) {
+        if (!is) return PyObject_Call(func, args, kwargs); /* torch's own error */
+        if (!root && name[2] == 't') return thx_tie_grad(r, tensor);
+        PyObject *hook = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1) : PyDict_GetItemString(kwargs, "hook");
+        if (!root && hook) return thx_tie_hook(r, tensor, hook);
+    }
+    if (is && strcmp(name, "grad_fn.__get__") == 0) {
+        thx_cell *cell = thx_recorder_cell(r, tensor);
+        if (!cell) return NULL;
+        if (thx_was_made_leaf(r, cell->value)) Py_RETURN_NONE;
+        PyObject *node = thx_tie_node(r, tensor);
+        if (node || PyErr_Occurred()) return node;
+        if (!root) return PyObject_CallNoArgs((PyObject *)r->x->GradFn);
+    }
     if (!is && strcmp(name, "grad_fn.__get__") == 0) Py_RETURN_NONE;
     if (!is && strcmp(name, "grad.__get__") == 0 && !root) Py_RETURN_NONE;
     if (is) {

@@ -218,7 +218,8 @@ static PyObject **copy_items(PyObject *dict, Py_ssize_t *count) {
     return items;
 }
 
-static int walk_dict(walker *w, PyObject *dict, int depth) {
+/* `inside`: what the values hold matters too. */
+static int watch_items(walker *w, PyObject *dict, int depth, bool inside) {
     thx_guards *g = w->g;
     if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
     if (RESERVE(g->dicts) < 0 || watch(w->x, dict) < 0) return -1;
@@ -226,10 +227,12 @@ static int walk_dict(walker *w, PyObject *dict, int depth) {
     PyObject **items = copy_items(dict, &count);
     if (count < 0) return -1;
     g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, tag_of(dict)};
-    for (Py_ssize_t i = 0; i < count; i++)
+    for (Py_ssize_t i = 0; inside && i < count; i++)
         if (walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
     return 0;
 }
+
+static int walk_dict(walker *w, PyObject *dict, int depth) { return watch_items(w, dict, depth, true); }
 
 static int walk_sequence(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
@@ -333,13 +336,20 @@ static bool is_torchs_own(walker *w, PyObject *key, PyObject *value) {
     return PyODict_CheckExact(value) && PyUnicode_CheckExact(key) && PySet_Contains(w->x->module_dicts, key) == 1;
 }
 
+/* Backward hooks run after the call and read the world as it is then: only which ones there are matters. */
+static bool holds_backward_hooks(PyObject *key) {
+    return PyUnicode_CompareWithASCIIString(key, "_backward_hooks") == 0 ||
+           PyUnicode_CompareWithASCIIString(key, "_backward_pre_hooks") == 0;
+}
+
 /* The attributes of a module. */
 static int walk_module_dict(walker *w, PyObject *dict, int depth) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
         if (!is_torchs_own(w, key, value)) continue;
         int fresh = first_visit(w, value);
-        if (fresh < 0 || (fresh == 1 && walk_dict(w, value, depth + 1) < 0)) return -1;
+        bool inside = fresh == 1 && (!PyDict_GET_SIZE(value) || !holds_backward_hooks(key));
+        if (fresh < 0 || (fresh == 1 && watch_items(w, value, depth + 1, inside) < 0)) return -1;
     }
     return walk_dict(w, dict, depth);
 }
@@ -527,6 +537,12 @@ bool thx_guards_knows(const thx_guards *g, PyObject *o) {
         if (g->sequences.items[i].object == o) return true;
     for (uint32_t i = 0; i < g->objects.count; i++)
         if (g->objects.items[i].object == o) return true;
+    return false;
+}
+
+bool thx_guards_watches_cell(const thx_guards *g, PyObject *cell) {
+    for (uint32_t i = 0; i < g->cells.count; i++)
+        if (g->cells.items[i].cell == cell) return true;
     return false;
 }
 

@@ -436,6 +436,35 @@ static PyObject *retry_concrete(call *c) {
     return result;
 }
 
+/* The operator in terms of others, under the observer, when it is known in such terms. NULL without an exception: not.
+ */
+static PyObject *decompose(call *c) {
+    thx_recorder *r = c->r;
+    PyObject *module = c->callee ? PyImport_ImportModule("thunder._decompositions") : NULL;
+    PyObject *table = module ? PyObject_GetAttrString(module, "TABLE") : NULL;
+    PyObject *function = table ? PyDict_GetItemString(table, th_str_get(r->x->ctx, c->callee)) : NULL, *result = NULL;
+    PyObject *pushed = function ? PyObject_CallOneArg(r->x->push_function, (PyObject *)r) : NULL;
+    if (pushed) {
+        result = PyObject_Call(function, c->args, c->kwargs);
+        PyObject *type, *value, *trace;
+        PyErr_Fetch(&type, &value, &trace);
+        PyObject *popped = PyObject_CallNoArgs(r->x->pop_function);
+        Py_XDECREF(popped);
+        PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+    }
+    Py_XDECREF(pushed);
+    Py_XDECREF(table);
+    Py_XDECREF(module);
+    return result;
+}
+
+/* A check of data: kept, in its place. */
+static PyObject *record_check(call *c) {
+    if (emit(c, 0, false, TH_FX_STATE, NULL, 0) < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *explain_failure(call *c) {
     if (raised(data_dependent) || thx_read_of_fake_data()) {
         PyObject *type, *value, *trace;
@@ -446,6 +475,7 @@ static PyObject *explain_failure(call *c) {
         Py_XDECREF(trace);
         if (result) return adopt_real_results(c->r, result);
         if (!PyErr_Occurred()) result = retry_concrete(c);
+        if (!result && !PyErr_Occurred()) result = decompose(c);
         return result || PyErr_Occurred() ? result : data_error(c);
     }
     if (raised(fake_limits) || PyErr_ExceptionMatches(PyExc_NotImplementedError) || lacks_fake()) {
@@ -612,6 +642,7 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
         r->forgivable = false;
         return result;
     }
+    if (f->kind == THX_FUNC_CHECK) return record_check(&c);
     if (f->kind == THX_FUNC_REFUSE) {
         char text[200];
         snprintf(text, sizeof text, "%s", f->callee ? th_str_get(x->ctx, f->callee) : "this call");

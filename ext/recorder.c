@@ -510,6 +510,7 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
     if (grad >= 0 && enter(r, &s) == 0) {
         *result = PyObject_Call(fn, args, kwargs);
         leave(r, &s);
+        thx_ties_close(r);
         if (!*result && !PyErr_ExceptionMatches(x->CaptureError) && !PyErr_ExceptionMatches(x->GradNeeded))
             explain_exception(r);
     }
@@ -590,6 +591,8 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_XDECREF(r->rng_last);
     Py_XDECREF(r->rng_outer);
     Py_XDECREF(r->hooks);
+    Py_XDECREF(r->ties);
+    Py_XDECREF(r->leaves);
     th_trace_free(r->t);
     type->tp_free((PyObject *)r);
     Py_DECREF(type);

@@ -3,23 +3,14 @@
  * An instruction from here trusts the sizes and strides that the trace states. The first run of a plan checks every
  * result against them (callable.c); a plan that fails the check is lowered again without this file.
  */
-#include "lower.h"
+#include "shims.h"
 
-#include "executors/tile/tile.h"
+#include "passes/pass.h"
 
 #include <math.h>
 #include <string.h>
 
-enum { SMALL = 4096, SMALL_PRODUCT = 65536 }; /* elements, multiply-adds: above, torch's threaded kernels win */
-
 /* ---- reading the operation ---- */
-
-typedef struct shape_op { /* the operation with its arguments by parameter */
-    thx_lowering *l;
-    const th_op *op;
-    const char *name; /* of the catalogue entry, without the "functional." of a twin with other parameters */
-    th_call call;
-} shape_op;
 
 static int param_index(const th_opdef *def, const char *name) {
     size_t n = strlen(name);
@@ -44,8 +35,6 @@ static th_node param(const shape_op *s, const char *name) {
     return i >= 0 && (uint32_t)i < s->call.nparams ? s->call.arg[i] : 0;
 }
 
-static const th_node_data *data_of(const shape_op *s, th_node n) { return &s->l->t->nodes[n]; }
-
 static bool absent(const shape_op *s, const char *name) {
     th_node n = param(s, name);
     return !n || data_of(s, n)->kind == TH_N_NONE;
@@ -57,34 +46,16 @@ static bool off(const shape_op *s, const char *name) {
     return d->kind == TH_N_ABSENT || d->kind == TH_N_NONE || (d->kind == TH_N_BOOL && !d->u.i);
 }
 
-static th_val value_at(const shape_op *s, th_node n) {
-    const th_node_data *d = data_of(s, n);
-    return n && d->kind == TH_N_VALUE ? d->u.ref : 0;
-}
-
-static bool number_at(const shape_op *s, th_node n, double *out) {
-    const th_node_data *d = data_of(s, n);
-    if (!n || (d->kind != TH_N_INT && d->kind != TH_N_FLOAT && d->kind != TH_N_BOOL)) return false;
-    *out = d->kind == TH_N_FLOAT ? d->u.f : (double)d->u.i;
-    return true;
-}
-
-static const th_type *type_of(const shape_op *s, th_val v) {
-    return th_type_get(s->l->x->ctx, s->l->t->values[v].type);
-}
-
 static bool is_cpu(const shape_op *s, const th_type *t) {
     return t->kind == TH_TYPE_TENSOR && strcmp(th_device_type(s->l->x->ctx, t->device), "cpu") == 0;
 }
 
-static bool small_f32(const shape_op *s, th_val v) {
+bool thx_shim_small(const shape_op *s, th_val v) {
     const th_type *t = type_of(s, v);
-    return v && t->dtype == TH_F32 && is_cpu(s, t) && t->ndim <= TH_TILE_RANK && th_type_numel(t) <= SMALL;
+    return v && t->dtype == TH_F32 && is_cpu(s, t) && t->ndim <= TH_TILE_RANK && th_type_numel(t) <= THX_SMALL;
 }
 
 static bool returned(const thx_lowering *l, th_val v);
-
-/* ---- slots ---- */
 
 static int fail(const char *what) {
     if (!PyErr_Occurred()) PyErr_Format(PyExc_RuntimeError, "torch refused %s", what);
@@ -99,17 +70,13 @@ static void put_handle(th_frame *f, uint32_t slot, th_h h) {
     s->owns_object = false;
 }
 
-static const float *pointer(thx *x, th_slot *slot) {
+const float *thx_shim_pointer(thx *x, th_slot *slot) {
     void *p = NULL;
     x->abi.aoti_torch_get_data_ptr(thx_slot_handle(x, slot), &p);
     return p;
 }
 
-typedef struct fresh { /* a new contiguous float32 CPU tensor */
-    int64_t ndim, sizes[TH_TILE_RANK], strides[TH_TILE_RANK];
-} fresh;
-
-static float *allocate(thx *x, th_frame *f, const fresh *o, uint32_t slot) {
+float *thx_shim_allocate(thx *x, th_frame *f, const fresh *o, uint32_t slot) {
     th_h h = NULL;
     void *p = NULL;
     if (x->abi.aoti_torch_empty_strided(o->ndim, o->sizes, o->strides, x->abi.scalar_types[TH_F32], 0, 0, &h) ||
@@ -121,13 +88,13 @@ static float *allocate(thx *x, th_frame *f, const fresh *o, uint32_t slot) {
     return p;
 }
 
-static void fresh_init(fresh *o, const th_type *t) {
+void thx_shim_fresh(fresh *o, const th_type *t) {
     o->ndim = t->ndim;
     memcpy(o->sizes, t->shape, sizeof(int64_t) * t->ndim);
     memcpy(o->strides, t->stride, sizeof(int64_t) * t->ndim);
 }
 
-static int add(thx_lowering *l, th_instr_fn run, thx_instr_data *data, th_opref o) {
+int thx_shim_add(thx_lowering *l, th_instr_fn run, thx_instr_data *data, th_opref o) {
     data->free = PyMem_Free;
     l->nshim++;
     return thx_check(l->x, th_plan_add(l->plan, run, data, o)) < 0 ? -1 : 1;
@@ -167,7 +134,7 @@ static int emit_view(const shape_op *s, th_opref o, th_val from, th_val to) {
     memcpy(v->dims + t->ndim, t->stride, sizeof(int64_t) * t->ndim);
     v->from = thx_slot_for(s->l, from);
     v->to = thx_slot_for(s->l, to);
-    return add(s->l, run_view, &v->head, o);
+    return thx_shim_add(s->l, run_view, &v->head, o);
 }
 
 static int lower_views(shape_op *s, th_opref o) {
@@ -197,9 +164,9 @@ typedef struct map_data {
 static int run_map(th_frame *f, const th_instr *instr) {
     const map_data *d = instr->data;
     thx *x = f->user;
-    const float *a = d->map.scalar_at == 1 ? NULL : pointer(x, &f->slots[d->a]);
-    const float *b = d->b == UINT32_MAX ? NULL : pointer(x, &f->slots[d->b]);
-    float *out = allocate(x, f, &d->o, d->out);
+    const float *a = d->map.scalar_at == 1 ? NULL : thx_shim_pointer(x, &f->slots[d->a]);
+    const float *b = d->b == UINT32_MAX ? NULL : thx_shim_pointer(x, &f->slots[d->b]);
+    float *out = thx_shim_allocate(x, f, &d->o, d->out);
     if (!out) return -1;
     th_tile_map_run(&d->map, out, a, b);
     return 0;
@@ -211,10 +178,12 @@ static void broadcast_strides(const th_type *t, const th_type *to, int64_t *out)
 }
 
 /* a and b may be 0: then the scalar stands there. */
-static int emit_map(shape_op *s, th_opref o, th_tile_op op, th_val a, th_val b, double scalar, th_val out) {
+int thx_shim_map(shape_op *s, th_opref o, th_tile_op op, th_val a, th_val b, double scalar, th_val out) {
     const th_type *t = type_of(s, out);
     int64_t sa[TH_TILE_RANK] = {0}, sb[TH_TILE_RANK] = {0};
-    if (!small_f32(s, out) || (a && !small_f32(s, a)) || (b && !small_f32(s, b)) || th_type_numel(t) == 0) return 0;
+    if (!thx_shim_small(s, out) || (a && !thx_shim_small(s, a)) || (b && !thx_shim_small(s, b)) ||
+        th_type_numel(t) == 0)
+        return 0;
     if (a) broadcast_strides(type_of(s, a), t, sa);
     if (b) broadcast_strides(type_of(s, b), t, sb);
     map_data *d = PyMem_Calloc(1, sizeof *d);
@@ -223,11 +192,11 @@ static int emit_map(shape_op *s, th_opref o, th_tile_op op, th_val a, th_val b, 
     th_tile_map_init(&d->map, op, t->ndim, t->shape, t->stride, sa, two ? sb : NULL);
     d->map.scalar = (float)scalar;
     d->map.scalar_at = !a ? 1 : two && !b ? 2 : 0;
-    fresh_init(&d->o, t);
+    thx_shim_fresh(&d->o, t);
     d->a = a ? thx_slot_for(s->l, a) : UINT32_MAX;
     d->b = b ? thx_slot_for(s->l, b) : UINT32_MAX;
     d->out = thx_slot_for(s->l, out);
-    return add(s->l, run_map, &d->head, o);
+    return thx_shim_add(s->l, run_map, &d->head, o);
 }
 
 static const struct {
@@ -255,16 +224,16 @@ static int lower_pointwise(shape_op *s, th_opref o, th_val out) {
     th_val a = value_at(s, s->call.arg[0]);
     for (size_t i = 0; a && i < sizeof unary_ops / sizeof *unary_ops; i++)
         if (strcmp(name, unary_ops[i].name) == 0)
-            return off(s, "inplace") ? emit_map(s, o, (th_tile_op)unary_ops[i].op, a, 0, 0, out) : 0;
+            return off(s, "inplace") ? thx_shim_map(s, o, (th_tile_op)unary_ops[i].op, a, 0, 0, out) : 0;
     if (a && strcmp(name, "gelu") == 0) {
         const th_node_data *mode = data_of(s, param(s, "approximate"));
         const char *text = mode->kind == TH_N_STR ? th_str_get(s->l->x->ctx, mode->u.ref) : "none";
-        return emit_map(s, o, strcmp(text, "tanh") == 0 ? TH_TILE_GELU_TANH : TH_TILE_GELU, a, 0, 0, out);
+        return thx_shim_map(s, o, strcmp(text, "tanh") == 0 ? TH_TILE_GELU_TANH : TH_TILE_GELU, a, 0, 0, out);
     }
     double number = 0;
     if (a && strcmp(name, "pow") == 0)
         return s->call.nparams > 1 && number_at(s, s->call.arg[1], &number) && number == 2.0
-                   ? emit_map(s, o, TH_TILE_SQUARE, a, 0, 0, out)
+                   ? thx_shim_map(s, o, TH_TILE_SQUARE, a, 0, 0, out)
                    : 0;
     for (size_t i = 0; i < sizeof binary_ops / sizeof *binary_ops; i++) {
         if (strcmp(name, binary_ops[i].name) != 0 || s->call.nparams < 2) continue;
@@ -275,8 +244,8 @@ static int lower_pointwise(shape_op *s, th_opref o, th_val out) {
         th_val b = value_at(s, s->call.arg[1]);
         bool sa = !a && number_at(s, s->call.arg[0], &number), sb = !b && number_at(s, s->call.arg[1], &number);
         if ((!a && !sa) || (!b && !sb) || (!a && !b)) return 0;
-        return binary_ops[i].swapped ? emit_map(s, o, (th_tile_op)binary_ops[i].op, b, a, number, out)
-                                     : emit_map(s, o, (th_tile_op)binary_ops[i].op, a, b, number, out);
+        return binary_ops[i].swapped ? thx_shim_map(s, o, (th_tile_op)binary_ops[i].op, b, a, number, out)
+                                     : thx_shim_map(s, o, (th_tile_op)binary_ops[i].op, a, b, number, out);
     }
     return 0;
 }
@@ -288,7 +257,7 @@ static int lower_copy(shape_op *s, th_opref o, th_val out) {
     th_val a = value_at(s, s->call.arg[0]);
     bool known = false;
     for (int i = 0; names[i]; i++) known |= strcmp(s->name, names[i]) == 0;
-    if (!known || !a || s->l->t->values[out].alias || !small_f32(s, a) || !small_f32(s, out)) return 0;
+    if (!known || !a || s->l->t->values[out].alias || !thx_shim_small(s, a) || !thx_shim_small(s, out)) return 0;
     const th_type *from = type_of(s, a), *to = type_of(s, out);
     bool same_shape = from->ndim == to->ndim && memcmp(from->shape, to->shape, sizeof(int64_t) * to->ndim) == 0;
     if ((!to->contiguous && !same_shape) || th_type_numel(from) != th_type_numel(to) || !th_type_numel(to)) return 0;
@@ -298,11 +267,11 @@ static int lower_copy(shape_op *s, th_opref o, th_val out) {
     for (uint32_t i = from->ndim; i-- > 0; step *= from->shape[i]) rows[i] = step;
     th_tile_map_init(&d->map, TH_TILE_COPY, from->ndim, from->shape, same_shape ? to->stride : rows, from->stride,
                      NULL);
-    fresh_init(&d->o, to);
+    thx_shim_fresh(&d->o, to);
     d->a = thx_slot_for(s->l, a);
     d->b = UINT32_MAX;
     d->out = thx_slot_for(s->l, out);
-    return add(s->l, run_map, &d->head, o);
+    return thx_shim_add(s->l, run_map, &d->head, o);
 }
 
 /* ---- cat ---- */
@@ -322,8 +291,8 @@ static int run_cat(th_frame *f, const th_instr *instr) {
     const cat_data *d = instr->data;
     thx *x = f->user;
     const float *in[16];
-    for (uint32_t i = 0; i < d->count; i++) in[i] = pointer(x, &f->slots[d->part[i].slot]);
-    float *out = allocate(x, f, &d->o, d->out);
+    for (uint32_t i = 0; i < d->count; i++) in[i] = thx_shim_pointer(x, &f->slots[d->part[i].slot]);
+    float *out = thx_shim_allocate(x, f, &d->o, d->out);
     if (!out) return -1;
     for (uint32_t i = 0; i < d->count; i++) th_tile_map_run(&d->part[i].map, out + d->part[i].offset, in[i], NULL);
     return 0;
@@ -334,12 +303,12 @@ static int lower_cat(shape_op *s, th_opref o, th_val out) {
     const th_type *t = type_of(s, out);
     int64_t axis = dim->kind == TH_N_INT ? dim->u.i : 0;
     axis += axis < 0 ? t->ndim : 0;
-    if ((list->kind != TH_N_TUPLE && list->kind != TH_N_LIST) || list->count > 16 || !small_f32(s, out) || !t->ndim ||
-        axis < 0 || axis >= t->ndim)
+    if ((list->kind != TH_N_TUPLE && list->kind != TH_N_LIST) || list->count > 16 || !thx_shim_small(s, out) ||
+        !t->ndim || axis < 0 || axis >= t->ndim)
         return 0;
     for (uint32_t i = 0; i < list->count; i++) {
         th_val v = value_at(s, s->l->t->kids[list->u.kids + i]);
-        if (!v || !small_f32(s, v) || type_of(s, v)->ndim != t->ndim || !th_type_numel(type_of(s, v))) return 0;
+        if (!v || !thx_shim_small(s, v) || type_of(s, v)->ndim != t->ndim || !th_type_numel(type_of(s, v))) return 0;
     }
     cat_data *d = PyMem_Calloc(1, sizeof *d + sizeof d->part[0] * list->count);
     if (!d) return PyErr_NoMemory(), -1;
@@ -352,9 +321,9 @@ static int lower_cat(shape_op *s, th_opref o, th_val out) {
         th_tile_map_init(&d->part[d->count].map, TH_TILE_COPY, part->ndim, part->shape, t->stride, part->stride, NULL);
         at += part->shape[axis];
     }
-    fresh_init(&d->o, t);
+    thx_shim_fresh(&d->o, t);
     d->out = thx_slot_for(s->l, out);
-    return add(s->l, run_cat, &d->head, o);
+    return thx_shim_add(s->l, run_cat, &d->head, o);
 }
 
 /* ---- attention ---- */
@@ -369,8 +338,9 @@ typedef struct attention_data {
 static int run_attention(th_frame *f, const th_instr *instr) {
     const attention_data *d = instr->data;
     thx *x = f->user;
-    const float *q = pointer(x, &f->slots[d->q]), *k = pointer(x, &f->slots[d->k]), *v = pointer(x, &f->slots[d->v]);
-    float *out = allocate(x, f, &d->o, d->out);
+    const float *q = thx_shim_pointer(x, &f->slots[d->q]), *k = thx_shim_pointer(x, &f->slots[d->k]),
+                *v = thx_shim_pointer(x, &f->slots[d->v]);
+    float *out = thx_shim_allocate(x, f, &d->o, d->out);
     if (!out) return -1;
     th_tile_attention_run(&d->t, out, q, k, v);
     return 0;
@@ -381,15 +351,16 @@ static int lower_attention(shape_op *s, th_opref o, th_val out) {
     th_val q = value_at(s, s->call.arg[0]), k = value_at(s, s->call.arg[1]), v = value_at(s, s->call.arg[2]);
     double dropout = 0, scale = 0;
     const th_node_data *causal = data_of(s, param(s, "is_causal"));
-    if (!q || !k || !v || !absent(s, "attn_mask") || !off(s, "enable_gqa") || !small_f32(s, out) || !small_f32(s, q) ||
-        !small_f32(s, k) || !small_f32(s, v) || (number_at(s, param(s, "dropout_p"), &dropout) && dropout != 0))
+    if (!q || !k || !v || !absent(s, "attn_mask") || !off(s, "enable_gqa") || !thx_shim_small(s, out) ||
+        !thx_shim_small(s, q) || !thx_shim_small(s, k) || !thx_shim_small(s, v) ||
+        (number_at(s, param(s, "dropout_p"), &dropout) && dropout != 0))
         return 0;
     const th_type *tq = type_of(s, q), *tk = type_of(s, k), *tv = type_of(s, v), *to = type_of(s, out);
     if (tq->ndim != 4 || tk->ndim != 4 || tv->ndim != 4 || to->ndim != 4 || !th_type_numel(to) || !th_type_numel(tk) ||
         tk->shape[2] > MAX_KEYS || tq->shape[3] != tk->shape[3] || tq->shape[0] != tk->shape[0] ||
         tq->shape[1] != tk->shape[1] || tv->shape[0] != tk->shape[0] || tv->shape[1] != tk->shape[1] ||
         tv->shape[2] != tk->shape[2] ||
-        tq->shape[0] * tq->shape[1] * tq->shape[2] * tk->shape[2] * (tq->shape[3] + tv->shape[3]) > SMALL_PRODUCT)
+        tq->shape[0] * tq->shape[1] * tq->shape[2] * tk->shape[2] * (tq->shape[3] + tv->shape[3]) > THX_SMALL_PRODUCT)
         return 0;
     if (!number_at(s, param(s, "scale"), &scale)) scale = 1.0 / sqrt((double)tq->shape[3]);
     attention_data *d = PyMem_Calloc(1, sizeof *d);
@@ -402,10 +373,10 @@ static int lower_attention(shape_op *s, th_opref o, th_val out) {
     memcpy(t->k, tk->stride, sizeof t->k);
     memcpy(t->v, tv->stride, sizeof t->v);
     memcpy(t->o, to->stride, sizeof t->o);
-    fresh_init(&d->o, to);
+    thx_shim_fresh(&d->o, to);
     d->q = thx_slot_for(s->l, q), d->k = thx_slot_for(s->l, k), d->v = thx_slot_for(s->l, v);
     d->out = thx_slot_for(s->l, out);
-    return add(s->l, run_attention, &d->head, o);
+    return thx_shim_add(s->l, run_attention, &d->head, o);
 }
 
 /* ---- embedding ---- */
@@ -420,9 +391,9 @@ typedef struct embedding_data {
 static int run_embedding(th_frame *f, const th_instr *instr) {
     const embedding_data *d = instr->data;
     thx *x = f->user;
-    const void *index = pointer(x, &f->slots[d->index]);
-    const float *table = pointer(x, &f->slots[d->table]);
-    float *out = allocate(x, f, &d->o, d->out);
+    const void *index = thx_shim_pointer(x, &f->slots[d->index]);
+    const float *table = thx_shim_pointer(x, &f->slots[d->table]);
+    float *out = thx_shim_allocate(x, f, &d->o, d->out);
     if (!out) return -1;
     if (th_tile_embedding(out, index, d->count, table, d->size, d->n) < 0) return 0;
     PyErr_SetString(PyExc_IndexError, "index out of range in self");
@@ -431,7 +402,7 @@ static int run_embedding(th_frame *f, const th_instr *instr) {
 
 static int lower_embedding(shape_op *s, th_opref o, th_val out) {
     th_val index = value_at(s, s->call.arg[0]), table = value_at(s, s->call.arg[1]);
-    if (!index || !table || !absent(s, "max_norm") || !small_f32(s, out) || !type_of(s, out)->contiguous) return 0;
+    if (!index || !table || !absent(s, "max_norm") || !thx_shim_small(s, out) || !type_of(s, out)->contiguous) return 0;
     const th_type *ti = type_of(s, index), *tt = type_of(s, table);
     if (ti->dtype != TH_I64 || !ti->contiguous || !is_cpu(s, ti) || tt->dtype != TH_F32 || !tt->contiguous ||
         !is_cpu(s, tt) || tt->ndim != 2 || !th_type_numel(type_of(s, out)))
@@ -439,9 +410,9 @@ static int lower_embedding(shape_op *s, th_opref o, th_val out) {
     embedding_data *d = PyMem_Calloc(1, sizeof *d);
     if (!d) return PyErr_NoMemory(), -1;
     d->count = th_type_numel(ti), d->size = tt->shape[0], d->n = tt->shape[1];
-    fresh_init(&d->o, type_of(s, out));
+    thx_shim_fresh(&d->o, type_of(s, out));
     d->index = thx_slot_for(s->l, index), d->table = thx_slot_for(s->l, table), d->out = thx_slot_for(s->l, out);
-    return add(s->l, run_embedding, &d->head, o);
+    return thx_shim_add(s->l, run_embedding, &d->head, o);
 }
 
 /* ---- rows ---- */
@@ -458,10 +429,10 @@ typedef struct rows_data {
 static int run_rows(th_frame *f, const th_instr *instr) {
     const rows_data *d = instr->data;
     thx *x = f->user;
-    const float *in = pointer(x, &f->slots[d->x]);
-    const float *w = d->w == UINT32_MAX ? NULL : pointer(x, &f->slots[d->w]);
-    const float *b = d->b == UINT32_MAX ? NULL : pointer(x, &f->slots[d->b]);
-    float *out = allocate(x, f, &d->o, d->out);
+    const float *in = thx_shim_pointer(x, &f->slots[d->x]);
+    const float *w = d->w == UINT32_MAX ? NULL : thx_shim_pointer(x, &f->slots[d->w]);
+    const float *b = d->b == UINT32_MAX ? NULL : thx_shim_pointer(x, &f->slots[d->b]);
+    float *out = thx_shim_allocate(x, f, &d->o, d->out);
     if (!out) return -1;
     switch (d->kind) {
     case 'l': th_tile_linear(out, in, w, b, d->rows, d->n, d->k); break;
@@ -476,16 +447,16 @@ static int emit_rows(shape_op *s, th_opref o, rows_data d, th_val x, th_val w, t
     rows_data *copy = PyMem_Malloc(sizeof *copy);
     if (!copy) return PyErr_NoMemory(), -1;
     *copy = d;
-    fresh_init(&copy->o, type_of(s, out));
+    thx_shim_fresh(&copy->o, type_of(s, out));
     copy->x = thx_slot_for(s->l, x);
     copy->w = w ? thx_slot_for(s->l, w) : UINT32_MAX;
     copy->b = b ? thx_slot_for(s->l, b) : UINT32_MAX;
     copy->out = thx_slot_for(s->l, out);
-    return add(s->l, run_rows, &copy->head, o);
+    return thx_shim_add(s->l, run_rows, &copy->head, o);
 }
 
 static bool row_input(const shape_op *s, th_val v) {
-    return v && small_f32(s, v) && type_of(s, v)->contiguous && th_type_numel(type_of(s, v)) > 0;
+    return v && thx_shim_small(s, v) && type_of(s, v)->contiguous && th_type_numel(type_of(s, v)) > 0;
 }
 
 static bool vector_of(const shape_op *s, th_val v, int64_t n) {
@@ -495,11 +466,11 @@ static bool vector_of(const shape_op *s, th_val v, int64_t n) {
 
 static int lower_linear(shape_op *s, th_opref o, th_val out) {
     th_val x = value_at(s, s->call.arg[0]), w = value_at(s, s->call.arg[1]), b = value_at(s, param(s, "bias"));
-    if (!row_input(s, x) || !w || !small_f32(s, out) || !type_of(s, out)->contiguous) return 0;
+    if (!row_input(s, x) || !w || !thx_shim_small(s, out) || !type_of(s, out)->contiguous) return 0;
     const th_type *tx = type_of(s, x), *tw = type_of(s, w);
     if (tw->ndim != 2 || tw->dtype != TH_F32 || !tw->contiguous || !is_cpu(s, tw) || !tx->ndim) return 0;
     int64_t k = tw->shape[1], n = tw->shape[0], rows = th_type_numel(tx) / (k ? k : 1);
-    if (tx->shape[tx->ndim - 1] != k || rows * n * k > SMALL_PRODUCT || !rows || !n || !k ||
+    if (tx->shape[tx->ndim - 1] != k || rows * n * k > THX_SMALL_PRODUCT || !rows || !n || !k ||
         (!b && !absent(s, "bias")) || (b && !vector_of(s, b, n)))
         return 0;
     return emit_rows(s, o, (rows_data){.kind = 'l', .rows = rows, .n = n, .k = k}, x, w, b, out);
@@ -509,7 +480,7 @@ static int lower_layer_norm(shape_op *s, th_opref o, th_val out) {
     th_val x = value_at(s, s->call.arg[0]), w = value_at(s, param(s, "weight")), b = value_at(s, param(s, "bias"));
     const th_node_data *shape = data_of(s, param(s, "normalized_shape"));
     double eps = 1e-5;
-    if (!row_input(s, x) || !small_f32(s, out) || !type_of(s, out)->contiguous || shape->count != 1 ||
+    if (!row_input(s, x) || !thx_shim_small(s, out) || !type_of(s, out)->contiguous || shape->count != 1 ||
         (shape->kind != TH_N_TUPLE && shape->kind != TH_N_LIST) || (!w && !absent(s, "weight")) ||
         (!b && !absent(s, "bias")) || (!absent(s, "eps") && !number_at(s, param(s, "eps"), &eps)))
         return 0;
@@ -529,7 +500,7 @@ static bool last_dim(const shape_op *s, th_node n, uint32_t ndim) {
 static int lower_reduction(shape_op *s, th_opref o, th_val out) {
     bool mean = strcmp(s->name, "mean") == 0;
     th_val x = value_at(s, s->call.arg[0]);
-    if ((!mean && strcmp(s->name, "softmax") != 0) || !row_input(s, x) || !small_f32(s, out) ||
+    if ((!mean && strcmp(s->name, "softmax") != 0) || !row_input(s, x) || !thx_shim_small(s, out) ||
         !type_of(s, out)->contiguous || !absent(s, "dtype"))
         return 0;
     const th_type *t = type_of(s, x);
@@ -550,12 +521,25 @@ static bool returned(const thx_lowering *l, th_val v) {
     return false;
 }
 
+/* A view that the catalogue does not know: where its elements lie was recorded. */
+static int lower_recorded_view(shape_op *s, th_opref o) {
+    th_val from = value_at(s, th__op_arg(s->l->t, s->op, 0, NULL)), to = value_at(s, s->op->outs);
+    bool aten = strncmp(th_str_get(s->l->x->ctx, s->op->callee), "torch.ops.aten.", 15) == 0;
+    const char *name = th_str_get(s->l->x->ctx, s->op->callee);
+    if (strstr(name, "conj") || strstr(name, "neg_view")) return 0; /* bits beside the metadata */
+    if (!aten || !from || !to || !s->l->x->abi.aoti_torch__reinterpret_tensor) return 0;
+    return is_view(s, from, to) ? emit_view(s, o, from, to) : 0;
+}
+
 int thx_lower_shim(thx_lowering *l, th_opref o) {
     thx *x = l->x;
     const th_op *op = &l->t->ops[o];
     if (!x->abi.shims || l->plain || op->callee_opaque || op->effects || !op->outs) return 0;
     const th_opdef *def = th_catalog_find(x->catalog, op->callee);
     shape_op s = {.l = l, .op = op};
+    int done = def ? 0 : lower_recorded_view(&s, o);
+    if (!done) done = thx_lower_backward(&s, o);
+    if (done) return done;
     if (!def || (def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM)) ||
         th_call_bind(&s.call, def, (th_trace *)l->t, op->args, op->kwargs) != TH_OK)
         return 0;

@@ -566,7 +566,9 @@ def backward_kernels(device):
         lambda g, x: aten.nll_loss_backward.default(
             g.sum(), x, torch.zeros(x.shape[0], dtype=torch.int64, device=device), None, 1, -100, x.sum()
         ),
-        lambda g, x: aten.embedding_dense_backward.default(g, torch.zeros(g.shape[:-1], dtype=torch.int64), 5, -1, False),
+        lambda g, x: aten.embedding_dense_backward.default(
+            g, torch.zeros(g.shape[:-1], dtype=torch.int64), 5, -1, False
+        ),
         lambda g, x: aten.index_put.default(x.contiguous(), [torch.zeros(g.shape[0], dtype=torch.int64)], g, True),
         lambda g, x: aten.index_add.default(x.contiguous(), 0, torch.zeros(g.shape[0], dtype=torch.int64), g),
     ]

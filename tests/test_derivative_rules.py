@@ -94,17 +94,20 @@ CASES: dict[str, list[tuple[Program, tuple[Any, ...]]]] = {
         (lambda x, t: F.binary_cross_entropy_with_logits(x, t), (leaf(3, 4), torch.rand(3, 4).double()))
     ],
     "scaled_dot_product_attention": [
-        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (leaf(2, 3, 4, 8), leaf(2, 3, 5, 8), leaf(2, 3, 5, 8))),
+        (
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+            (leaf(2, 3, 4, 8), leaf(2, 3, 5, 8), leaf(2, 3, 5, 8)),
+        ),
         (
             lambda q, k, m: F.scaled_dot_product_attention(q, k, k, attn_mask=m, scale=0.3),
             (leaf(2, 3, 4, 8), leaf(2, 3, 5, 8), torch.ones(4, 5, dtype=torch.bool).tril()),
         ),
         (
-            lambda q: F.scaled_dot_product_attention(q.transpose(1, 2), q.transpose(1, 2), q.transpose(1, 2), is_causal=True),
-            (leaf(2, 5, 3, 8),),
+            lambda q, k: F.scaled_dot_product_attention(q.transpose(1, 2), k, k, is_causal=True),
+            (leaf(2, 5, 3, 8), leaf(2, 3, 5, 8)),
         ),
     ],
-}  # fmt: skip
+}
 
 
 def rules_called(op: OpInfo) -> set[str]:

@@ -31,6 +31,12 @@ def test_readme_example_runs(capsys):
     assert capsys.readouterr().out.startswith("1 1\n")
 
 
+def test_training_page_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    exec(compile(example, "training.md", "exec"), {"__name__": "training"})
+    assert "def backward(" in capsys.readouterr().out
+
+
 def test_coverage_page_has_the_sections_that_the_tools_write(tmp_path):
     from tests.harness.report import COVERAGE, write_section
 

@@ -31,8 +31,9 @@ def test_model_on_cuda_equals_eager(name: str) -> None:
     assert verdict.outcome == RIGHT, verdict.reason
 
 
-# Falls back with a warning, on the CPU too (tests/training_gaps.py).
-MAY_FALL_BACK = ("swin", "wav2vec2", "mamba", "deberta_v2")
+# Some versions of transformers write them so that training runs in eager with a warning, or is refused: they ask for
+# values (mixtral's grouped products, whisper's check for infinities), or see tests/training_gaps.py.
+MAY_FALL_BACK = ("swin", "wav2vec2", "mamba", "deberta_v2", "mixtral", "whisper")
 
 
 @pytest.mark.parametrize("name", GPU_MODELS)

@@ -439,12 +439,6 @@ def memory(a):
     return a, a.data_ptr()  # here
 
 
-def hook(a):
-    b = a * 2
-    b.register_hook(lambda g: g)  # here
-    return b
-
-
 DATA = [
     branch,
     item,
@@ -463,7 +457,6 @@ DATA = [
     formatted,
     printed,
     memory,
-    hook,
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -345,6 +347,50 @@ def test_once_differentiable_raises_in_the_second_backward_as_in_eager():
 
     for _ in range(2):
         assert_same_error(lambda: attempt(f), lambda: attempt(compiled), "once_differentiable")
+
+
+def test_once_differentiable_leaves_no_second_derivative_as_in_eager():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(a)
+            return a**3, b * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad, other):
+            (a,) = ctx.saved_tensors
+            return grad * 3 * a**2, other
+
+    def run(fn, call):
+        a = leaf()
+        (g,) = torch.autograd.grad(fn(a).sum(), a, create_graph=True)
+        return g.detach(), torch.autograd.grad(g.sum(), a)
+
+    assert_compiled(compare_runs(lambda a: Once.apply(a, a)[0] + a.exp() + a.sin().square(), run))
+
+
+def test_create_graph_after_a_write_to_an_input_raises_clearly():
+    def f(buffer, a):
+        buffer.mul_(2)
+        return (a * a * buffer).sum()
+
+    a = leaf()
+    loss = thunder.jit(f)(torch.ones(3), a)
+    with pytest.raises(RuntimeError, match="as it was"):
+        torch.autograd.grad(loss, a, create_graph=True)
+
+
+def test_create_graph_updates_the_statistics_of_batch_norm_once():
+    torch.manual_seed(0)
+    eager = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).double()
+    twin = copy.deepcopy(eager)
+    for module, owner in ((eager, eager), (thunder.jit(twin), twin)):
+        a = leaf(dtype=torch.float64)
+        (g,) = torch.autograd.grad(module(a).pow(3).sum(), a, create_graph=True)
+        g.square().sum().backward()
+        owner.found = [a.grad, *(p.grad for p in owner.parameters()), *owner.buffers()]
+    torch.testing.assert_close(twin.found, eager.found)
 
 
 def test_gradgradcheck():

@@ -410,6 +410,17 @@ def test_saved_tensors_that_the_hook_changes_change_the_gradient_as_in_eager():
     assert_compiled(compare_runs(f, run))
 
 
+def test_saved_tensor_hooks_are_no_part_of_a_derived_rule():
+    def run(fn, call):
+        a = leaf(3, call + 2)  # rules are kept by shape: this one is new
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t):
+            out = fn(a)
+        out.sum().backward()
+        return a.grad
+
+    compare_runs(lambda a: F.softplus(a, 2.0), run)
+
+
 def test_save_on_cpu():
     pair = TrainingPair(mlp())
 
@@ -492,3 +503,56 @@ def test_tensor_that_the_backward_does_not_need_may_change():
         return out, torch.autograd.grad(weighted_sum(out), a)
 
     assert_compiled(compare_runs(lambda a, b: a + b, run))
+
+
+# ---- tensors that the function makes to require grad ----
+
+
+def test_intermediate_is_made_to_require_grad():
+    def f(a, w):
+        h = a[:, None]
+        h.requires_grad = True
+        assert h.requires_grad and h.is_leaf and (h * 2).requires_grad and not (h * 2).is_leaf
+        return (h * w).sum(1)
+
+    check_training(f, x(), leaf())
+
+
+def test_detached_copy_is_made_to_require_grad():
+    def f(a):
+        b = a.sin().detach().requires_grad_()
+        return a * b
+
+    check_training(f, leaf())
+
+
+@pytest.mark.parametrize("what", ["it", "depends", "view", "written", "grad", "hook"])
+def test_leaf_made_inside_that_can_be_seen_is_as_in_eager(what):
+    def f(a, w):
+        b = (a * 2).detach().requires_grad_()
+        if what == "it":
+            return b, w * 2
+        if what == "depends":
+            return b.sin(), w * 2
+        if what == "view":
+            return b[1:], w * 2
+        if what == "written":
+            with torch.no_grad():
+                b.mul_(2)
+        if what == "hook":
+            b.register_hook(lambda g: g * 2)
+        if what == "grad":
+            (b * b).sum().backward()
+            return b.grad * w
+        return b * w
+
+    check_training(f, x(), leaf(), allow_refusal=True)
+
+
+def test_leaf_made_inside_is_not_written_to():
+    def f(a, w):
+        b = (a * 2).detach().requires_grad_()
+        b.mul_(3)
+        return b * w
+
+    assert_same_error(lambda: f(x(), leaf()), lambda: thunder.jit(f)(x(), leaf()), "leaf Variable that requires grad")

@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import extend
+from thunder import _kernels, extend  # noqa: F401  (traces name the kernels)
 from thunder._api import (
     CompileStats,
     cache_hits,
@@ -21,6 +21,7 @@ from thunder._C import Trace
 from thunder._errors import CaptureError, ThunderError, ThunderWarning
 from thunder._grad import grad, value_and_grad
 from thunder._module import ThunderModule
+from thunder._warm import warm_up as _warm_up
 from thunder.extend import (
     get_all_executors,
     get_always_executors,
@@ -30,6 +31,8 @@ from thunder.extend import (
 )
 
 __version__ = "0.1.0"
+
+_warm_up()
 
 __all__ = [
     "CaptureError",

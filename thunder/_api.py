@@ -217,9 +217,9 @@ class CompileStats:
         last_trace_tracing_start, last_trace_tracing_stop: when the newest program was captured, in nanoseconds; their
             difference is what counts.
         entries: a dict for each compiled program, most recent first: ``hits``, times in milliseconds (``capture_ms``,
-            ``passes_ms``, ``lower_ms``), ``operations``, ``instructions``, and how operations were recorded. Of one that
-            was differentiated: ``saved_bytes``, ``catalogue_rules`` (how many operations had a derivative of ours) and
-            ``derived_rules`` (the names of those whose derivative was taken from torch's autograd).
+            ``passes_ms``, ``lower_ms``), ``operations``, ``instructions``, and how operations were recorded. Of one
+            that was differentiated: ``saved_bytes``, ``catalogue_rules`` (how many operations had a derivative of ours)
+            and ``derived_rules`` (the names of those whose derivative was taken from torch's autograd).
     """
 
     def __init__(self, stats: dict[str, Any]) -> None:

@@ -47,15 +47,23 @@ typedef struct th_grad_options {
     bool derived_only; /* for tests: the catalogue's rules are left out */
 } th_grad_options;
 
+typedef struct th_kept { /* a result whose whole gradient is wanted: retain_grad() */
+    uint32_t result;
+    th_val total; /* 0: it gets none */
+} th_kept;
+
 typedef struct th_joint {
-    th_trace *t; /* result: TUPLE of the call's results, new contents of inputs, and by input that requires grad its
-                    gradient or None; inputs: those of the call, then the gradients of results */
+    th_trace *t; /* result: TUPLE of the call's results, new contents of inputs, by input that requires grad its
+                    gradient or None, and by kept result the same; inputs: those of the call, then the gradients of
+                    results */
     uint32_t nresults, nmutated, nwrt, ntangents;
     th_val *mutated;      /* inputs whose new contents take part in autograd: to be copied to them after the call */
     th_val *wrt;          /* inputs that require grad */
     uint32_t *tangent_of; /* by gradient of a result: which of the results and new contents it belongs to */
-    uint32_t ncatalogue;  /* operations whose derivative is the catalogue's */
-    uint32_t nderived;    /* and the others: their names */
+    uint32_t nkept;
+    th_kept *kept;
+    uint32_t ncatalogue; /* operations whose derivative is the catalogue's */
+    uint32_t nderived;   /* and the others: their names */
     th_str *derived;
 } th_joint;
 
@@ -68,9 +76,9 @@ void th_joint_fini(th_joint *joint);
 typedef enum th_remat { TH_REMAT_OFF, TH_REMAT_AUTO, TH_REMAT_MAX } th_remat;
 
 typedef struct th_halves {
-    th_trace *forward; /* result: TUPLE of the results, the new contents of inputs, then what is saved */
-    th_trace
-        *backward; /* inputs: what is saved, then the gradients of results; result: TUPLE by input that requires grad */
+    th_trace *forward;  /* result: TUPLE of the results, the new contents of inputs, then what is saved */
+    th_trace *backward; /* inputs: what is saved, then the gradients of results; result: TUPLE by input that requires
+                           grad, then by kept result */
     uint32_t nsaved;
     th_val *saved;             /* values of `forward`; inputs of the call may be among them */
     int64_t bytes, bytes_kept; /* of intermediate results saved: as autograd would, and as chosen */

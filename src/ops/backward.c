@@ -269,6 +269,7 @@ th_status th__backward_probe(th__backward *b) {
     th_val tangents[TH_MAX_OUTS];
     for (uint32_t i = 0; i < b->nouts; i++)
         tangents[i] = th_trace_value(t, 0, th_type_set_grad(t->ctx, t->values[b->outs[i]].type, false));
+    if (th_trace_status(t) != TH_OK) return th_trace_status(t);
     th_status status = run(b, tangents);
     if (th_trace_status(t) != TH_OK) return th_trace_status(t);
     t->nvalues = start.nvalues;

@@ -10,6 +10,7 @@
  */
 #include "base/hash.h"
 #include "passes/pass.h"
+#include "passes/tie.h"
 
 #include <string.h>
 
@@ -29,6 +30,7 @@ typedef struct merger {
     th_val *returned;  /* the values of the result */
     uint32_t nreturned;
     bool *deleted; /* by value: a del came by */
+    bool *tied;    /* by value: which tensor it is matters */
     entry *table;
     uint32_t mask;
     uint32_t order; /* place of the current operation in the old list */
@@ -144,6 +146,7 @@ static bool results_merge(const merger *m, th_node a, th_node b) {
         const th_value *va = &t->values[x->u.ref], *vb = &t->values[y->u.ref];
         uint32_t ga = th__group_of(t, x->u.ref), gb = th__group_of(t, y->u.ref);
         if (va->type != vb->type || va->offset != vb->offset || m->deleted[x->u.ref]) return false;
+        if (m->tied[x->u.ref] || m->tied[y->u.ref]) return false;
         if (ga == gb) return returned_alike(m, x->u.ref) < 2;
         uint8_t fa = m->groups[ga], fb = m->groups[gb];
         bool fresh = m->home[ga] == m->place[x->u.ref] && m->home[gb] == m->order;
@@ -259,8 +262,8 @@ static th_status prepare(merger *m, th_trace *t) {
 
 th_status th_pass_cse(th_trace *t, th_fuel *fuel) {
     th__scratch s = {.ctx = t->ctx};
-    merger m = {.groups = th__groups(t, &s)};
-    th_status status = m.groups ? prepare(&m, t) : th_ctx_error(t->ctx)->status;
+    merger m = {.groups = th__groups(t, &s), .tied = th__tied(t, &s)};
+    th_status status = m.groups && m.tied ? prepare(&m, t) : th_ctx_error(t->ctx)->status;
     bool begun = m.r.ops != NULL;
     if (status == TH_OK) {
         for (m.order = 1; m.order < m.r.nops && th_trace_status(t) == TH_OK; m.order++) {

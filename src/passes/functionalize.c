@@ -28,6 +28,7 @@
  */
 #include "ops/meta.h"
 #include "passes/pass.h"
+#include "passes/tie.h"
 #include "passes/view.h"
 #include "passes/write.h"
 
@@ -35,6 +36,7 @@
 
 typedef struct group {
     bool written, refused, taken, has_input;
+    bool kept; /* a member retains its gradient: that of whatever version it has in the end */
     th_val base;
     th_opref base_def, used_by; /* used_by: the last operation that took a member */
     th_opref first_write;
@@ -135,12 +137,25 @@ static void find_object(void *user, th_val *v) {
     if (th_type_get(p->t->ctx, p->t->values[*v].type)->kind == TH_TYPE_OBJECT) p->suspicious = true;
 }
 
+/* A tie to the tensor that the base of its group is. One to another view of it would move to the whole of it. */
+static bool ties_base(const pass *p, th_opref op) {
+    const th_trace *t = p->t;
+    th__tie tie = th__tie_of(t, &t->ops[op]);
+    th_val v =
+        tie == TH__TIE_HOOK || tie == TH__TIE_GRAD ? th__node_as_value(t, th__op_arg(t, &t->ops[op], 0, NULL)) : 0;
+    while (v && v != group_of(p, v)->base) {
+        const th__write *w = p->writes[t->values[v].def];
+        v = w ? w->dest : 0;
+    }
+    return v != 0;
+}
+
 /* May the operation keep a member, look at its storage, or change it in a way that the trace does not say? */
 static bool is_suspicious(pass *p, th_opref op) {
     const th_op *data = &p->t->ops[op];
     const char *callee = th__op_callee(p->t, data);
-    p->suspicious = (data->effects & TH_FX_STATE) || strstr(callee, "storage") || strstr(callee, "data_ptr") ||
-                    (!data->nwrites && th__op_named_in_place(p->t, data));
+    p->suspicious = ((data->effects & TH_FX_STATE) && !ties_base(p, op)) || strstr(callee, "storage") ||
+                    strstr(callee, "data_ptr") || (!data->nwrites && th__op_named_in_place(p->t, data));
     th_op_each_out(p->t, op, find_object, p);
     return p->suspicious;
 }
@@ -192,7 +207,7 @@ static th_status examine_write(pass *p, th_opref op) {
         if (!g->written) g->first_write = op;
         g->written = true;
         g->nwrites++;
-        g->refused |= status == TH_DECLINED || !returns_dest(p, &data, w->dest);
+        g->refused |= status == TH_DECLINED || g->kept || !returns_dest(p, &data, w->dest);
     }
     if (status == TH_DECLINED) return TH_OK;
     p->writes[op] = w;
@@ -211,7 +226,9 @@ static th_status examine_op(pass *p, th_opref op) {
     p->op = op;
     if (t->ops[op].kind == TH_OP_DEL) return TH_OK;
     if (t->ops[op].nwrites) TRY(examine_write(p, op));
-    if (t->ops[op].effects & TH_FX_STATE) p->last_state = op;
+    if ((t->ops[op].effects & TH_FX_STATE) && !th__tie_of(t, &t->ops[op])) p->last_state = op;
+    if (th__tie_of(t, &t->ops[op]) == TH__TIE_GRAD)
+        group_of(p, th__node_as_value(t, th__op_arg(t, &t->ops[op], 0, NULL)))->kept = true;
     is_suspicious(p, op);
     th_op_each_use(t, op, note_use, p);
     if (strstr(th__op_callee(t, &t->ops[op]), "as_strided")) th_op_each_use(t, op, refuse_absolute, p);

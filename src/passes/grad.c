@@ -13,8 +13,16 @@
 
 #include "ops/backward.h"
 #include "passes/pass.h"
+#include "passes/tie.h"
 
 #include <string.h>
+
+typedef struct tied { /* code of the user that gets the gradient of a value: tie.h */
+    struct tied *next;
+    th__tie tie;
+    th_val value;
+    th_op site;
+} tied;
 
 typedef struct record {  /* of an operation that takes part */
     th__backward *own;   /* its catalogue rule applies */
@@ -27,6 +35,8 @@ typedef struct record {  /* of an operation that takes part */
     th_val *map;     /* by value of the rule's trace: joint value */
     uint32_t *alias; /* by alias group of the rule's trace: the joint one */
     bool *forward;   /* by operation of the rule's trace: spliced already */
+    tied *ties;      /* of its results, in the order in which they were made */
+    th_node module;  /* or it is the border of a module with hooks: the node of torch's that it stands for */
 } record;
 
 typedef struct joiner {
@@ -42,6 +52,7 @@ typedef struct joiner {
     th_joint *joint;
     bool *used;    /* by value of the program: something uses it, so that it may get a gradient */
     bool *written; /* by input: a write-back of it takes part */
+    tied **kept;   /* by entry of joint->kept */
 } joiner;
 
 /* ---- values ---- */
@@ -55,8 +66,10 @@ static th_status reserve_values(joiner *j) {
     bool *grad = th__scratch_zeroed(&j->scratch, need, sizeof *grad);
     th_val *tangent = th__scratch_zeroed(&j->scratch, need, sizeof *tangent);
     if (!grad || !tangent) return TH_ENOMEM;
-    memcpy(grad, j->grad, j->cap * sizeof *grad);
-    memcpy(tangent, j->tangent, j->cap * sizeof *tangent);
+    if (j->cap) {
+        memcpy(grad, j->grad, j->cap * sizeof *grad);
+        memcpy(tangent, j->tangent, j->cap * sizeof *tangent);
+    }
     j->grad = grad;
     j->tangent = tangent;
     j->cap = need;
@@ -243,15 +256,45 @@ static bool same_layout(const th_ctx *ctx, th_typeref a, th_typeref b) {
     return same;
 }
 
+/* Dimensions from the largest stride to the smallest; false: the elements leave gaps, or share places. */
+static bool stride_order(const th_type *type, uint32_t *order) {
+    if (type->ndim > TH_MAX_RANK || !th__is_dense(type->ndim, type->shape, type->stride)) return false;
+    for (uint32_t i = 0; i < type->ndim; i++) {
+        uint32_t at = i;
+        for (; at && type->stride[order[at - 1]] < type->stride[i]; at--) order[at] = order[at - 1];
+        order[at] = i;
+    }
+    return true;
+}
+
+/* A copy in the order of `want`, which is dense: packed with its dimensions in that order, then seen as it was. */
+static th_val emit_ordered(joiner *j, const record *rec, th_val v, th_typeref want) {
+    th_trace *t = j->t;
+    uint32_t order[TH_MAX_RANK];
+    const th_type *type = th_type_get(t->ctx, want);
+    if (!stride_order(type, order)) return 0;
+    th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, rec->op.marks, j->options.facts};
+    th_node there[TH_MAX_RANK], back[TH_MAX_RANK];
+    for (uint32_t i = 0; i < type->ndim; i++) {
+        there[i] = th_node_int(t, order[i]);
+        back[order[i]] = th_node_int(t, i);
+    }
+    th_node args[] = {th_node_value(t, v), th_node_seq(t, TH_N_TUPLE, type->ndim, there)};
+    th_val turned = th__emit(&e, "torch.permute", 2, args), packed = turned ? th__emit_packed(&e, turned) : 0;
+    if (!packed) return 0;
+    th_node again[] = {th_node_value(t, packed), th_node_seq(t, TH_N_TUPLE, type->ndim, back)};
+    th_val out = th__emit(&e, "torch.permute", 2, again);
+    return out && same_layout(t->ctx, t->values[out].type, want) ? out : 0;
+}
+
 /* The operation's results in the joint trace: what the rule's forward part made, in the layout that was recorded. */
 static th_val settle_out(joiner *j, const record *rec, th_val old, th_val made) {
     th_trace *t = j->t;
-    th_typeref was = t->values[old].type, is = t->values[made].type;
-    if (same_layout(t->ctx, was, is)) return made;
-    const th_type *type = th_type_get(t->ctx, was);
+    th_typeref was = t->values[old].type;
+    if (same_layout(t->ctx, was, t->values[made].type)) return made;
     th__emitter e = {t, j->catalog, rec->op.file, rec->op.line, 0, j->options.facts};
-    if (type->contiguous) return th__emit_packed(&e, made);
-    return 0;
+    if (th_type_get(t->ctx, was)->contiguous) return th__emit_packed(&e, made);
+    return emit_ordered(j, rec, made, was);
 }
 
 static th_status splice_forward(joiner *j, record *rec, const th_op *old, const th_val *old_outs) {
@@ -432,9 +475,60 @@ static th_status join_write(joiner *j, th_opref at, record *rec) {
     return TH_OK;
 }
 
+/* The operation that makes a value, and makes it a tensor of its own: only then is what reaches the value's gradient
+ * what reaches the tensor's. */
+static record *maker(joiner *j, th_opref before, th_val v) {
+    for (th_opref o = before; o-- > 1;) {
+        record *rec = j->records[o];
+        for (uint32_t i = 0; rec && i < rec->nouts; i++) {
+            if (rec->outs[i] != v) continue;
+            for (uint32_t k = 0; k < rec->nuses; k++)
+                if (rec->uses[k] == v) return NULL;
+            return rec;
+        }
+    }
+    return NULL;
+}
+
+static th_status join_tie(joiner *j, th_opref at, th__tie tie, const record *rec) {
+    th_val v = th__node_as_value(j->t, th__op_arg(j->t, &rec->op, 0, NULL));
+    record *made_by = requires_grad(j, v) ? maker(j, at, v) : NULL;
+    tied *made = th__scratch_zeroed(&j->scratch, 1, sizeof *made);
+    if (!made) return TH_ENOMEM;
+    if (!made_by) return declined(j, &rec->op, "it is of a tensor whose gradient is not computed by itself");
+    *made = (tied){NULL, tie, v, rec->op};
+    tied **end = &made_by->ties;
+    while (*end) end = &(*end)->next;
+    *end = made;
+    if (tie == TH__TIE_HOOK) th__op_push(j->t, &rec->op); /* for second derivatives: it sees those too */
+    return th_trace_status(j->t);
+}
+
+/* A module with hooks begins or ends here: its tensors are themselves, with gradients of their own. */
+static th_status join_module(joiner *j, th_opref at, record *rec) {
+    th_trace *t = j->t;
+    uint32_t nouts = 0, n = t->nodes[rec->op.args].count - 1;
+    th_val *old_outs = values_of(j, j->r.ops[at].outs, 0, false, &nouts);
+    rec->nouts = rec->nuses = n;
+    rec->recorded = old_outs;
+    rec->module = th__op_arg(t, &rec->op, 0, NULL);
+    rec->uses = th__scratch_zeroed(&j->scratch, n, sizeof *rec->uses);
+    rec->outs = th__scratch_zeroed(&j->scratch, n, sizeof *rec->outs);
+    if (!old_outs || !rec->uses || !rec->outs || n != nouts) return TH_ENOMEM;
+    memcpy(rec->outs, old_outs, n * sizeof *old_outs);
+    for (uint32_t i = 0; i < n; i++) {
+        rec->uses[i] = th__node_as_value(t, th__op_arg(t, &rec->op, i + 1, NULL));
+        j->grad[rec->outs[i]] = requires_grad(j, rec->uses[i]);
+    }
+    th__op_push(t, &rec->op);
+    j->records[at] = rec;
+    return th_trace_status(t);
+}
+
 static th_status join_op(joiner *j, th_opref at) {
     const th_op *old = &j->r.ops[at];
     if (old->kind == TH_OP_DEL) return TH_OK;
+    th__tie tie = th__tie_of(j->t, old);
     record *rec = th__scratch_zeroed(&j->scratch, 1, sizeof *rec);
     if (!rec) return TH_ENOMEM;
     rec->op = *old;
@@ -442,6 +536,8 @@ static th_status join_op(joiner *j, th_opref at) {
     rec->op.kwargs = th__rewrite_node(&j->r, old->kwargs);
     rec->uses = values_of(j, rec->op.args, rec->op.kwargs, true, &rec->nuses);
     if (!rec->uses) return TH_ENOMEM;
+    if (tie == TH__TIE_MODULE) return join_module(j, at, rec);
+    if (tie) return join_tie(j, at, tie, rec);
     if (old->nwrites) return join_write(j, at, rec);
     if (!any_requires_grad(j, rec->uses, rec->nuses) || (old->marks & TH_MARK_NO_GRAD)) {
         th__op_push(j->t, &rec->op);
@@ -529,9 +625,38 @@ static th_status backward_by_catalogue(joiner *j, record *rec, const th_val *tan
     return TH_OK;
 }
 
+/* All that reaches the gradients of these results has: hooks see them, and tensors that retain theirs get them last, as
+ * in eager. */
+static th_status run_ties(joiner *j, const record *rec) {
+    uint32_t first = j->t->ninputs - j->joint->ntangents;
+    for (const tied *tie = rec->ties; tie; tie = tie->next) {
+        TRY(reserve_values(j));
+        th_val *tangent = &j->tangent[tie->value];
+        if (tie->tie != TH__TIE_HOOK || !*tangent) continue;
+        th_val seen =
+            th__tie_run_hook(j->t, &j->scratch, &tie->site, th__op_arg(j->t, &tie->site, 1, NULL), *tangent, first);
+        if (!seen)
+            return th_trace_status(j->t) ? th_trace_status(j->t) : declined(j, &tie->site, "too many dimensions");
+        *tangent = seen;
+    }
+    for (const tied *tie = rec->ties; tie; tie = tie->next)
+        for (uint32_t i = 0; i < j->joint->nkept; i++)
+            if (j->kept[i] == tie) j->joint->kept[i].total = j->tangent[tie->value];
+    return reserve_values(j);
+}
+
+static th_status backward_by_module(joiner *j, record *rec, th_val *tangents) {
+    uint32_t first = j->t->ninputs - j->joint->ntangents;
+    TRY(th__tie_run_module(j->t, &j->scratch, &rec->op, rec->module, rec->nouts, rec->uses, tangents, first));
+    for (uint32_t i = 0; i < rec->nuses; i++)
+        if (requires_grad(j, rec->uses[i])) TRY(accumulate(j, &rec->op, rec->uses[i], tangents[i]));
+    return TH_OK;
+}
+
 static th_status backward_op(joiner *j, th_opref at) {
     record *rec = j->records[at];
     if (!rec) return TH_OK;
+    TRY(run_ties(j, rec));
     bool any = false;
     th_val *tangents = th__scratch_zeroed(&j->scratch, rec->nouts, sizeof *tangents);
     if (!tangents) return TH_ENOMEM;
@@ -544,10 +669,34 @@ static th_status backward_op(joiner *j, th_opref at) {
         any |= tangents[i] != 0;
     }
     if (!any) return TH_OK;
+    if (rec->module) return backward_by_module(j, rec, tangents);
     return rec->own ? backward_by_catalogue(j, rec, tangents) : backward_by_rule(j, rec, tangents);
 }
 
 /* ---- all of it ---- */
+
+/* Which results keep their gradients. Of a tensor that is not returned nobody can ask for it. */
+static th_status find_kept(joiner *j, uint32_t nvalues, const th_val *values) {
+    th_joint *joint = j->joint;
+    uint32_t n = 0;
+    for (th_opref o = 1; o < j->r.nops; o++)
+        for (tied *tie = j->records[o] ? j->records[o]->ties : NULL; tie; tie = tie->next)
+            n += tie->tie == TH__TIE_GRAD;
+    joint->kept = th_ctx_alloc(j->t->ctx, NULL, (n + 1) * sizeof *joint->kept);
+    j->kept = th__scratch_zeroed(&j->scratch, n, sizeof *j->kept);
+    if (!joint->kept || !j->kept) return th_fail(j->t->ctx, TH_ENOMEM, "out of memory");
+    for (th_opref o = 1; o < j->r.nops; o++)
+        for (tied *tie = j->records[o] ? j->records[o]->ties : NULL; tie; tie = tie->next) {
+            uint32_t i = 0;
+            while (i < nvalues && values[i] != tie->value) i++;
+            if (tie->tie != TH__TIE_GRAD || i == nvalues) continue;
+            if (i >= joint->nresults)
+                return declined(j, &tie->site, "it keeps the gradient of an input that is written to");
+            j->kept[joint->nkept] = tie;
+            joint->kept[joint->nkept++] = (th_kept){i, 0};
+        }
+    return TH_OK;
+}
 
 /* The results of the call, then the new contents of inputs; those that require grad get a gradient as a new input. */
 static th_status add_tangents(joiner *j, uint32_t *nvalues, th_val **values) {
@@ -575,13 +724,14 @@ static th_status add_tangents(joiner *j, uint32_t *nvalues, th_val **values) {
         j->tangent[v] = tangent;
         joint->tangent_of[joint->ntangents++] = i;
     }
-    return th_trace_status(t);
+    return find_kept(j, *nvalues, *values);
 }
 
 static void set_result(joiner *j, uint32_t nvalues, const th_val *values) {
     th_trace *t = j->t;
     th_joint *joint = j->joint;
-    th_node *kids = th__scratch_zeroed(&j->scratch, nvalues + joint->nwrt, sizeof *kids);
+    uint32_t ngrads = joint->nwrt + joint->nkept;
+    th_node *kids = th__scratch_zeroed(&j->scratch, nvalues + ngrads, sizeof *kids);
     if (!kids) {
         t->sticky = TH_ENOMEM;
         return;
@@ -591,7 +741,11 @@ static void set_result(joiner *j, uint32_t nvalues, const th_val *values) {
         th_val g = joint->wrt[i] < j->cap ? j->tangent[joint->wrt[i]] : 0;
         kids[nvalues + i] = g ? th_node_value(t, g) : th_node_none(t);
     }
-    t->result = th_node_seq(t, TH_N_TUPLE, nvalues + joint->nwrt, kids);
+    for (uint32_t i = 0; i < joint->nkept; i++) {
+        th_val g = joint->kept[i].total;
+        kids[nvalues + joint->nwrt + i] = g ? th_node_value(t, g) : th_node_none(t);
+    }
+    t->result = th_node_seq(t, TH_N_TUPLE, nvalues + ngrads, kids);
 }
 
 static th_status join(joiner *j) {
@@ -645,6 +799,7 @@ void th_joint_fini(th_joint *joint) {
     th_ctx_alloc(ctx, joint->mutated, 0);
     th_ctx_alloc(ctx, joint->wrt, 0);
     th_ctx_alloc(ctx, joint->tangent_of, 0);
+    th_ctx_alloc(ctx, joint->kept, 0);
     th_ctx_alloc(ctx, joint->derived, 0);
     th_trace_free(joint->t);
     *joint = (th_joint){0};

@@ -11,6 +11,7 @@
 #include "ops/backward.h"
 #include "passes/cut.h"
 #include "passes/pass.h"
+#include "passes/tie.h"
 
 #include <string.h>
 
@@ -27,7 +28,8 @@ typedef struct splitter {
     bool *result;    /* by value: the caller gets it, so that keeping it costs nothing */
     uint8_t *groups; /* flags of th__groups; what is copied to after the call counts as written */
     bool *wanted;    /* by value: the backward trace uses it and does not make it */
-    bool hit;
+    th_remat remat;
+    bool hit, written;
 } splitter;
 
 static void test_late(void *user, th_val *v) { ((splitter *)user)->hit |= ((splitter *)user)->late[*v]; }
@@ -40,6 +42,7 @@ static void set_made(void *user, th_val *v) { ((splitter *)user)->made[*v] = tru
 static th_node result_kid(const th_trace *t, uint32_t i) { return t->kids[t->nodes[t->result].u.kids + i]; }
 
 static uint32_t nvalues(const th_joint *joint) { return joint->nresults + joint->nmutated; }
+static uint32_t ngradients(const th_joint *joint) { return joint->nwrt + joint->nkept; }
 
 /* ---- which operation belongs where ---- */
 
@@ -64,7 +67,8 @@ static void find_forward(splitter *s) {
     }
     for (th_opref o = t->nops; o-- > 1;) {
         if (t->ops[o].kind == TH_OP_DEL || s->backward[o]) continue;
-        s->hit = t->ops[o].effects != 0 && !(t->ops[o].marks & TH_MARK_LATE);
+        bool tie = th__tie_of(t, &t->ops[o]) == TH__TIE_HOOK; /* the backward has the call */
+        s->hit = t->ops[o].effects != 0 && !tie && !(t->ops[o].marks & TH_MARK_LATE);
         th_op_each_out(t, o, test_wanted, s);
         s->forward[o] = s->hit;
         if (s->hit) th_op_each_use(t, o, set_wanted, s);
@@ -77,7 +81,7 @@ static void find_forward(splitter *s) {
 static void find_backward(splitter *s) {
     th_trace *t = s->t;
     memset(s->wanted, 0, t->nvalues * sizeof *s->wanted);
-    for (uint32_t i = 0; i < s->joint->nwrt; i++)
+    for (uint32_t i = 0; i < ngradients(s->joint); i++)
         th_node_each_value(t, result_kid(t, nvalues(s->joint) + i), set_wanted, s);
     for (th_opref o = t->nops; o-- > 1;) {
         s->hit = t->ops[o].effects != 0 && (s->backward[o] || t->ops[o].marks & TH_MARK_LATE);
@@ -109,12 +113,48 @@ static bool is_view(const splitter *s, th_opref o) {
            !(s->groups[th__group_of(t, out)] & TH__GROUP_WRITTEN);
 }
 
-static bool is_cheap(const splitter *s, th_opref o) {
+/* Contents that came by a write after it was made: making it again would not bring them back. */
+static void find_written(void *user, th_val *v) {
+    splitter *s = user;
+    s->written |= (s->groups[th__group_of(s->t, *v)] & TH__GROUP_WRITTEN) != 0;
+}
+
+/* Memory-bound operations: making their results again costs about what reading them from memory would. */
+static bool is_cheap(splitter *s, th_opref o) {
+    static const char *const rows[] = {"torch.nn.functional.layer_norm",
+                                       "torch.ops.aten.native_layer_norm.default",
+                                       "torch.nn.functional.rms_norm",
+                                       "torch.cat",
+                                       "torch.stack",
+                                       NULL};
     const th_op *op = &s->t->ops[o];
-    if (op->effects || op->callee_opaque) return false;
+    s->written = false;
+    th_op_each_out(s->t, o, find_written, s);
+    if (op->effects || op->callee_opaque || s->written) return false;
+    for (int i = 0; rows[i]; i++)
+        if (th__op_is(s->t, op, rows[i])) return true;
     const th_opdef *def = th_catalog_find(s->catalog, op->callee);
     return def && (def->fusion == TH_FUSE_POINTWISE || def->fusion == TH_FUSE_VIEW || def->fusion == TH_FUSE_FACTORY) &&
            !(def->effects & (TH_OPDEF_INPLACE | TH_FX_RANDOM | TH_FX_STATE));
+}
+
+typedef struct kept { /* is some wanted result of an operation not kept otherwise? */
+    const splitter *s;
+    const th__cut *cut;
+    bool missing;
+} kept;
+
+static void find_missing(void *user, th_val *v) {
+    kept *k = user;
+    k->missing |= k->s->wanted[*v] && !k->s->result[*v] && !th__cut_saved(k->cut, *v);
+}
+
+/* Inside torch.utils.checkpoint, and everywhere when as little as possible is to be saved: whatever it costs. */
+static bool may_run_again(splitter *s, th_opref o) {
+    s->written = false;
+    th_op_each_out(s->t, o, find_written, s);
+    bool wanted = s->remat == TH_REMAT_MAX || s->t->ops[o].marks & TH_MARK_RECOMPUTE;
+    return wanted && !s->t->ops[o].effects && !s->written;
 }
 
 /* Make what may be made again part of the backward trace too, from the last operation to the first. */
@@ -124,7 +164,7 @@ static void recompute_views(splitter *s) {
         if (!s->forward[o]) continue;
         s->hit = false;
         th_op_each_out(t, o, test_wanted, s);
-        if (!s->hit || !(is_view(s, o) || (t->ops[o].marks & TH_MARK_RECOMPUTE && !t->ops[o].effects))) continue;
+        if (!s->hit || !(is_view(s, o) || may_run_again(s, o))) continue;
         s->backward[o] = true;
         th_op_each_use(t, o, set_wanted, s);
     }
@@ -136,7 +176,7 @@ static void link_use(void *user, th_val *v) {
 }
 
 /* What the cheapest cut leaves out of the saved values is computed again. */
-static th_status recompute_cheap(splitter *s, th_remat remat) {
+static th_status recompute_cheap(splitter *s) {
     th_trace *t = s->t;
     th__cut cut;
     TRY(th__cut_init(&cut, &s->scratch, t->nvalues));
@@ -144,25 +184,23 @@ static th_status recompute_cheap(splitter *s, th_remat remat) {
         if (!s->made[v]) continue;
         th_opref def = t->values[v].def;
         bool again =
-            !s->input[v] && !s->result[v] && def &&
-            (is_view(s, def) || is_cheap(s, def) || (t->ops[def].marks & TH_MARK_RECOMPUTE && !t->ops[def].effects));
+            !s->input[v] && !s->result[v] && def && (is_view(s, def) || is_cheap(s, def) || may_run_again(s, def));
         int64_t cost = s->input[v] || s->result[v] ? 0 : bytes_of(t, v);
         if (again && is_view(s, def)) cost = INT64_C(1) << 50; /* it would keep all of its base: save that */
         th__cut_value(&cut, v, cost, !again, s->wanted[v]);
         th__cut_link link = {&cut, NULL, v};
         if (again) th_op_each_use(t, def, link_use, &link);
     }
-    (void)remat;
     TRY(th__cut_solve(&cut));
     for (th_opref o = t->nops; o-- > 1;) {
         if (!s->forward[o]) continue;
         s->hit = false;
         th_op_each_out(t, o, test_wanted, s);
-        const th_node_data *outs = &t->nodes[t->ops[o].outs];
         if (!s->hit || t->ops[o].effects) continue;
         if (!is_view(s, o)) {
-            if (outs->kind != TH_N_VALUE || s->result[outs->u.ref] || th__cut_saved(&cut, outs->u.ref)) continue;
-            if (!is_cheap(s, o) && !(t->ops[o].marks & TH_MARK_RECOMPUTE)) continue;
+            kept k = {s, &cut, false};
+            th_op_each_out(t, o, find_missing, &k);
+            if (!k.missing || (!is_cheap(s, o) && !may_run_again(s, o))) continue;
         }
         s->backward[o] = true;
         th_op_each_use(t, o, set_wanted, s);
@@ -246,10 +284,10 @@ static th_status build_forward(splitter *s, th_halves *out) {
 static th_status build_backward(splitter *s, th_halves *out) {
     TRY(th_trace_clone(s->t, &out->backward));
     th_trace *t = out->backward;
-    uint32_t nwrt = s->joint->nwrt, ntangents = s->joint->ntangents, first = t->ninputs - ntangents;
+    uint32_t n = ngradients(s->joint), ntangents = s->joint->ntangents, first = t->ninputs - ntangents;
     keep_ops(t, s->backward);
     th_val *inputs = th_ctx_alloc(t->ctx, NULL, (out->nsaved + ntangents + 1) * sizeof *inputs);
-    th_node *kids = th__scratch_zeroed(&s->scratch, nwrt, sizeof *kids);
+    th_node *kids = th__scratch_zeroed(&s->scratch, n, sizeof *kids);
     if (!inputs || !kids) {
         th_ctx_alloc(t->ctx, inputs, 0);
         return th_fail(t->ctx, TH_ENOMEM, "out of memory");
@@ -260,8 +298,8 @@ static th_status build_backward(splitter *s, th_halves *out) {
     t->inputs = inputs;
     t->ninputs = out->nsaved + ntangents;
     t->cap_inputs = t->ninputs + 1;
-    for (uint32_t i = 0; i < nwrt; i++) kids[i] = result_kid(s->t, nvalues(s->joint) + i);
-    t->result = th_node_seq(t, TH_N_TUPLE, nwrt, kids);
+    for (uint32_t i = 0; i < n; i++) kids[i] = result_kid(s->t, nvalues(s->joint) + i);
+    t->result = th_node_seq(t, TH_N_TUPLE, n, kids);
     t->name = th_intern_z(t->ctx, "backward");
     TRY(th_trace_status(t));
     return th_pass_lifetime(t, NULL);
@@ -289,6 +327,7 @@ static th_status prepare(splitter *s) {
 static th_status split(splitter *s, th_remat remat, th_halves *out) {
     th_trace *t = s->t;
     TRY(prepare(s));
+    s->remat = remat;
     find_forward(s);
     find_backward(s);
     bool *plain = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof *plain);
@@ -299,7 +338,7 @@ static th_status split(splitter *s, th_remat remat, th_halves *out) {
     if (remat == TH_REMAT_OFF)
         recompute_views(s);
     else
-        TRY(recompute_cheap(s, remat));
+        TRY(recompute_cheap(s));
     collect_saved(s, out);
     out->bytes_kept = saved_bytes(s, s->wanted);
     TRY(build_backward(s, out));

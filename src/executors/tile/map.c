@@ -69,6 +69,22 @@ static inline float binary(th_tile_op op, float x, float y) {
     case TH_TILE_DIV: return x / y;
     case TH_TILE_MAXIMUM: return x != x || x > y ? x : y; /* nan wins, as in torch */
     case TH_TILE_MINIMUM: return x != x || x < y ? x : y;
+    case TH_TILE_RELU_BACKWARD: return y <= 0 ? 0.0f : x;
+    case TH_TILE_TANH_BACKWARD: return x * (1.0f - y * y);
+    case TH_TILE_SIGMOID_BACKWARD: return x * (1.0f - y) * y;
+    case TH_TILE_SILU_BACKWARD: {
+        float s = 1.0f / (1.0f + expf(-y));
+        return x * s * (1.0f + y * (1.0f - s));
+    }
+    case TH_TILE_GELU_BACKWARD: {
+        float cdf = 0.5f * (1.0f + erff(y * 0.70710678118654752440f));
+        return x * (cdf + y * 0.39894228040143267794f * expf(-0.5f * y * y));
+    }
+    case TH_TILE_GELU_TANH_BACKWARD: {
+        float inner = 0.79788456080286535588f * (y + 0.044715f * y * y * y), t = tanhf(inner);
+        float slope = 0.79788456080286535588f * (1.0f + 3.0f * 0.044715f * y * y);
+        return x * (0.5f * (1.0f + t) + 0.5f * y * (1.0f - t * t) * slope);
+    }
     default: return x;
     }
 }
@@ -120,6 +136,12 @@ static void inner(th_tile_op op, float *restrict o, const float *a, const float 
         INNER_BINARY(TH_TILE_DIV)
         INNER_BINARY(TH_TILE_MAXIMUM)
         INNER_BINARY(TH_TILE_MINIMUM)
+        INNER_BINARY(TH_TILE_RELU_BACKWARD)
+        INNER_BINARY(TH_TILE_TANH_BACKWARD)
+        INNER_BINARY(TH_TILE_SIGMOID_BACKWARD)
+        INNER_BINARY(TH_TILE_SILU_BACKWARD)
+        INNER_BINARY(TH_TILE_GELU_BACKWARD)
+        INNER_BINARY(TH_TILE_GELU_TANH_BACKWARD)
     case TH_TILE_NONE: return;
     }
 }

@@ -38,6 +38,12 @@ typedef enum th_tile_op {
     TH_TILE_DIV,
     TH_TILE_MAXIMUM,
     TH_TILE_MINIMUM,
+    TH_TILE_RELU_BACKWARD, /* of a gradient and the input or, where that is enough, the result */
+    TH_TILE_TANH_BACKWARD,
+    TH_TILE_SIGMOID_BACKWARD,
+    TH_TILE_SILU_BACKWARD,
+    TH_TILE_GELU_BACKWARD,
+    TH_TILE_GELU_TANH_BACKWARD,
 } th_tile_op;
 
 /* One pointwise operation over a fixed shape. scalar_at: 0 none, 1 the first operand is `scalar`, 2 the second. */
@@ -73,5 +79,26 @@ void th_tile_attention_run(const th_tile_attention *t, float *out, const float *
 int64_t th_tile_embedding(float *out, const int64_t *index, int64_t count, const float *table, int64_t size, int64_t n);
 void th_tile_softmax(float *out, const float *x, int64_t rows, int64_t n);
 void th_tile_mean_rows(float *out, const float *x, int64_t rows, int64_t n);
+
+/* ---- for backward ---- */
+
+/* out[batch][m][n] = a[batch][m][k] b[batch][k][n]; strides of a and b by dimension, out contiguous. */
+typedef struct th_tile_product {
+    int64_t batch, m, n, k, a[3], b[3];
+} th_tile_product;
+void th_tile_matmul(const th_tile_product *p, float *out, const float *a, const float *b);
+
+/* Sums over the dimensions in which o is 0; out holds `count` contiguous sums. */
+enum { TH_TILE_MAX_SUMS = 1024 };
+typedef struct th_tile_reduction {
+    int64_t ndim, count, shape[TH_TILE_RANK], x[TH_TILE_RANK], o[TH_TILE_RANK];
+} th_tile_reduction;
+void th_tile_sum(const th_tile_reduction *r, float *out, const float *x);
+
+/* layer_norm with the mean and 1 / sqrt(variance + eps) of each row, and its derivative; all contiguous. */
+void th_tile_layer_norm_stats(float *out, float *mean, float *rstd, const float *x, const float *weight,
+                              const float *bias, int64_t rows, int64_t n, double eps);
+void th_tile_layer_norm_backward(float *dx, float *dw, float *db, const float *g, const float *x, const float *mean,
+                                 const float *rstd, const float *weight, int64_t rows, int64_t n);
 
 #endif

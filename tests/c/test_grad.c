@@ -1,0 +1,144 @@
+/* Joining a program with its derivative and splitting it again: structure, what is saved, and memory that runs out at
+ * any request. Values are compared with eager by the Python tests. */
+#include "check.h"
+
+#include "thunder/grad.h"
+
+static const char *const mlp =
+    "def computation(x: \"cpu f32[8, 4]\", w: \"cpu f32[16, 4] grad\", v: \"cpu f32[2, 16] grad\"):\n"
+    "    t0: \"cpu f32[8, 16]\" = torch.nn.functional.linear(x, w)\n"
+    "    t1: \"cpu f32[8, 16]\" = torch.exp(t0)\n"
+    "    t2: \"cpu f32[8, 16]\" = torch.mul(t1, 3.0)\n"
+    "    t3: \"cpu f32[8, 2]\" = torch.nn.functional.linear(t2, v)\n"
+    "    return t3\n";
+
+static th_status no_rule(void *user, const th_rule_request *request, const th_rule **rule) {
+    (void)rule;
+    ++*(int *)user;
+    return th_fail(request->t->ctx, TH_DECLINED, "no rule");
+}
+
+static uint32_t count_calls(const th_trace *t, const char *callee) {
+    uint32_t n = 0;
+    for (th_opref o = 1; o < t->nops; o++)
+        n += t->ops[o].kind == TH_OP_CALL && strcmp(th_str_get(t->ctx, t->ops[o].callee), callee) == 0;
+    return n;
+}
+
+static th_status halves_of(th_ctx *ctx, const char *text, th_remat remat, th_halves *out, th_joint *joint, int *asked) {
+    th_trace *t = NULL;
+    th_status status = th_trace_parse(ctx, text, strlen(text), &t);
+    if (status != TH_OK) return status;
+    const th_grad_options options = {.rules = no_rule, .user = asked};
+    status = th_grad_join(t, &options, joint);
+    if (status == TH_OK) status = th_pipeline_run(joint->t, "noop,cse,dce", NULL, true, NULL, NULL);
+    if (status == TH_OK) status = th_grad_split(joint, remat, out);
+    if (status == TH_OK) status = th_trace_verify(out->forward);
+    if (status == TH_OK) status = th_trace_verify(out->backward);
+    return status;
+}
+
+static void catalogue_rules_make_forward_and_backward(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_halves halves = {0};
+    th_joint joint = {0};
+    int asked = 0;
+    CHECK(halves_of(ctx, mlp, TH_REMAT_OFF, &halves, &joint, &asked) == TH_OK);
+    CHECK(asked == 0);
+    CHECK(joint.nresults == 1 && joint.ntangents == 1 && joint.nwrt == 2 && joint.nmutated == 0);
+    CHECK(halves.forward->ninputs == 3);
+    CHECK(halves.backward->ninputs == halves.nsaved + 1);
+    CHECK(count_calls(halves.forward, "torch.nn.functional.linear") == 2);
+    CHECK(count_calls(halves.backward, "torch.mm") == 3); /* x requires no grad */
+    CHECK(count_calls(halves.backward, "torch.exp") == 0);
+    th_halves_fini(ctx, &halves);
+    th_joint_fini(&joint);
+    th_ctx_free(ctx);
+}
+
+static void cheap_results_are_made_again_rather_than_saved(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_halves off = {0}, cheap = {0};
+    th_joint first = {0}, second = {0};
+    int asked = 0;
+    CHECK(halves_of(ctx, mlp, TH_REMAT_OFF, &off, &first, &asked) == TH_OK);
+    CHECK(halves_of(ctx, mlp, TH_REMAT_AUTO, &cheap, &second, &asked) == TH_OK);
+    CHECK(cheap.bytes_kept == 8 * 16 * 4);   /* t0 alone */
+    CHECK(off.bytes_kept == 2 * 8 * 16 * 4); /* exp's result and the product's */
+    CHECK(count_calls(cheap.backward, "torch.exp") == 1);
+    th_halves_fini(ctx, &off);
+    th_halves_fini(ctx, &cheap);
+    th_joint_fini(&first);
+    th_joint_fini(&second);
+    th_ctx_free(ctx);
+}
+
+static void an_operation_without_a_rule_is_declined_with_its_reason(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_halves halves = {0};
+    th_joint joint = {0};
+    int asked = 0;
+    const char *text = "def computation(x: \"cpu f32[2] grad\"):\n"
+                       "    t0: \"cpu f32[2]\" = torch.nobody_knows(x)\n"
+                       "    return t0\n";
+    CHECK(halves_of(ctx, text, TH_REMAT_AUTO, &halves, &joint, &asked) == TH_DECLINED);
+    CHECK(asked == 1);
+    CHECK_TEXT(th_ctx_error(ctx)->text, "no rule");
+    th_joint_fini(&joint);
+    th_ctx_free(ctx);
+}
+
+static void marks_keep_operations_out_of_the_derivative(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_halves halves = {0};
+    th_joint joint = {0};
+    int asked = 0;
+    const char *text = "def computation(x: \"cpu f32[2] grad\"):\n"
+                       "    t0: \"cpu f32[2]; no_grad\" = torch.exp(x)\n"
+                       "    t1: \"cpu f32[2]\" = torch.mul(x, t0)\n"
+                       "    return t1\n";
+    th_trace *t = check_parse(ctx, text);
+    char *printed = NULL;
+    CHECK(th_trace_print(t, &printed, NULL) == TH_OK);
+    CHECK_TEXT(printed, text);
+    th_ctx_alloc(ctx, printed, 0);
+    th_trace_free(t);
+    CHECK(halves_of(ctx, text, TH_REMAT_OFF, &halves, &joint, &asked) == TH_OK);
+    CHECK(count_calls(halves.backward, "torch.mul") == 1); /* the gradient of x by way of exp would be a second one */
+    th_halves_fini(ctx, &halves);
+    th_joint_fini(&joint);
+    th_ctx_free(ctx);
+}
+
+static void memory_may_run_out_at_any_request(void) {
+    long survived = 0;
+    for (long n = 1;; n++) {
+        check_alloc alloc = {.fail_at = n};
+        th_ctx *ctx = th_ctx_new(check_alloc_fn, &alloc);
+        th_halves halves = {0};
+        th_joint joint = {0};
+        int asked = 0;
+        th_status status = ctx ? halves_of(ctx, mlp, TH_REMAT_AUTO, &halves, &joint, &asked) : TH_ENOMEM;
+        bool failed = alloc.requests >= n;
+        CHECK(failed ? status != TH_OK || halves.forward : status == TH_OK);
+        CHECK(status == TH_OK || status == TH_ENOMEM || status == TH_DECLINED);
+        if (ctx) {
+            th_halves_fini(ctx, &halves);
+            th_joint_fini(&joint);
+            th_ctx_free(ctx);
+        }
+        CHECK(alloc.live == 0);
+        if (!failed) break;
+        survived++;
+    }
+    CHECK(survived > 100);
+}
+
+int main(void) {
+    catalogue_rules_make_forward_and_backward();
+    cheap_results_are_made_again_rather_than_saved();
+    an_operation_without_a_rule_is_declined_with_its_reason();
+    marks_keep_operations_out_of_the_derivative();
+    memory_may_run_out_at_any_request();
+    return check_report("test_grad");
+}

@@ -103,11 +103,11 @@ CASES: dict[str, list[tuple[Program, tuple[Any, ...]]]] = {
             (leaf(2, 3, 4, 8), leaf(2, 3, 5, 8), torch.ones(4, 5, dtype=torch.bool).tril()),
         ),
         (
-            lambda q, k: F.scaled_dot_product_attention(q.transpose(1, 2), k, k, is_causal=True),
-            (leaf(2, 5, 3, 8), leaf(2, 3, 5, 8)),
+            lambda q: F.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, is_causal=True),
+            (leaf(2, 5, 3, 8),),
         ),
     ],
-}
+}  # fmt: skip
 
 
 def rules_called(op: OpInfo) -> set[str]:

@@ -40,17 +40,17 @@ typedef struct th_rule {
  * long as the join runs. */
 typedef th_status (*th_rule_fn)(void *user, const th_rule_request *request, const th_rule **rule);
 
+typedef struct th_kept { /* a result whose whole gradient is wanted: retain_grad() */
+    uint32_t result;
+    th_val total; /* 0: it gets none */
+} th_kept;
+
 typedef struct th_grad_options {
     th_rule_fn rules; /* asked for what has no rule in the catalogue */
     void *user;
     uint32_t facts;    /* what this torch does: th_call.facts */
     bool derived_only; /* for tests: the catalogue's rules are left out */
 } th_grad_options;
-
-typedef struct th_kept { /* a result whose whole gradient is wanted: retain_grad() */
-    uint32_t result;
-    th_val total; /* 0: it gets none */
-} th_kept;
 
 typedef struct th_joint {
     th_trace *t; /* result: TUPLE of the call's results, new contents of inputs, by input that requires grad its

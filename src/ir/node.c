@@ -18,7 +18,9 @@ static th_node add(th_trace *t, th_node_data node) {
 }
 
 static th_node add_ref(th_trace *t, th_node_kind kind, uint32_t ref) {
-    if (ref == 0) {
+    if (ref == 0) { /* perhaps that of a name for which there was no memory: then that is the error */
+        th_status before = th_ctx_error(t->ctx)->status;
+        if (t->sticky == TH_OK && before == TH_ENOMEM) th__trace_fail(t, before);
         if (t->sticky == TH_OK) th__trace_fail(t, th_fail(t->ctx, TH_EINVAL, "an argument node refers to nothing"));
         return 0;
     }

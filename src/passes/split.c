@@ -251,7 +251,7 @@ static void save_copies(const splitter *s, th_trace *t, th_halves *out) {
     for (uint32_t i = 0; i < out->nsaved; i++) {
         th_val v = out->saved[i];
         if (!s->input[v] || !(s->groups[th__group_of(s->t, v)] & TH__GROUP_WRITTEN)) continue;
-        th__emitter e = {t, s->catalog, 0, 0, 0};
+        th__emitter e = {t, s->catalog, 0, 0, 0, 0};
         th_node arg = th_node_value(t, v);
         out->saved[i] = th__emit_typed(&e, "torch.clone", th_type_set_grad(t->ctx, t->values[v].type, false), 1, &arg);
     }

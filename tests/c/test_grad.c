@@ -29,8 +29,7 @@ static th_status halves_of(th_ctx *ctx, const char *text, th_remat remat, th_hal
     th_trace *t = NULL;
     th_status status = th_trace_parse(ctx, text, strlen(text), &t);
     if (status != TH_OK) return status;
-    const th_grad_options options = {.rules = no_rule, .user = asked};
-    status = th_grad_join(t, &options, joint);
+    status = th_grad_join(t, &(th_grad_options){.rules = no_rule, .user = asked}, joint);
     if (status == TH_OK) status = th_pipeline_run(joint->t, "noop,cse,dce", NULL, true, NULL, NULL);
     if (status == TH_OK) status = th_grad_split(joint, remat, out);
     if (status == TH_OK) status = th_trace_verify(out->forward);

@@ -491,30 +491,12 @@ int thx_forward_run(thx *x, thx_forward *f) {
 
 /* ---- backward ---- */
 
-static PyObject *ints(const int64_t *items, uint32_t n) {
-    PyObject *tuple = PyTuple_New(n);
-    for (uint32_t i = 0; tuple && i < n; i++) {
-        PyObject *item = PyLong_FromLongLong(items[i]);
-        if (!item)
-            Py_CLEAR(tuple);
-        else
-            PyTuple_SET_ITEM(tuple, i, item);
-    }
-    return tuple;
-}
-
 /* A tensor of the type, filled from `source` or with zeros. New reference. */
 static PyObject *laid_out(thx *x, const th_type *t, PyObject *source) {
-    PyObject *shape = ints(t->shape, t->ndim), *stride = ints(t->stride, t->ndim);
-    PyObject *device = thx_device_object(x, t->device), *tensor = NULL, *done = NULL;
-    if (shape && stride && device) {
-        PyObject *args[] = {NULL, shape, stride, x->dtype_objects[t->dtype], device};
-        tensor = PyObject_Vectorcall(x->empty_strided, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, x->elem_kwnames);
-    }
+    PyObject *device = thx_device_object(x, t->device), *done = NULL;
+    PyObject *tensor = device ? thx_empty_strided(x, t, device) : NULL;
     if (tensor)
         done = source ? PyObject_CallMethod(tensor, "copy_", "O", source) : PyObject_CallMethod(tensor, "zero_", NULL);
-    Py_XDECREF(shape);
-    Py_XDECREF(stride);
     Py_XDECREF(device);
     if (!done) Py_CLEAR(tensor);
     Py_XDECREF(done);

@@ -164,19 +164,9 @@ static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leav
 }
 
 static PyObject *run_in_inference_mode(thx *x, thx_entry *e, const thx_leaves *leaves) {
-    PyObject *mode = PyObject_CallOneArg(x->inference_mode, Py_True), *result = NULL;
-    PyObject *entered = mode ? PyObject_CallMethodNoArgs(mode, x->n.enter) : NULL;
-    if (entered) {
-        result = run_plain(x, e, leaves);
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *left = PyObject_CallMethodObjArgs(mode, x->n.exit, Py_None, Py_None, Py_None, NULL);
-        Py_XDECREF(left);
-        PyErr_Clear();
-        PyErr_Restore(type, value, trace);
-    }
-    Py_XDECREF(entered);
-    Py_XDECREF(mode);
+    PyObject *mode = thx_enter(x, x->inference_mode);
+    PyObject *result = mode ? run_plain(x, e, leaves) : NULL;
+    if (mode) thx_leave(x, mode);
     return result;
 }
 

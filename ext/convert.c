@@ -71,22 +71,45 @@ static int read_ints(PyObject *tuple, int64_t *out, int64_t *count) {
 
 static PyObject *get_attr(PyObject *o, const char *name) { return PyObject_GetAttrString(o, name); }
 
-PyObject *thx_quiet_begin(thx *x) {
-    PyObject *off = PyObject_CallNoArgs(x->modes_off),
-             *entered = off ? PyObject_CallMethodNoArgs(off, x->n.enter) : NULL;
-    if (!entered) Py_CLEAR(off);
+PyObject *thx_enter(thx *x, PyObject *make) {
+    PyObject *manager = PyObject_CallNoArgs(make);
+    PyObject *entered = manager ? PyObject_CallMethodNoArgs(manager, x->n.enter) : NULL;
+    if (!entered) Py_CLEAR(manager);
     Py_XDECREF(entered);
-    return off;
+    return manager;
 }
 
-void thx_quiet_end(thx *x, PyObject *off) {
+void thx_leave(thx *x, PyObject *manager) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    PyObject *left = PyObject_CallMethodObjArgs(off, x->n.exit, Py_None, Py_None, Py_None, NULL);
+    PyObject *left = PyObject_CallMethodObjArgs(manager, x->n.exit, Py_None, Py_None, Py_None, NULL);
     Py_XDECREF(left);
-    Py_DECREF(off);
+    Py_DECREF(manager);
     PyErr_Clear();
     PyErr_Restore(type, value, trace);
+}
+
+static PyObject *int_tuple(const int64_t *items, uint32_t n) {
+    PyObject *tuple = PyTuple_New(n);
+    for (uint32_t i = 0; tuple && i < n; i++) {
+        PyObject *item = PyLong_FromLongLong(items[i]);
+        if (!item)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, item);
+    }
+    return tuple;
+}
+
+PyObject *thx_empty_strided(thx *x, const th_type *type, PyObject *device) {
+    PyObject *shape = int_tuple(type->shape, type->ndim), *stride = int_tuple(type->stride, type->ndim), *tensor = NULL;
+    if (shape && stride) {
+        PyObject *args[] = {NULL, shape, stride, x->dtype_objects[type->dtype], device};
+        tensor = PyObject_Vectorcall(x->empty_strided, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, x->elem_kwnames);
+    }
+    Py_XDECREF(shape);
+    Py_XDECREF(stride);
+    return tensor;
 }
 
 /* The road through Python getters, where the ABI is off. */
@@ -110,10 +133,10 @@ static int ask_meta(thx *x, PyObject *tensor, thx_meta *m) {
 }
 
 static int read_meta_slow(thx *x, PyObject *tensor, thx_meta *m) {
-    PyObject *off = thx_quiet_begin(x);
+    PyObject *off = thx_enter(x, x->modes_off);
     if (!off) return -1;
     int rc = ask_meta(x, tensor, m);
-    thx_quiet_end(x, off);
+    thx_leave(x, off);
     return rc;
 }
 
@@ -172,14 +195,14 @@ void *thx_storage_base(thx *x, PyObject *tensor) {
             return NULL;
         return (char *)data - offset * th_dtype_get((th_dtype)x->abi.dtypes[number])->bytes;
     }
-    PyObject *off = thx_quiet_begin(x);
+    PyObject *off = thx_enter(x, x->modes_off);
     PyObject *storage = off ? PyObject_CallMethod(tensor, "untyped_storage", NULL) : NULL;
     PyObject *address = storage ? PyObject_CallMethod(storage, "data_ptr", NULL) : NULL;
     data = address ? PyLong_AsVoidPtr(address) : NULL;
     PyErr_Clear();
     Py_XDECREF(address);
     Py_XDECREF(storage);
-    if (off) thx_quiet_end(x, off);
+    if (off) thx_leave(x, off);
     return data;
 }
 

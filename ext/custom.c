@@ -37,10 +37,10 @@ static PyObject *record_checkpoint(thx_recorder *r, PyObject *args) {
 static PyObject *record_whole(thx_recorder *r, PyObject *cls, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     PyObject *bound = bound_apply(x, cls), *rest = PyTuple_GetSlice(args, 1, PyTuple_GET_SIZE(args)), *result = NULL;
-    PyObject *quiet = bound && rest ? thx_quiet_begin(x) : NULL;
+    PyObject *quiet = bound && rest ? thx_enter(x, x->modes_off) : NULL;
     if (quiet) {
         result = thx_record_call(r, bound, rest, kwargs);
-        thx_quiet_end(x, quiet);
+        thx_leave(x, quiet);
     }
     Py_XDECREF(bound);
     Py_XDECREF(rest);

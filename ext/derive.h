@@ -12,6 +12,5 @@
 th_status thx_derive(void *user, const th_rule_request *request, const th_rule **rule);
 void thx_rules_forget(thx *x); /* those that hold Python objects: after each compile */
 void thx_rules_free(thx *x);
-int thx_derive_init(thx *x);
 
 #endif

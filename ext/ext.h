@@ -122,11 +122,13 @@ typedef struct thx_meta {
 static inline bool thx_is_tensor(const thx *x, PyObject *o) { return PyObject_TypeCheck(o, x->Tensor); }
 int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *meta);
 th_typeref thx_meta_type(thx *x, const thx_meta *meta);
-/* While we call torch on our own account no function mode, ours or the user's, may see it. Closed by thx_quiet_end,
- * which keeps a pending exception. */
-PyObject *thx_quiet_begin(thx *x);
-void thx_quiet_end(thx *x, PyObject *quiet);
-int thx_grad_mode(thx *x);                        /* 0, 1, -1 with an exception */
+/* A context manager that `make` gives, entered; NULL with an exception. thx_leave exits and releases it: a pending
+ * exception stays, one of its own is dropped. x->modes_off: no function mode, ours or the user's, sees what we call on
+ * our own account. */
+PyObject *thx_enter(thx *x, PyObject *make);
+void thx_leave(thx *x, PyObject *manager);
+PyObject *thx_empty_strided(thx *x, const th_type *type, PyObject *device); /* laid out as the type says */
+int thx_grad_mode(thx *x);                                                  /* 0, 1, -1 with an exception */
 void *thx_storage_base(thx *x, PyObject *tensor); /* equal for real tensors that share storage; NULL: no memory */
 th_dev thx_device_ref(thx *x, PyObject *device);
 PyObject *thx_device_object(thx *x, th_dev device);
@@ -142,8 +144,7 @@ PyObject *thx_callable(thx *x, const th_trace *t, const th_op *op); /* borrowed 
 extern const th_opaque_vtable thx_opaque_vtable;
 
 /* ---- fake.c ---- */
-PyObject *thx_fake(thx *x, th_typeref type);        /* a fresh fake of that type */
-PyObject *thx_fake_class(thx *x, PyObject *device); /* borrowed */
+PyObject *thx_fake(thx *x, th_typeref type);      /* a fresh fake of that type */
 PyObject *thx_fake_adopt(thx *x, PyObject *fake); /* give a plain FakeTensor our class; borrowed argument, 0/-1 style */
 bool thx_is_fake(const thx *x, PyObject *o);
 PyObject *thx_fake_mode(thx *x); /* borrowed */

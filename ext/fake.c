@@ -103,7 +103,7 @@ done:
     return cls;
 }
 
-PyObject *thx_fake_class(thx *x, PyObject *device) {
+static PyObject *fake_class(thx *x, PyObject *device) {
     PyObject *cls = PyDict_GetItemWithError(x->fake_classes, device);
     if (cls || PyErr_Occurred()) return cls;
     cls = make_class(x, device);
@@ -117,22 +117,10 @@ PyObject *thx_fake_class(thx *x, PyObject *device) {
 
 PyObject *thx_fake_adopt(thx *x, PyObject *fake) {
     PyObject *device = PyObject_GetAttr(fake, x->n.fake_device);
-    PyObject *cls = device ? thx_fake_class(x, device) : NULL;
+    PyObject *cls = device ? fake_class(x, device) : NULL;
     Py_XDECREF(device);
     if (!cls || ((PyObject *)Py_TYPE(fake) != cls && PyObject_SetAttr(fake, x->n.class_, cls) < 0)) return NULL;
     return fake;
-}
-
-static PyObject *int_tuple(const int64_t *items, uint32_t n) {
-    PyObject *tuple = PyTuple_New(n);
-    for (uint32_t i = 0; tuple && i < n; i++) {
-        PyObject *item = PyLong_FromLongLong(items[i]);
-        if (!item)
-            Py_CLEAR(tuple);
-        else
-            PyTuple_SET_ITEM(tuple, i, item);
-    }
-    return tuple;
 }
 
 /* A meta tensor of the type: by handle where that works. */
@@ -143,14 +131,7 @@ static PyObject *make_elem(thx *x, const th_type *type) {
         !x->abi.aoti_torch_empty_strided(type->ndim, type->shape, type->stride, x->abi.scalar_types[type->dtype],
                                          x->abi.aoti_torch_device_type_meta(), 0, &h))
         return thx_wrap(&x->abi, h);
-    PyObject *shape = int_tuple(type->shape, type->ndim), *stride = int_tuple(type->stride, type->ndim), *elem = NULL;
-    if (shape && stride) {
-        PyObject *args[] = {NULL, shape, stride, x->dtype_objects[type->dtype], x->meta_device};
-        elem = PyObject_Vectorcall(x->empty_strided, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, x->elem_kwnames);
-    }
-    Py_XDECREF(shape);
-    Py_XDECREF(stride);
-    return elem;
+    return thx_empty_strided(x, type, x->meta_device);
 }
 
 PyObject *thx_fake(thx *x, th_typeref ref) {
@@ -158,7 +139,7 @@ PyObject *thx_fake(thx *x, th_typeref ref) {
     PyObject *device = thx_device_object(x, type->device), *cls = NULL, *fake = NULL;
     if (type->device < THX_DEVICES && x->devices[type->device].fake_class) {
         cls = x->devices[type->device].fake_class;
-    } else if (device && (cls = thx_fake_class(x, device)) && type->device < THX_DEVICES) {
+    } else if (device && (cls = fake_class(x, device)) && type->device < THX_DEVICES) {
         x->devices[type->device].fake_class = Py_NewRef(cls);
     }
     PyObject *elem = cls ? make_elem(x, type) : NULL;

@@ -21,8 +21,6 @@ bool thx_guards_holds(const thx_guards *g, PyObject *tensor);      /* is it one 
 /* The key under which a container was found, or NULL; borrowed. */
 PyObject *thx_guards_name(const thx_guards *g, PyObject *object);
 int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg);
-/* True when the tree holds a parameter that requires grad. */
-bool thx_guards_need_grad(const thx *x, const thx_guards *g);
 
 /* The tensors that the trace takes from the tree or holds as constants: index -> live tensor. */
 int thx_guards_bind(thx *x, thx_guards *g, PyObject *tensor, PyObject *dict, PyObject *key);

@@ -201,41 +201,32 @@ static PyObject *call_item(thx *x, th_frame *f, const call_data *c) {
     return result;
 }
 
-static PyObject *call_without_grad(thx *x, th_frame *f, const call_data *c) {
-    PyObject *done = PyObject_CallOneArg(x->set_grad, Py_False), *result = NULL, *type, *value, *trace;
-    if (done) result = c->kind == CALL_VECTOR ? call_vector(x, f, c) : call_item(x, f, c);
-    Py_XDECREF(done);
+/* With another grad mode than the current one. */
+static PyObject *call_in_grad_mode(thx *x, th_frame *f, const call_data *c, bool on) {
+    PyObject *done = PyObject_CallOneArg(x->set_grad, on ? Py_True : Py_False), *result = NULL, *type, *value, *trace;
+    if (!done) return NULL;
+    Py_DECREF(done);
+    result = c->kind == CALL_VECTOR ? call_vector(x, f, c) : call_item(x, f, c);
     PyErr_Fetch(&type, &value, &trace);
-    done = PyObject_CallOneArg(x->set_grad, Py_True);
+    done = PyObject_CallOneArg(x->set_grad, on ? Py_False : Py_True);
     Py_XDECREF(done);
+    PyErr_Clear();
     PyErr_Restore(type, value, trace);
     return result;
 }
 
 /* With the grad mode on, but autograd's own kernels passed over. */
 static PyObject *call_below_autograd(thx *x, th_frame *f, const call_data *c) {
-    PyObject *guard = PyObject_CallNoArgs(x->below_autograd), *result = NULL, *done;
-    PyObject *entered = guard ? PyObject_CallMethodNoArgs(guard, x->n.enter) : NULL;
-    if (entered && (done = PyObject_CallOneArg(x->set_grad, Py_True))) {
-        Py_DECREF(done);
-        result = call_vector(x, f, c);
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        done = PyObject_CallOneArg(x->set_grad, Py_False);
-        Py_XDECREF(done);
-        done = PyObject_CallMethodObjArgs(guard, x->n.exit, Py_None, Py_None, Py_None, NULL);
-        Py_XDECREF(done);
-        PyErr_Restore(type, value, trace);
-    }
-    Py_XDECREF(entered);
-    Py_XDECREF(guard);
+    PyObject *guard = thx_enter(x, x->below_autograd);
+    PyObject *result = guard ? call_in_grad_mode(x, f, c, true) : NULL;
+    if (guard) thx_leave(x, guard);
     return result;
 }
 
 static int run_call(th_frame *f, const th_instr *instr) {
     const call_data *c = instr->data;
     thx *x = f->user;
-    PyObject *result = c->no_grad && thx_grad_mode(x) == 1          ? call_without_grad(x, f, c)
+    PyObject *result = c->no_grad && thx_grad_mode(x) == 1          ? call_in_grad_mode(x, f, c, false)
                        : c->below_autograd && thx_grad_mode(x) == 0 ? call_below_autograd(x, f, c)
                        : c->kind == CALL_VECTOR                     ? call_vector(x, f, c)
                                                                     : call_item(x, f, c);

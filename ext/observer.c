@@ -291,12 +291,7 @@ static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject 
         PyErr_Restore(type, value, trace);
         Py_DECREF(pushed);
     }
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    PyObject *left = PyObject_CallMethodObjArgs(mode, x->n.exit, Py_None, Py_None, Py_None, NULL);
-    if (!left) PyErr_Clear();
-    Py_XDECREF(left);
-    PyErr_Restore(type, value, trace);
+    thx_leave(x, Py_NewRef(mode));
     return result;
 }
 
@@ -602,19 +597,9 @@ static int check_default_dtype(thx_recorder *r) {
 static PyObject *call_below_autograd(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     if (!x->below_autograd) return thx_grad_needed(r, "autocast with gradients is not compiled with this torch");
-    PyObject *guard = PyObject_CallNoArgs(x->below_autograd), *result = NULL;
-    PyObject *entered = guard ? PyObject_CallMethodNoArgs(guard, x->n.enter) : NULL;
-    if (entered) {
-        result = PyObject_Call(func, args, kwargs);
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *left = PyObject_CallMethodObjArgs(guard, x->n.exit, Py_None, Py_None, Py_None, NULL);
-        Py_XDECREF(left);
-        PyErr_Clear();
-        PyErr_Restore(type, value, trace);
-    }
-    Py_XDECREF(entered);
-    Py_XDECREF(guard);
+    PyObject *guard = thx_enter(x, x->below_autograd);
+    PyObject *result = guard ? PyObject_Call(func, args, kwargs) : NULL;
+    if (guard) thx_leave(x, guard);
     return result;
 }
 
@@ -777,9 +762,9 @@ PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *a, Py_ssize_t n)
     if (r->depth) { /* inside a recorded operation: torch's fake kernels answer */
         return PyObject_Vectorcall(x->fake_dispatch, a, (size_t)n, NULL);
     }
-    PyObject *quiet = thx_quiet_begin(x); /* layer 1 is on the stack still */
+    PyObject *quiet = thx_enter(x, x->modes_off); /* layer 1 is on the stack still */
     if (!quiet) return NULL;
     PyObject *result = record_overload(r, func, args, kwargs);
-    thx_quiet_end(x, quiet);
+    thx_leave(x, quiet);
     return result;
 }

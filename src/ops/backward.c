@@ -65,6 +65,7 @@ bool th__emit_many(th__emitter *e, const char *callee, uint32_t n, const th_node
                    const th_typeref *types, th_val *outs) {
     th_trace *t = e->t;
     th_node nodes[TH_MAX_SAVED];
+    if (nouts > TH_MAX_SAVED) return false;
     for (uint32_t i = 0; i < n; i++)
         if (!args[i]) return false;
     for (uint32_t i = 0; i < nouts; i++) {

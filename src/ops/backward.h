@@ -1,15 +1,16 @@
 /* What derivative rules of the catalogue are written with.
  *
- *     static th_status mul(th__backward *b) {
- *         th_val x = th__use(b, 0), y = th__use(b, 1), g = b->tangents[0];
- *         if (th__wants(b, x)) th__give_reduced(b, x, th__emit2(b, "torch.mul", g, th__arg_node(b, 1)));
+ *     TH_GRAD(mul) {
+ *         th_val x = th__use(b, 0), y = th__use(b, 1);
+ *         th_node g = th__node_of(b, b->tangents[0]);
+ *         if (th__wants(b, x)) th__give(b, x, TH_APPLY(b, "torch.mul", g, b->call.arg[1]));
  *         ...
  *         return TH_OK;
  *     }
  *
  * A rule emits operations through the catalogue's own meta rules; when one of those declines, the rule as a whole does
- * (b->failed), and the derivative is derived from torch's own autograd instead. The operation itself stays as it was,
- * so a rule may use its arguments and its results.
+ * (b->failed), and the derivative is derived from torch's own autograd instead. A rule may use the operation's
+ * arguments and results, and what its forward rule kept, where there is one: else the operation stays as it was.
  */
 #ifndef THUNDER_OPS_BACKWARD_H
 #define THUNDER_OPS_BACKWARD_H

@@ -28,6 +28,14 @@ static th_status two_alike(th__backward *b, th__tensor *x) {
     return th__numel(x->ndim, x->shape) ? TH_OK : TH_DECLINED;
 }
 
+/* A loss of each element, without the old arguments and weights, whose `reduction` is parameter i. */
+static th_status elementwise(th__backward *b, uint32_t i, th__tensor *x, int64_t *how) {
+    TRY(two_alike(b, x));
+    TRY(none_between(b, 2, i - 1));
+    TRY(none_between(b, i + 1, i + 1));
+    return reduction_of(b, i, how);
+}
+
 /* The operation as its ATen overload: the public function is Python code around it. */
 static th_status by_overload(th__backward *b, const char *overload, uint32_t nnone, int64_t how) {
     th_trace *t = b->e.t;
@@ -43,28 +51,21 @@ static th_status by_overload(th__backward *b, const char *overload, uint32_t nno
 TH_FORWARD(mse_loss) {
     th__tensor x;
     int64_t how;
-    TRY(two_alike(b, &x));
-    TRY(reduction_of(b, 4, &how));
+    TRY(elementwise(b, 4, &x, &how));
     return by_overload(b, "torch.ops.aten.mse_loss.default", 0, how);
 }
 
 TH_FORWARD(binary_cross_entropy_with_logits) {
     th__tensor x;
     int64_t how;
-    TRY(two_alike(b, &x));
-    TRY(reduction_of(b, 5, &how));
-    TRY(none_between(b, 2, 4));
-    TRY(none_between(b, 6, 6));
+    TRY(elementwise(b, 5, &x, &how));
     return by_overload(b, "torch.ops.aten.binary_cross_entropy_with_logits.default", 2, how);
 }
 
 TH_GRAD(mse_loss) {
     th__tensor x;
     int64_t how;
-    TRY(two_alike(b, &x));
-    TRY(none_between(b, 2, 3));
-    TRY(none_between(b, 5, 5));
-    TRY(reduction_of(b, 4, &how));
+    TRY(elementwise(b, 4, &x, &how));
     for (uint32_t i = 0; i < 2; i++) {
         th_val of = th__use(b, i), other = th__use(b, 1 - i);
         if (th__wants(b, of))
@@ -85,10 +86,7 @@ static th_val each(th__backward *b, const th__tensor *x, int64_t how) {
 TH_GRAD(l1_loss) {
     th__tensor x;
     int64_t how;
-    TRY(two_alike(b, &x));
-    TRY(none_between(b, 2, 3));
-    TRY(none_between(b, 5, 5));
-    TRY(reduction_of(b, 4, &how));
+    TRY(elementwise(b, 4, &x, &how));
     th_val first = th__use(b, 0), second = th__use(b, 1);
     th_val sign = TH_APPLY(b, "torch.sign", V(b, TH_APPLY(b, "torch.sub", V(b, first), V(b, second))));
     th_val g = TH_APPLY(b, "torch.mul", V(b, sign), V(b, each(b, &x, how)));
@@ -100,10 +98,7 @@ TH_GRAD(l1_loss) {
 TH_GRAD(binary_cross_entropy_with_logits) {
     th__tensor x;
     int64_t how;
-    TRY(two_alike(b, &x));
-    TRY(none_between(b, 2, 4));
-    TRY(none_between(b, 6, 6));
-    TRY(reduction_of(b, 5, &how));
+    TRY(elementwise(b, 5, &x, &how));
     DECLINE_IF(th__wants(b, th__use(b, 1)));
     th_val sigmoid = TH_APPLY(b, "torch.sigmoid", b->call.arg[0]);
     th_val off = TH_APPLY(b, "torch.sub", V(b, sigmoid), b->call.arg[1]);
@@ -141,7 +136,7 @@ static th_status by_class(th__backward *b, th__tensor *x, th__tensor *target, th
     return TH_OK;
 }
 
-/* log_probabilities: 0 for nll_loss, whose input they are. */
+/* from_scores: the logarithms of probabilities are taken first; nll_loss gets them. */
 static th_status nll_forward(th__backward *b, bool from_scores) {
     th_trace *t = b->e.t;
     th__tensor x, target;

@@ -1,0 +1,372 @@
+/* What a callable can reach: module trees with their dictionaries, containers and object types, variables of enclosing
+ * functions, globals that code names. All of it becomes watched; parameters and buffers get their dotted names.
+ *
+ * Functions of libraries are taken as they are; of functions outside them, and of what they call, names are followed.
+ * Lists, sets and dictionaries of more than 4096 entries count as data: they are not looked into.
+ */
+#include "guards_watch.h"
+
+#include <string.h>
+
+static bool is_leaf(thx *x, PyObject *o) {
+    PyTypeObject *t = Py_TYPE(o);
+    return o == Py_None || t == &PyBool_Type || t == &PyLong_Type || t == &PyFloat_Type || t == &PyUnicode_Type ||
+           t == &PyBytes_Type || PyType_Check(o) || PyCFunction_Check(o) || PyModule_Check(o) || t == x->Dtype ||
+           t == x->Device || t == x->Size || PyCode_Check(o);
+}
+
+/* Classes of torch other than modules, loggers and locks hold nothing that a forward's result depends on. */
+static bool is_foreign(thx *x, PyObject *o) {
+    if (PyObject_TypeCheck(o, x->NnModule)) return false;
+    PyObject *module = PyObject_GetAttr((PyObject *)Py_TYPE(o), x->n.module);
+    const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
+    bool foreign = strncmp(name, "torch.", 6) == 0 || strcmp(name, "torch") == 0 || strcmp(name, "logging") == 0 ||
+                   strcmp(name, "_thread") == 0 || strcmp(name, "thunder._C") == 0 || strncmp(name, "thunder.", 8) == 0;
+    PyErr_Clear();
+    Py_XDECREF(module);
+    return foreign;
+}
+
+typedef struct walker {
+    thx *x;
+    thx_guards *g;
+    void **seen; /* open addressing by address */
+    uint32_t nseen, cap_seen;
+    PyTypeObject *types[64]; /* the last types looked at, by address, and whether they are foreign */
+    bool foreign[64];
+    bool in_module;
+} walker;
+
+enum { MAX_WATCHED = 4096 };
+
+static void **seen_place(void **table, uint32_t cap, void *key) {
+    uint32_t at = (uint32_t)(((uintptr_t)key >> 4) * 2654435761u) & (cap - 1);
+    while (table[at] && table[at] != key) at = (at + 1) & (cap - 1);
+    return &table[at];
+}
+
+/* 1 new, 0 seen before, -1 error. Objects stay alive through what is watched. */
+static int first_visit(walker *w, PyObject *o) {
+    if (w->nseen * 2 >= w->cap_seen) {
+        uint32_t cap = w->cap_seen ? w->cap_seen * 2 : 1024;
+        void **table = PyMem_Calloc(cap, sizeof *table);
+        if (!table) return PyErr_NoMemory(), -1;
+        for (uint32_t i = 0; i < w->cap_seen; i++)
+            if (w->seen[i]) *seen_place(table, cap, w->seen[i]) = w->seen[i];
+        PyMem_Free(w->seen);
+        w->seen = table;
+        w->cap_seen = cap;
+    }
+    void **place = seen_place(w->seen, w->cap_seen, o);
+    if (*place) return 0;
+    *place = o;
+    w->nseen++;
+    return 1;
+}
+
+static bool is_foreign_cached(walker *w, PyObject *o) {
+    PyTypeObject *type = Py_TYPE(o);
+    uint32_t at = (uint32_t)((uintptr_t)type >> 5) & 63;
+    if (w->types[at] != type) {
+        w->types[at] = type;
+        w->foreign[at] = is_foreign(w->x, o);
+    }
+    return w->foreign[at];
+}
+
+static int walk(walker *w, PyObject *o, int depth);
+
+/* Most dictionaries of a module are empty, the others small: pairs in plain memory are less than a dictionary, and no
+ * work for the garbage collector. count -1: no memory. */
+static PyObject **copy_items(PyObject *dict, Py_ssize_t *count) {
+    Py_ssize_t n = PyDict_GET_SIZE(dict), i = 0;
+    PyObject **items = n ? PyMem_Malloc(sizeof *items * (size_t)(2 * n)) : NULL, *key, *value;
+    if (n && !items) {
+        PyErr_NoMemory();
+        *count = -1;
+        return NULL;
+    }
+    for (Py_ssize_t at = 0; i < n && PyDict_Next(dict, &at, &key, &value); i++) {
+        items[2 * i] = Py_NewRef(key);
+        items[2 * i + 1] = Py_NewRef(value);
+    }
+    *count = i;
+    return items;
+}
+
+/* `inside`: what the values hold matters too. */
+static int watch_items(walker *w, PyObject *dict, int depth, bool inside) {
+    thx_guards *g = w->g;
+    if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
+    if (RESERVE(g->dicts) < 0 || thx_watch(w->x, dict) < 0) return -1;
+    Py_ssize_t count = 0;
+    PyObject **items = copy_items(dict, &count);
+    if (count < 0) return -1;
+    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, thx_watch_tag(dict)};
+    for (Py_ssize_t i = 0; inside && i < count; i++)
+        if (walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
+    return 0;
+}
+
+static int walk_dict(walker *w, PyObject *dict, int depth) { return watch_items(w, dict, depth, true); }
+
+static int walk_sequence(walker *w, PyObject *o, int depth) {
+    thx_guards *g = w->g;
+    if (PyObject_Size(o) > MAX_WATCHED) return 0;
+    PyObject *copy = !PyAnySet_Check(o)  ? PySequence_Tuple(o)
+                     : PySet_GET_SIZE(o) ? PyFrozenSet_New(o)
+                                         : Py_NewRef(w->x->empty_set);
+    if (!copy || RESERVE(g->sequences) < 0) return -1;
+    if (PyTuple_Check(o))
+        Py_DECREF(copy);
+    else
+        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy};
+    if (PyAnySet_Check(o)) return 0;
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); i++)
+        if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0) return -1;
+    return 0;
+}
+
+/* ---- functions ---- */
+
+/* Code of Python's own library, of and of installed packages. */
+static bool is_library(thx *x, PyObject *code) {
+    const char *file = PyUnicode_AsUTF8(((PyCodeObject *)code)->co_filename);
+    PyErr_Clear();
+    return !file || strncmp(file, "<frozen", 7) == 0 || strstr(file, "/site-packages/") ||
+           strstr(file, "/dist-packages/") || (x->library && strncmp(file, x->library, strlen(x->library)) == 0);
+}
+
+static watch_scope *scope_of(walker *w, PyObject *dict) {
+    thx_guards *g = w->g;
+    for (uint32_t i = 0; i < g->scopes.count; i++)
+        if (g->scopes.items[i].dict == dict) return &g->scopes.items[i];
+    watch_scope scope = {NULL, PyDict_New(), PySet_New(NULL), thx_watch_tag(dict)};
+    if (!scope.copy || !scope.absent || RESERVE(g->scopes) < 0 || thx_watch(w->x, dict) < 0) {
+        Py_XDECREF(scope.copy);
+        Py_XDECREF(scope.absent);
+        return NULL;
+    }
+    scope.dict = Py_NewRef(dict);
+    g->scopes.items[g->scopes.count] = scope;
+    return &g->scopes.items[g->scopes.count++];
+}
+
+static int walk_name(walker *w, PyObject *globals, PyObject *name, int depth) {
+    watch_scope *scope = scope_of(w, globals);
+    PyObject *value = scope ? PyDict_GetItemWithError(globals, name) : NULL;
+    if (!value) return PyErr_Occurred() || !scope ? -1 : PySet_Add(scope->absent, name);
+    if (PyDict_Contains(scope->copy, name) == 1) return 0;
+    return PyDict_SetItem(scope->copy, name, value) < 0 ? -1 : walk(w, value, depth + 1);
+}
+
+static int walk_code(walker *w, PyCodeObject *code, PyObject *globals, int depth) {
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
+        rc = walk_name(w, globals, PyTuple_GET_ITEM(code->co_names, i), depth);
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_consts); i++) {
+        PyObject *inner = PyTuple_GET_ITEM(code->co_consts, i);
+        if (PyCode_Check(inner)) rc = walk_code(w, (PyCodeObject *)inner, globals, depth);
+    }
+    return rc;
+}
+
+static int walk_cell(walker *w, PyObject *cell, int depth) {
+    thx_guards *g = w->g;
+    int fresh = first_visit(w, cell);
+    if (fresh <= 0) return fresh;
+    if (RESERVE(g->cells) < 0) return -1;
+    PyObject *value = PyCell_GET(cell);
+    g->cells.items[g->cells.count++] = (watch_cell){Py_NewRef(cell), Py_XNewRef(value)};
+    return value ? walk(w, value, depth + 1) : 0;
+}
+
+static int walk_function(walker *w, PyObject *function, int depth) {
+    PyObject *code = PyFunction_GET_CODE(function), *closure = PyFunction_GET_CLOSURE(function);
+    PyObject *parts[] = {PyFunction_GET_DEFAULTS(function), PyFunction_GET_KW_DEFAULTS(function)};
+    int rc = 0;
+    for (int i = 0; i < 2 && rc == 0; i++) rc = parts[i] ? walk(w, parts[i], depth + 1) : 0;
+    for (Py_ssize_t i = 0; rc == 0 && closure && i < PyTuple_GET_SIZE(closure); i++)
+        rc = walk_cell(w, PyTuple_GET_ITEM(closure, i), depth);
+    if (rc == 0 && !is_library(w->x, code))
+        rc = walk_code(w, (PyCodeObject *)code, PyFunction_GET_GLOBALS(function), depth);
+    return rc;
+}
+
+static int walk_attribute(walker *w, PyObject *o, const char *name, int depth) {
+    PyObject *value = PyObject_GetAttrString(o, name);
+    int rc = value ? walk(w, value, depth + 1) : -1;
+    Py_XDECREF(value);
+    return rc;
+}
+
+static int walk_module(walker *w, PyObject *o) {
+    thx_guards *g = w->g;
+    if (RESERVE(g->modules) < 0) return -1;
+    g->modules.items[g->modules.count++] = Py_NewRef(o);
+    return 0;
+}
+
+/* A dictionary that torch keeps in a module for itself: nobody writes attributes of the dictionary object. */
+static bool is_torchs_own(walker *w, PyObject *key, PyObject *value) {
+    return PyODict_CheckExact(value) && PyUnicode_CheckExact(key) && PySet_Contains(w->x->module_dicts, key) == 1;
+}
+
+/* Backward hooks run after the call and read the world as it is then: only which ones there are matters. */
+static bool holds_backward_hooks(PyObject *key) {
+    return PyUnicode_CompareWithASCIIString(key, "_backward_hooks") == 0 ||
+           PyUnicode_CompareWithASCIIString(key, "_backward_pre_hooks") == 0;
+}
+
+/* The attributes of a module. */
+static int walk_module_dict(walker *w, PyObject *dict, int depth) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+        if (!is_torchs_own(w, key, value)) continue;
+        int fresh = first_visit(w, value);
+        bool inside = fresh == 1 && (!PyDict_GET_SIZE(value) || !holds_backward_hooks(key));
+        if (fresh < 0 || (fresh == 1 && watch_items(w, value, depth + 1, inside) < 0)) return -1;
+    }
+    return walk_dict(w, dict, depth);
+}
+
+static int walk_object(walker *w, PyObject *o, int depth) {
+    thx_guards *g = w->g;
+    PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
+    if (!dict || !PyDict_Check(dict)) {
+        PyErr_Clear();
+        Py_XDECREF(dict);
+        return 0;
+    }
+    int rc = RESERVE(g->objects);
+    if (rc == 0) {
+        g->objects.items[g->objects.count++] =
+            (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o))};
+        int fresh = first_visit(w, dict);
+        bool module = fresh == 1 && PyObject_TypeCheck(o, w->x->NnModule);
+        rc = fresh != 1 ? fresh : module ? walk_module_dict(w, dict, depth) : walk_dict(w, dict, depth);
+    }
+    Py_DECREF(dict);
+    return rc;
+}
+
+static int walk(walker *w, PyObject *o, int depth) {
+    thx_guards *g = w->g;
+    if (PyDict_CheckExact(o)) { /* holds no attributes */
+        int fresh = depth > 64 ? 0 : first_visit(w, o);
+        return fresh == 1 ? walk_dict(w, o, depth) : fresh;
+    }
+    if (is_leaf(w->x, o) || depth > 64) return 0;
+    int fresh = first_visit(w, o);
+    if (fresh <= 0) return fresh;
+    if (thx_is_tensor(w->x, o)) {
+        if (RESERVE(g->tensors) < 0) return -1;
+        g->tensors.items[g->tensors.count++] = Py_NewRef(o);
+        return 0;
+    }
+    if (PyFunction_Check(o)) return walk_function(w, o, depth);
+    if (PyMethod_Check(o))
+        return walk(w, PyMethod_GET_SELF(o), depth + 1) < 0 ? -1 : walk(w, PyMethod_GET_FUNCTION(o), depth + 1);
+    if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
+        return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0
+                   ? -1
+                   : walk_attribute(w, o, "keywords", depth);
+    if (PyDict_Check(o) && walk_dict(w, o, depth) < 0) return -1;
+    if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o)) return walk_sequence(w, o, depth);
+    if (is_foreign_cached(w, o)) return 0;
+    bool outermost = !w->in_module && PyObject_TypeCheck(o, w->x->NnModule);
+    if (outermost && walk_module(w, o) < 0) return -1;
+    w->in_module |= outermost;
+    int rc = walk_object(w, o, depth);
+    if (outermost) w->in_module = false;
+    return rc;
+}
+
+static int walk_global_hooks(walker *w) {
+    static const char *const names[] = {
+        "_global_forward_hooks",      "_global_forward_pre_hooks",           "_global_backward_hooks",
+        "_global_backward_pre_hooks", "_global_forward_hooks_always_called", NULL};
+    PyObject *module = PyImport_ImportModule("torch.nn.modules.module");
+    if (!module) return -1;
+    int rc = 0;
+    for (int i = 0; names[i] && rc == 0; i++) {
+        PyObject *hooks = PyObject_GetAttrString(module, names[i]);
+        PyErr_Clear();
+        if (hooks && PyDict_Check(hooks) && first_visit(w, hooks) == 1) rc = walk_dict(w, hooks, 0);
+        Py_XDECREF(hooks);
+    }
+    Py_DECREF(module);
+    return rc;
+}
+
+/* A callable, or an argument that is compared by identity. What a call of an object does is in its class. */
+static int walk_root(walker *w, PyObject *o) {
+    int rc = walk(w, o, 0);
+    if (rc < 0 || PyObject_TypeCheck(o, w->x->NnModule) || is_foreign_cached(w, o)) return rc;
+    PyObject *call = PyObject_GetAttrString((PyObject *)Py_TYPE(o), "__call__");
+    PyErr_Clear();
+    rc = call && PyFunction_Check(call) ? walk(w, call, 0) : 0;
+    Py_XDECREF(call);
+    return rc;
+}
+
+int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots) {
+    walker w = {.x = x, .g = g};
+    int rc = walk_global_hooks(&w);
+    for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(roots); i++) rc = walk_root(&w, PyList_GET_ITEM(roots, i));
+    PyMem_Free(w.seen);
+    return rc;
+}
+
+/* ---- parameter places ---- */
+
+static PyObject *dotted(PyObject *prefix, PyObject *key) {
+    return PyUnicode_GET_LENGTH(prefix) ? PyUnicode_FromFormat("%U.%S", prefix, key) : PyObject_Str(key);
+}
+
+/* Tensors of one module's dictionary; a tensor found before keeps its first place. */
+static int add_places(thx *x, PyObject *places, PyObject *prefix, PyObject *dict) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+        if (!thx_is_tensor(x, value)) continue;
+        PyObject *name = dotted(prefix, key);
+        PyObject *place = name ? PyTuple_Pack(3, dict, key, name) : NULL, *id = PyLong_FromVoidPtr(value);
+        bool ok = place && id && PyDict_SetDefault(places, id, place);
+        Py_XDECREF(id);
+        Py_XDECREF(place);
+        Py_XDECREF(name);
+        if (!ok) return -1;
+    }
+    return 0;
+}
+
+static int walk_places(walker *w, PyObject *places, PyObject *prefix, PyObject *module, int depth) {
+    int fresh = depth > 64 ? 0 : first_visit(w, module);
+    PyObject *dict = fresh == 1 ? PyObject_GetAttr(module, w->x->n.dict) : NULL, *key, *child;
+    if (!dict) return fresh == 1 ? -1 : fresh;
+    int rc = 0;
+    PyObject *const kinds[] = {w->x->n.parameters, w->x->n.buffers};
+    for (int k = 0; k < 2 && rc == 0; k++) {
+        PyObject *tensors = PyDict_GetItemWithError(dict, kinds[k]);
+        if (tensors && PyDict_Check(tensors)) rc = add_places(w->x, places, prefix, tensors);
+    }
+    PyObject *modules = PyDict_GetItemWithError(dict, w->x->n.modules);
+    for (Py_ssize_t at = 0; rc == 0 && modules && PyDict_Check(modules) && PyDict_Next(modules, &at, &key, &child);) {
+        if (!PyObject_TypeCheck(child, w->x->NnModule)) continue;
+        PyObject *name = dotted(prefix, key);
+        rc = name ? walk_places(w, places, name, child, depth + 1) : -1;
+        Py_XDECREF(name);
+    }
+    Py_DECREF(dict);
+    return rc;
+}
+
+PyObject *thx_guards_params(thx *x, const thx_guards *g) {
+    PyObject *places = PyDict_New(), *prefix = PyUnicode_FromString("");
+    walker w = {.x = x};
+    for (uint32_t i = 0; places && i < g->modules.count; i++)
+        if (!prefix || walk_places(&w, places, prefix, g->modules.items[i], 0) < 0) Py_CLEAR(places);
+    PyMem_Free(w.seen);
+    Py_XDECREF(prefix);
+    return places;
+}

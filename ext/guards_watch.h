@@ -1,0 +1,86 @@
+/* What guards watch, as a capture found it. Python 3.11 stamps each dictionary with a version that changes at every
+ * write; later versions call a watcher instead, which counts events. Seen by the files guards*.c alone. */
+#ifndef THUNDER_GUARDS_WATCH_H
+#define THUNDER_GUARDS_WATCH_H
+
+#include "guards.h"
+
+#if PY_VERSION_HEX < 0x030C0000
+#define HAVE_VERSION_TAGS 1
+#else
+#define HAVE_VERSION_TAGS 0
+#endif
+
+typedef struct watch_dict {
+    PyObject *dict, **items; /* items: key, value, key, value as at the capture; one block of memory, NULL when empty */
+    Py_ssize_t count;        /* of pairs */
+    uint64_t tag;
+} watch_dict;
+
+typedef struct watch_sequence { /* list, deque-like or set: length, then elements by identity (sets by equality) */
+    PyObject *object, *copy;
+} watch_sequence;
+
+typedef struct watch_object {
+    PyObject *object;
+    PyTypeObject *type;
+} watch_object;
+
+typedef struct watch_cell { /* a variable of an enclosing function */
+    PyObject *cell, *value; /* value NULL: not assigned yet */
+} watch_cell;
+
+typedef struct watch_scope {        /* globals that code names */
+    PyObject *dict, *copy, *absent; /* name -> value; set of names that are not there (builtins, attributes) */
+    uint64_t tag;
+} watch_scope;
+
+typedef struct bound {
+    PyObject *dict, *key; /* owned; NULL for a constant */
+    int32_t dtype, device_type, device_index;
+    int64_t ndim, *dims;
+    bool requires_grad;
+} bound;
+
+#define VEC(type)            \
+    struct {                 \
+        type *items;         \
+        uint32_t count, cap; \
+    }
+
+struct thx_guards {
+    VEC(watch_dict) dicts;
+    VEC(watch_sequence) sequences;
+    VEC(watch_object) objects;
+    VEC(watch_cell) cells;
+    VEC(watch_scope) scopes;
+    VEC(PyObject *) modules; /* outermost modules (owned) */
+    VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
+    VEC(bound) bounds;
+    PyObject **live; /* the bound tensors (owned), parallel to bounds: handed out as an array */
+    uint64_t generation, events;
+    char reason[200];
+};
+
+int thx_watch_reserve(void **items, uint32_t *cap, uint32_t count, size_t size);
+#define RESERVE(vec) thx_watch_reserve((void **)&(vec).items, &(vec).cap, (vec).count, sizeof *(vec).items)
+
+int thx_watch(thx *x, PyObject *dict); /* from now on its writes are noticed */
+
+static inline uint64_t thx_watch_tag(PyObject *dict) {
+#if HAVE_VERSION_TAGS
+    return ((PyDictObject *)dict)->ma_version_tag;
+#else
+    return (void)dict, 0;
+#endif
+}
+
+/* Numbers and strings by value, all else by identity. */
+bool thx_same_value(PyObject *a, PyObject *b);
+bool thx_watch_cell_holds(const watch_cell *c);
+bool thx_watch_sequence_holds(const watch_sequence *w);
+
+/* guards_collect.c: everything reachable from the roots becomes watched */
+int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots);
+
+#endif

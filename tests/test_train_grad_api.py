@@ -12,26 +12,20 @@ from torch.nn import functional as F
 import thunder
 from tests.jit_checks import assert_same, nothing_leaks  # noqa: F401
 from tests.train_checks import (
+    Cube,
     assert_compiled,
     assert_gradients_same,
     assert_refused_clearly,
     assert_same_error,
     check_training,
     compare_runs,
+    leaf,
     weighted_sum,
     weights_like,
+    x,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
-
-
-def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    shape = shape or (4, 3)
-    return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=dtype).reshape(shape)
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return x(*shape, dtype=dtype).requires_grad_()
 
 
 def mlp(out: int = 1) -> nn.Module:
@@ -305,17 +299,6 @@ def test_first_derivative_without_create_graph_cannot_be_differentiated():
 
 
 def test_double_backward_of_an_autograd_function():
-    class Cube(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, a):
-            ctx.save_for_backward(a)
-            return a**3
-
-        @staticmethod
-        def backward(ctx, grad):
-            (a,) = ctx.saved_tensors
-            return grad * 3 * a**2
-
     def run(fn, call):
         a = leaf()
         (g,) = torch.autograd.grad(fn(a).sum(), a, create_graph=True)

@@ -12,29 +12,19 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import thunder
 from tests.jit_checks import nothing_leaks  # noqa: F401
 from tests.train_checks import (
+    Cube,
     TrainingPair,
     assert_compiled,
     assert_same_error,
     check_training,
     compare_runs,
+    leaf,
+    mlp,
     weighted_sum,
+    x,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
-
-
-def x(*shape: int) -> torch.Tensor:
-    shape = shape or (4, 3)
-    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
-
-
-def leaf(*shape: int) -> torch.Tensor:
-    return x(*shape).requires_grad_()
-
-
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
 
 
 # ---- hooks outside ----
@@ -223,18 +213,6 @@ def test_module_forward_hooks():
 
 
 # ---- autograd.Function ----
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a):
-        ctx.save_for_backward(a)
-        return a**3
-
-    @staticmethod
-    def backward(ctx, grad):
-        (a,) = ctx.saved_tensors
-        return grad * 3 * a**2
 
 
 class CubeNewStyle(torch.autograd.Function):

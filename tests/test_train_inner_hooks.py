@@ -10,14 +10,16 @@ from torch import nn
 
 import thunder
 from tests.jit_checks import nothing_leaks  # noqa: F401
-from tests.train_checks import TrainingPair, assert_compiled, check_training, compare_runs, weighted_sum
+from tests.train_checks import (
+    TrainingPair,
+    assert_compiled,
+    check_training,
+    compare_runs,
+    leaf,
+    weighted_sum,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning", "ignore:Full backward hook is firing")
-
-
-def leaf(*shape: int) -> torch.Tensor:
-    shape = shape or (4, 3)
-    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).requires_grad_()
 
 
 def test_hook_sees_what_reaches_the_tensor_through_all_its_uses():

@@ -19,24 +19,13 @@ from tests.train_checks import (
     assert_same_error,
     check_training,
     compare_runs,
+    leaf,
+    mlp,
     weighted_sum,
+    x,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
-
-
-def x(*shape: int) -> torch.Tensor:
-    shape = shape or (4, 3)
-    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
-
-
-def leaf(*shape: int) -> torch.Tensor:
-    return x(*shape).requires_grad_()
-
-
-def mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
 
 
 # ---- grad modes inside ----

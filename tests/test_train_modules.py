@@ -8,17 +8,15 @@ from torch import nn
 
 import thunder
 from tests.jit_checks import nothing_leaks  # noqa: F401
-from tests.train_checks import assert_refused_clearly, check_training, weighted_sum
+from tests.train_checks import (
+    assert_refused_clearly,
+    check_training,
+    leaf,
+    weighted_sum,
+    x,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
-
-
-def x(*shape: int) -> torch.Tensor:
-    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
-
-
-def leaf(*shape: int) -> torch.Tensor:
-    return x(*shape).requires_grad_()
 
 
 def made(make):

@@ -18,19 +18,12 @@ from tests.train_checks import (
     assert_same_error,
     check_training,
     compare_runs,
+    leaf,
     weighted_sum,
+    x,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
-
-
-def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    shape = shape or (4, 3)
-    return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).to(dtype).reshape(shape)
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return x(*shape, dtype=dtype).requires_grad_()
 
 
 # ---- which tensors need grad ----

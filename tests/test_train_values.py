@@ -15,19 +15,12 @@ from tests.train_checks import (
     assert_refused_clearly,
     check_training,
     compare_runs,
+    leaf,
     weights_like,
+    x,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
-
-
-def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    shape = shape or (4, 3)
-    return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).to(dtype).reshape(shape)
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return x(*shape, dtype=dtype).requires_grad_()
 
 
 # ---- tensors ----

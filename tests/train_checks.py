@@ -17,6 +17,37 @@ from tests.harness.compare import children, clone, gradients_differ
 from tests.jit_checks import Pair, assert_same
 
 
+def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers from -1 to 1; without a shape, 4 x 3 of them."""
+    shape = shape or (4, 3)
+    return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).to(dtype).reshape(shape)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """:func:`x` as a leaf that requires grad."""
+    return x(*shape, dtype=dtype).requires_grad_()
+
+
+def mlp(out: int = 2) -> nn.Module:
+    """3 to `out` features by way of 8, with fixed weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, out))
+
+
+class Cube(torch.autograd.Function):
+    """The third power, differentiable twice."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a)
+        return a**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (a,) = ctx.saved_tensors
+        return grad * 3 * a**2
+
+
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
     """Every tensor in containers and objects, in a fixed order; one that occurs twice comes twice."""
     seen = set() if seen is None else seen

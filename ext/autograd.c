@@ -110,22 +110,50 @@ static int find_dependences(thx_gradient *g) {
     return 0;
 }
 
+typedef struct renaming {
+    th_val *to; /* by value; 0: stays */
+    th_val input;
+} renaming;
+
+static void rename_result(void *user, th_val *v) { ((renaming *)user)->to[*v] = ((renaming *)user)->input; }
+
+static void rename_use(void *user, th_val *v) {
+    const renaming *r = user;
+    if (r->to[*v]) *v = r->to[*v];
+}
+
+/* What the run did to its inputs is done: such writes go, and what they returned is the input. */
+static int drop_writes(th_trace *t) {
+    renaming r = {PyMem_Calloc(t->nvalues, sizeof *r.to), 0};
+    if (!r.to) return PyErr_NoMemory(), -1;
+    uint32_t n = 1;
+    for (th_opref o = 1; o < t->nops; o++) {
+        th_op_each_use(t, o, rename_use, &r);
+        r.input = 0;
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
+            th_val written = t->kids[t->ops[o].writes + i];
+            if (index_of(t->inputs, t->ninputs, written) != UINT32_MAX) r.input = written;
+        }
+        if (r.input)
+            th_op_each_out(t, o, rename_result, &r);
+        else
+            t->ops[n++] = t->ops[o];
+    }
+    th_node_each_value(t, t->result, rename_use, &r);
+    t->nops = n;
+    PyMem_Free(r.to);
+    return 0;
+}
+
 /* The joint trace with the gradients alone as its result: what create_graph runs. */
-static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, bool *random, bool *hooks) {
-    th_status status = th_trace_clone(joint->t, out);
-    if (status != TH_OK) return status;
+static int keep_gradients(thx *x, const th_joint *joint, th_trace **out, bool *random, bool *hooks) {
+    if (thx_check(x, th_trace_clone(joint->t, out)) < 0) return -1;
     th_trace *t = *out;
     const th_node_data *result = &t->nodes[t->result];
-    uint32_t first = joint->nresults + joint->nmutated, n = 1;
+    uint32_t first = joint->nresults + joint->nmutated;
     const th_node *grads = joint->t->kids + result->u.kids + first; /* the other trace's: it does not move */
     t->result = th_node_seq(t, TH_N_TUPLE, joint->nwrt + joint->nkept, grads);
-    for (th_opref o = 1; o < t->nops; o++) { /* what the run did to its inputs is done */
-        bool write = false;
-        for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
-            write |= index_of(t->inputs, t->ninputs, t->kids[t->ops[o].writes + i]) != UINT32_MAX;
-        if (!write) t->ops[n++] = t->ops[o];
-    }
-    t->nops = n;
+    if (drop_writes(t) < 0) return -1;
     for (th_opref o = 1; o < t->nops; o++) {
         const char *callee = t->ops[o].callee_opaque ? "" : th_str_get(t->ctx, t->ops[o].callee);
         bool hook = strncmp(callee, "thunder._kernels.run_", 21) == 0; /* runs in every backward */
@@ -134,9 +162,7 @@ static th_status keep_gradients(thx *x, const th_joint *joint, th_trace **out, b
         *random |= !ours && (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) != 0;
     }
     th_fuel fuel = {.left = -1};
-    status = th_pipeline_run(t, "dce,lifetime", &fuel, false, NULL, NULL);
-    (void)x;
-    return status;
+    return thx_check(x, th_pipeline_run(t, "dce,lifetime", &fuel, x->verify, NULL, NULL));
 }
 
 enum {
@@ -183,11 +209,17 @@ static int find_stale(thx_gradient *g, const th_trace *forward) {
 
 static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, th_trace **forward) {
     th_halves halves;
-    if (thx_check(x, keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks)) < 0 ||
+    if (keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks) < 0 ||
         thx_check(x, th_grad_split(joint, remat, &halves)) < 0)
         return -1;
+    if (x->verify &&
+        (thx_check(x, th_trace_verify(halves.forward)) < 0 || thx_check(x, th_trace_verify(halves.backward)) < 0)) {
+        th_halves_fini(x->ctx, &halves);
+        return -1;
+    }
     const th_trace *f = halves.forward;
     g->backward.t = halves.backward;
+    g->backward.spends = true;
     halves.backward = NULL;
     g->nroots = f->ninputs;
     g->nresults = joint->nresults + joint->nmutated;
@@ -573,21 +605,33 @@ static void put_object(thx *x, th_slot *slot, PyObject *o) {
     *slot = (th_slot){.object = o, .handle = x->abi.on ? thx_borrow(&x->abi, o) : NULL};
 }
 
+typedef struct sources {
+    thx *x;
+    pending *p;
+    PyObject *shown;    /* tuple: what torch kept */
+    PyObject *tangents; /* list */
+    bool spend;         /* the run may have what `pending` kept: nobody comes for it again */
+} sources;
+
+/* What the run spent is gone; the rest, and objects that were made for handles, go here. */
+static void give_up_inputs(thx *x, const thx_program *program, th_slot *slots) {
+    for (uint32_t i = 0; i < program->plan->nroots; i++) drop_slot(x, &slots[i]);
+}
+
 /* Run a program whose inputs are given and collect the gradients: (None, gradient of each input that requires grad,
  * then of each result that retains its own). */
 static PyObject *run_gradients(thx *x, const thx_gradient *g, thx_program *program,
-                               int (*fill)(void *user, th_slot *slots), void *user) {
-    th_slot fixed[THX_SLOTS_ON_STACK], *slots = NULL;
+                               void (*fill)(sources *s, th_slot *slots), sources *s) {
+    th_slot fixed[THX_SLOTS_ON_STACK], *slots = fixed;
     for (int rc = 1; rc == 1;) {
-        if (slots && slots != fixed) PyMem_Free(slots);
         uint32_t n = program->plan->nslots;
         slots = n <= THX_SLOTS_ON_STACK ? fixed : PyMem_Malloc(sizeof *slots * n);
         if (!slots) return PyErr_NoMemory();
-        rc = fill(user, slots) < 0 ? -1 : thx_program_run(x, program, slots);
-        if (rc < 0) {
-            if (slots != fixed) PyMem_Free(slots);
-            return NULL;
-        }
+        fill(s, slots);
+        rc = thx_program_run(x, program, slots);
+        if (rc) give_up_inputs(x, program, slots);
+        if (rc && slots != fixed) PyMem_Free(slots);
+        if (rc < 0) return NULL;
     }
     PyObject *result = PyTuple_New(g->nwrt + g->nkept + 1);
     if (result) PyTuple_SET_ITEM(result, 0, Py_NewRef(Py_None));
@@ -601,19 +645,12 @@ static PyObject *run_gradients(thx *x, const thx_gradient *g, thx_program *progr
     }
     th_frame frame = {slots, x, 0};
     th_plan_clear(program->plan, &frame);
+    give_up_inputs(x, program, slots);
     if (slots != fixed) PyMem_Free(slots);
     return result;
 }
 
-typedef struct sources {
-    thx *x;
-    pending *p;
-    PyObject *shown;    /* tuple: what torch kept */
-    PyObject *tangents; /* list */
-} sources;
-
-static int fill_backward(void *user, th_slot *slots) {
-    sources *s = user;
+static void fill_backward(sources *s, th_slot *slots) {
     const thx_gradient *g = s->p->g;
     Py_ssize_t at = 0;
     for (uint32_t i = 0; i < g->nsaved; i++) {
@@ -621,16 +658,17 @@ static int fill_backward(void *user, th_slot *slots) {
             put_object(s->x, &slots[i], PyTuple_GET_ITEM(s->shown, at++));
         } else {
             slots[i] = s->p->kept[i];
-            slots[i].owns_handle = slots[i].owns_object = false;
+            if (s->spend)
+                s->p->kept[i] = (th_slot){0};
+            else
+                slots[i].owns_handle = slots[i].owns_object = false;
         }
     }
     for (uint32_t i = 0; i < g->ntangents; i++)
         put_object(s->x, &slots[g->nsaved + i], PyList_GET_ITEM(s->tangents, i));
-    return 0;
 }
 
-static int fill_again(void *user, th_slot *slots) {
-    sources *s = user;
+static void fill_again(sources *s, th_slot *slots) {
     const thx_gradient *g = s->p->g;
     for (uint32_t i = 0; i < g->nroots; i++) put_object(s->x, &slots[i], s->p->inputs[i]);
     Py_ssize_t at = 0;
@@ -642,7 +680,6 @@ static int fill_again(void *user, th_slot *slots) {
     }
     for (uint32_t i = 0; i < g->ntangents; i++)
         put_object(s->x, &slots[g->nroots + i], PyList_GET_ITEM(s->tangents, i));
-    return 0;
 }
 
 /* The backward is itself to be differentiated: compute the gradients from the inputs, operation by operation under
@@ -721,7 +758,8 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
         Py_XDECREF((PyObject *)p);
         return NULL;
     }
-    sources s = {x, p, NULL, NULL};
+    sources s = {x, p, NULL, NULL, false};
+    bool keep = keeps_graph(x);
     PyObject *result = NULL;
     if (p->freed)
         PyErr_SetString(PyExc_RuntimeError,
@@ -740,13 +778,15 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
             result = backward_graph(&s);
         else if (s.tangents) {
             thx_program *program = batched ? batched_program(x, p->g) : &p->g->backward;
+            s.spend = program && program->checked && !keep; /* else the run may have to start over */
+            p->freed |= s.spend;
             result = program ? run_gradients(x, p->g, program, fill_backward, &s) : NULL;
         }
         thx_autocast_on(x, &cast);
     }
     if (result) drop_undefined(p->g, a + 1, result);
     result = hand_out(p, result);
-    if (result && !keeps_graph(x)) {
+    if (result && !keep) {
         p->freed = true;
         pending_release(p);
     }

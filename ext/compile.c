@@ -373,7 +373,7 @@ static int differentiate(compile *k) {
     if (rc == 0 && (joint.ntangents || joint.nmutated)) {
         th_fuel fuel = {.left = -1};
         th_trace *forward = NULL;
-        rc = thx_check(x, th_pipeline_run(joint.t, "noop,cse,dce", &fuel, TH_VERIFY_PASSES, NULL, NULL));
+        rc = thx_check(x, th_pipeline_run(joint.t, "noop,cse,dce", &fuel, x->verify, NULL, NULL));
         if (rc == 0 && !(e->gradient = thx_gradient_new(x, &joint, k->c->remat, &forward))) rc = -1;
         if (rc == 0) {
             th_trace_free(e->main.t);
@@ -393,11 +393,10 @@ static int run_passes(compile *k) {
     bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
     const char *passes = grad && !k->x->passes ? "functionalize,noop,fold,cse,dce" : k->x->passes;
-    if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, TH_VERIFY_PASSES, between_passes, k)) < 0) return -1;
+    if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, k->x->verify, between_passes, k)) < 0) return -1;
     if (!grad) return 0;
     if (differentiate(k) < 0) return -1;
-    return e->gradient ? 0
-                       : thx_check(k->x, th_pipeline_run(e->main.t, "lifetime", &fuel, TH_VERIFY_PASSES, NULL, NULL));
+    return e->gradient ? 0 : thx_check(k->x, th_pipeline_run(e->main.t, "lifetime", &fuel, k->x->verify, NULL, NULL));
 }
 
 thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args,

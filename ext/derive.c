@@ -457,9 +457,9 @@ static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
     if (rc == 0) rc = embed_constants(&d);
     if (rc == 0) {
         th_trace *t = d.r->t;
-        rc = thx_check(x, th_pipeline_run(t, "functionalize", NULL, false, NULL, NULL));
+        rc = thx_check(x, th_pipeline_run(t, "functionalize", NULL, x->verify, NULL, NULL));
         for (th_opref o = 1; rc == 0 && o < t->nops; o++) use_public_name(x, t, &t->ops[o]);
-        if (rc == 0) rc = thx_check(x, th_pipeline_run(t, "noop,cse,dce", NULL, false, NULL, NULL));
+        if (rc == 0) rc = thx_check(x, th_pipeline_run(t, "noop,cse,dce", NULL, x->verify, NULL, NULL));
     }
     if (rc == 0) {
         out->rule.trace = d.r->t;

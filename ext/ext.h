@@ -14,12 +14,6 @@
 
 #include <structmember.h>
 
-#ifdef TH_DEBUG
-#define TH_VERIFY_PASSES true
-#else
-#define TH_VERIFY_PASSES false
-#endif
-
 typedef enum thx_func_kind {
     THX_FUNC_RECORD = 1,
     THX_FUNC_QUERY,  /* asks about metadata: run on the fake */
@@ -103,6 +97,7 @@ typedef struct thx {
     thx_code codes[THX_CODES];
     uint32_t facts;     /* TH_FACT_*: what meta rules may rely on */
     const char *passes; /* the pipeline; NULL: the default one */
+    bool verify;        /* check every trace after every pass: THUNDER_VERIFY=1 */
     char *library;      /* folder of Python's own library; owned, NULL: unknown */
 } thx;
 

@@ -317,18 +317,45 @@ static int lower_del(thx_lowering *l, const th_op *op) {
     return 0;
 }
 
+typedef struct uses {
+    th_opref *last; /* by value: the last operation that uses it */
+    th_opref op;
+} uses;
+
+static void note_use(void *user, th_val *v) { ((uses *)user)->last[*v] = ((uses *)user)->op; }
+
+/* Inputs that are not returned die with their last use, where the program spends them. The caller fills their slots
+ * anew: they are free for nothing else. */
+static int spend_inputs(thx_lowering *l, const th_opref *last, th_opref op) {
+    for (uint32_t i = 0; i < l->t->ninputs; i++)
+        if (last[l->t->inputs[i]] == op && thx_check(l->x, th_plan_kill(l->plan, i)) < 0) return -1;
+    return 0;
+}
+
+static th_opref *last_uses(const thx_lowering *l) {
+    uses u = {PyMem_Calloc(l->t->nvalues, sizeof *u.last), 0};
+    if (!u.last) return (th_opref *)PyErr_NoMemory();
+    for (u.op = 1; u.op < l->t->nops; u.op++)
+        if (l->t->ops[u.op].kind != TH_OP_DEL) th_op_each_use((th_trace *)l->t, u.op, note_use, &u);
+    u.op = 0;
+    th_node_each_value((th_trace *)l->t, l->t->result, note_use, &u);
+    return u.last;
+}
+
 static int lower_ops(thx_lowering *l) {
     for (th_opref o = 1; o < l->t->nops; o++) {
         const th_op *op = &l->t->ops[o];
         int rc = op->kind == TH_OP_DEL ? lower_del(l, op) : thx_lower_shim(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL) rc = thx_lower_dispatch(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL) rc = lower_builtin(l, o);
+        if (rc == 0 && op->kind != TH_OP_DEL && l->last) rc = spend_inputs(l, l->last, o);
         if (rc < 0) return -1;
     }
     return 0;
 }
 
-th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin) {
+th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, uint32_t **slot_of, uint32_t *nshim,
+                   uint32_t *nbuiltin) {
     thx_lowering l = {.x = x, .t = t, .plain = plain};
     l.slots = PyMem_Malloc(sizeof(uint32_t) * t->nvalues);
     l.free_slots = PyMem_Malloc(sizeof(uint32_t) * (t->nvalues + 1));
@@ -339,9 +366,10 @@ th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, ui
     }
     memset(l.slots, 0xff, sizeof(uint32_t) * t->nvalues);
     for (uint32_t i = 0; i < t->ninputs; i++) l.slots[t->inputs[i]] = l.next_slot++;
-    if (lower_ops(&l) < 0) goto fail;
+    if ((spends && !(l.last = last_uses(&l))) || lower_ops(&l) < 0) goto fail;
     l.plan->nslots = l.next_slot;
     PyMem_Free(l.free_slots);
+    PyMem_Free(l.last);
     *slot_of = l.slots;
     *nshim = l.nshim;
     *nbuiltin = l.nbuiltin;
@@ -349,6 +377,7 @@ th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, ui
 fail:
     PyMem_Free(l.slots);
     PyMem_Free(l.free_slots);
+    PyMem_Free(l.last);
     th_plan_free(l.plan);
     return NULL;
 }

@@ -18,11 +18,13 @@ typedef struct thx_lowering {
     uint32_t *free_slots, nfree, next_slot;
     uint32_t nbuiltin, nshim; /* how many instructions took which road */
     bool plain;               /* builtins only: nothing that trusts predicted strides */
+    th_opref *last;           /* by value: its last use, where inputs are spent; else NULL */
 } thx_lowering;
 
-/* Slots of trace inputs are 0 .. ninputs-1 in order. slot_of: by value, for the results (caller frees with PyMem_Free).
- */
-th_plan *thx_lower(thx *x, const th_trace *t, bool plain, uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin);
+/* Slots of trace inputs are 0 .. ninputs-1 in order. spends: they are dropped after their last use. slot_of: by value,
+ * for the results (caller frees with PyMem_Free). */
+th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, uint32_t **slot_of, uint32_t *nshim,
+                   uint32_t *nbuiltin);
 uint32_t thx_slot_for(thx_lowering *l, th_val value); /* the slot of a value, assigned when it has none */
 
 /* Kernels that leave out what only their backward needs while gradients are off: their instructions switch them on. */

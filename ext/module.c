@@ -346,6 +346,7 @@ static int module_exec(PyObject *module) {
     x->empty_set = PyFrozenSet_New(NULL);
     x->callables = PyDict_New();
     x->ctx = th_ctx_new(NULL, NULL);
+    x->verify = th_env_flag("THUNDER_VERIFY", false);
     if (!x->ctx || !x->callables || !x->watch_counts || !x->empty_set) return PyErr_NoMemory(), -1;
     if (thx_check(x, th_catalog_new(x->ctx, &x->catalog)) < 0) return -1;
     x->torch = PyImport_ImportModule("torch");

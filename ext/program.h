@@ -12,6 +12,7 @@ typedef struct thx_program {
     uint32_t *slot_of; /* by value of the trace; UINT32_MAX: none */
     bool checked;      /* a run has confirmed the sizes and strides that the trace states */
     bool once;         /* it writes to its inputs: a run that went wrong cannot be started over */
+    bool spends;       /* a run drops each input after its last use: the slots are empty then */
     uint32_t nshim, nbuiltin;
 } thx_program;
 

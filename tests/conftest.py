@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("THUNDER_VERIFY", "1")  # before thunder is imported: every trace is checked after every pass
+
 import pytest
 import torch
 

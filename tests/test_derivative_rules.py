@@ -155,6 +155,13 @@ def step(function: Program, arguments: Any, seed: int, strided: bool) -> tuple[A
     return outputs, torch.autograd.grad(chosen, wrt, incoming, allow_unused=True)
 
 
+def alone(arguments: tuple[Any, ...], wanted: int) -> tuple[Any, ...]:
+    """The tensors that require a gradient, made to stop doing so but for one."""
+    for i, t in enumerate([t for t in tensors_in(arguments) if t.requires_grad]):
+        t.requires_grad_(i == wanted)
+    return arguments
+
+
 class Judge:
     """What was wrong, and which operators' rules were used."""
 
@@ -179,6 +186,7 @@ class Judge:
         if not stats or not stats[0]["catalogue_rules"]:
             return
         self.note(compiled)
+        self.run_parts(label, program, arguments[0])
         was = _C.derived_only(True)
         try:
             plain = thunder.jit(program)
@@ -187,6 +195,19 @@ class Judge:
             _C.derived_only(was)
         assert not thunder.compile_stats(plain).entries[0]["catalogue_rules"]
         self.compare(f"{label} and its derived rule", expected, lambda: step(compiled, clone(arguments[0]), 0, False))
+
+    def run_parts(self, label: str, program: Program, arguments: tuple[Any, ...]) -> None:
+        """Again with each tensor alone requiring a gradient, where several do: rules leave out what nobody wants."""
+        count = sum(t.requires_grad for t in tensors_in(arguments))
+        for wanted in range(count if count > 1 else 0):
+            each, ours = (alone(clone(arguments), wanted) for _ in range(2))
+            try:
+                expected = step(program, each, 0, strided=False)
+            except Exception:  # eager's own: there is no gradient for this one, or the others must require one
+                continue
+            self.compare(
+                f"{label}, tensor {wanted} alone", expected, lambda a=ours: step(thunder.jit(program), a, 0, False)
+            )
 
     def compare(self, label: str, expected: Any, run: Callable[[], Any]) -> None:
         """Notes what is different."""

@@ -461,6 +461,25 @@ def test_buffer_written_by_forward():
     check_training(Mean(), leaf())
 
 
+def test_second_derivative_after_a_buffer_was_written():
+    """Of what the write returned there is only the buffer, as it is now."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, a):
+            with torch.no_grad():
+                self.mean.lerp_(a.mean(0), 0.5)
+            return (a - self.mean).sin()
+
+    compiled = thunder.jit(Mean())
+    a = leaf()
+    with pytest.raises(RuntimeError, match="create_graph=True needs an input of the compiled call as it was"):
+        torch.autograd.grad(compiled(a).sum(), a, create_graph=True)
+
+
 def test_buffer_assigned_by_forward():
     class Count(nn.Module):
         def __init__(self):

@@ -21,6 +21,13 @@ th_str th__name_fresh(th_trace *t); /* t0, t1, ... */
 /* ---- the trace (trace.c) ---- */
 
 th_status th__trace_fail(th_trace *t, th_status status); /* keep the first failure */
+
+typedef struct th__mark { /* how much of a trace there was */
+    uint32_t nvalues, nops, nnodes, nkids;
+} th__mark;
+
+th__mark th__trace_mark(const th_trace *t);
+void th__trace_rewind(th_trace *t, th__mark to); /* forget what was added since */
 /* Under exactly this name, which must be free. */
 th_val th__trace_add_value(th_trace *t, th_str name, th_typeref type);
 uint32_t th__trace_add_opaque(th_trace *t, th_str name, void *object);

@@ -27,9 +27,14 @@ static th_node add_ref(th_trace *t, th_node_kind kind, uint32_t ref) {
     return add(t, (th_node_data){.kind = (uint8_t)kind, .u.ref = ref});
 }
 
-/* None and values occur at most operations: one node each serves the whole trace. */
+/* None and values occur at most operations: one node each serves the whole trace. Looked at before it serves again: a
+ * trace that was rewound has other nodes there. */
+static bool stands(const th_trace *t, th_node node, th_node_kind kind, uint32_t ref) {
+    return node && node < t->nnodes && t->nodes[node].kind == kind && t->nodes[node].u.ref == ref;
+}
+
 th_node th_node_none(th_trace *t) {
-    if (!t->none) t->none = add(t, (th_node_data){.kind = TH_N_NONE});
+    if (!stands(t, t->none, TH_N_NONE, 0)) t->none = add(t, (th_node_data){.kind = TH_N_NONE});
     return t->none;
 }
 th_node th_node_ellipsis(th_trace *t) { return add(t, (th_node_data){.kind = TH_N_ELLIPSIS}); }
@@ -45,7 +50,7 @@ th_node th_node_device(th_trace *t, th_dev d) { return add_ref(t, TH_N_DEVICE, d
 th_node th_node_symbol(th_trace *t, th_str dotted) { return add_ref(t, TH_N_SYMBOL, dotted); }
 th_node th_node_value(th_trace *t, th_val v) {
     if (v == 0 || v >= t->nvalues) return add_ref(t, TH_N_VALUE, v);
-    if (!t->values[v].node) t->values[v].node = add_ref(t, TH_N_VALUE, v);
+    if (!stands(t, t->values[v].node, TH_N_VALUE, v)) t->values[v].node = add_ref(t, TH_N_VALUE, v);
     return t->values[v].node;
 }
 th_node th__node_opaque_entry(th_trace *t, uint32_t index) { return add_ref(t, TH_N_OPAQUE, index); }

@@ -64,6 +64,15 @@ void th_trace_free(th_trace *t) {
 
 th_status th_trace_status(const th_trace *t) { return t->sticky; }
 
+th__mark th__trace_mark(const th_trace *t) { return (th__mark){t->nvalues, t->nops, t->nnodes, t->nkids}; }
+
+void th__trace_rewind(th_trace *t, th__mark to) {
+    t->nvalues = to.nvalues;
+    t->nops = to.nops;
+    t->nnodes = to.nnodes;
+    t->nkids = to.nkids;
+}
+
 static void *copy(th_trace *to, const void *from, uint32_t count, uint32_t *cap, size_t size) {
     if (count == 0) return NULL;
     void *fresh = th_ctx_alloc(to->ctx, NULL, count * size);

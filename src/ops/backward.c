@@ -1,6 +1,8 @@
 /* See backward.h. */
 #include "ops/backward.h"
 
+#include "ir/ir.h"
+
 #include <string.h>
 
 /* ---- emitting ---- */
@@ -216,10 +218,6 @@ void th__give(th__backward *b, th_val of, th_val gradient) {
 
 /* ---- running a rule ---- */
 
-typedef struct mark { /* how much of a trace there was */
-    uint32_t nvalues, nops, nnodes, nkids;
-} mark;
-
 static th_status run(th__backward *b, const th_val *tangents) {
     b->tangents = tangents;
     b->ngrads = 0;
@@ -266,17 +264,14 @@ th_status th__backward_forward(th__backward *b) {
 
 th_status th__backward_probe(th__backward *b) {
     th_trace *t = b->e.t;
-    mark start = {t->nvalues, t->nops, t->nnodes, t->nkids};
+    th__mark start = th__trace_mark(t);
     th_val tangents[TH_MAX_OUTS];
     for (uint32_t i = 0; i < b->nouts; i++)
         tangents[i] = th_trace_value(t, 0, th_type_set_grad(t->ctx, t->values[b->outs[i]].type, false));
     if (th_trace_status(t) != TH_OK) return th_trace_status(t);
     th_status status = run(b, tangents);
     if (th_trace_status(t) != TH_OK) return th_trace_status(t);
-    t->nvalues = start.nvalues;
-    t->nops = start.nops;
-    t->nnodes = start.nnodes;
-    t->nkids = start.nkids;
+    th__trace_rewind(t, start);
     return status;
 }
 

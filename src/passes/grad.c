@@ -11,6 +11,7 @@
  */
 #include "thunder/grad.h"
 
+#include "ir/ir.h"
 #include "ops/backward.h"
 #include "passes/pass.h"
 #include "passes/tie.h"
@@ -331,7 +332,7 @@ static th_status ask(joiner *j, record *rec, const th_typeref *tangents, const t
 /* By the catalogue's rule. TH_DECLINED: the trace is as it was. */
 static th_status take_by_catalogue(joiner *j, const th_opdef *def, record *rec, const th_val *old_outs) {
     th_trace *t = j->t;
-    uint32_t nvalues = t->nvalues, nops = t->nops, nnodes = t->nnodes, nkids = t->nkids;
+    th__mark start = th__trace_mark(t);
     th__backward *own = rec->own = th__scratch_zeroed(&j->scratch, 1, sizeof *own);
     if (!own) return TH_ENOMEM;
     memcpy(rec->outs, old_outs, rec->nouts * sizeof *old_outs);
@@ -346,10 +347,7 @@ static th_status take_by_catalogue(joiner *j, const th_opdef *def, record *rec, 
     TRY(reserve_values(j));
     if (status == TH_DECLINED) {
         rec->own = NULL;
-        t->nvalues = nvalues;
-        t->nops = nops;
-        t->nnodes = nnodes;
-        t->nkids = nkids;
+        th__trace_rewind(t, start);
     }
     TRY(status);
     for (uint32_t i = 0; i < rec->nouts; i++) {

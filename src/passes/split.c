@@ -281,6 +281,73 @@ static th_status build_forward(splitter *s, th_halves *out) {
     return th_pass_lifetime(t, NULL);
 }
 
+/* ---- when to compute again ---- */
+
+typedef struct deferral {
+    const splitter *s;
+    th_opref *needed; /* by value: the operation that it must precede */
+    th_opref at;
+    bool movable;
+} deferral;
+
+static void need(void *user, th_val *v) {
+    deferral *d = user;
+    if (!d->needed[*v] || d->at < d->needed[*v]) d->needed[*v] = d->at;
+}
+
+static void find_need(void *user, th_val *v) {
+    deferral *d = user;
+    if (d->needed[*v] && (!d->at || d->needed[*v] < d->at)) d->at = d->needed[*v];
+}
+
+static void test_movable(void *user, th_val *v) {
+    deferral *d = user;
+    d->movable &= !d->s->late[*v] && !(d->s->groups[th__group_of(d->s->t, *v)] & TH__GROUP_WRITTEN);
+}
+
+static bool is_movable(deferral *d, th_trace *t, th_opref o) {
+    d->movable = t->ops[o].kind == TH_OP_CALL && !t->ops[o].effects && !t->ops[o].nwrites;
+    th_op_each_use(t, o, test_movable, d);
+    th_op_each_out(t, o, test_movable, d);
+    return d->movable;
+}
+
+/* What needs no gradient comes first in the joint trace, so all of it would be computed again before the backward pass
+ * begins, and the memory that was saved would be spent at once. Each such operation moves to just before the first one
+ * that stays in its place and needs it. */
+static th_status defer_recomputation(const splitter *s, th_trace *t) {
+    th__scratch scratch = {.ctx = t->ctx};
+    deferral d = {.s = s, .needed = th__scratch_zeroed(&scratch, t->nvalues, sizeof(th_opref))};
+    th_opref *place = th__scratch_zeroed(&scratch, t->nops, sizeof *place); /* by operation: before which it comes */
+    th_opref *first = th__scratch_zeroed(&scratch, t->nops, sizeof *first); /* chains of those that move */
+    th_op *ops = th__scratch_zeroed(&scratch, t->nops, sizeof *ops);
+    th_opref *chain = th__scratch_zeroed(&scratch, t->nops, sizeof *chain);
+    if (!d.needed || !place || !first || !ops || !chain) {
+        th__scratch_fini(&scratch);
+        return TH_ENOMEM;
+    }
+    for (th_opref o = t->nops; o-- > 1;) { /* those after it are placed: chains come out in the old order */
+        d.at = 0;
+        if (is_movable(&d, t, o)) th_op_each_out(t, o, find_need, &d);
+        place[o] = d.at ? d.at : o;
+        d.at = place[o];
+        th_op_each_use(t, o, need, &d);
+        if (place[o] == o) continue;
+        chain[o] = first[place[o]];
+        first[place[o]] = o;
+    }
+    uint32_t n = 1;
+    for (th_opref o = 1; o < t->nops; o++) {
+        if (place[o] != o) continue;
+        for (th_opref moved = first[o]; moved; moved = chain[moved]) ops[n++] = t->ops[moved];
+        ops[n++] = t->ops[o];
+    }
+    memcpy(t->ops + 1, ops + 1, (n - 1) * sizeof *ops);
+    for (th_opref o = 1; o < t->nops; o++) th__node_define(t, t->ops[o].outs, o);
+    th__scratch_fini(&scratch);
+    return TH_OK;
+}
+
 static th_status build_backward(splitter *s, th_halves *out) {
     TRY(th_trace_clone(s->t, &out->backward));
     th_trace *t = out->backward;
@@ -301,6 +368,7 @@ static th_status build_backward(splitter *s, th_halves *out) {
     for (uint32_t i = 0; i < n; i++) kids[i] = result_kid(s->t, nvalues(s->joint) + i);
     t->result = th_node_seq(t, TH_N_TUPLE, n, kids);
     t->name = th_intern_z(t->ctx, "backward");
+    TRY(defer_recomputation(s, t));
     TRY(th_trace_status(t));
     return th_pass_lifetime(t, NULL);
 }

@@ -42,7 +42,7 @@ th_status th_plan_add(th_plan *plan, th_instr_fn run, void *data, uint32_t op) {
 }
 
 th_status th_plan_kill(th_plan *plan, uint32_t slot) {
-    if (!plan->ninstrs || slot < plan->nroots) return TH_OK;
+    if (!plan->ninstrs) return TH_OK;
     if (plan->nfrees == plan->cap_frees) {
         uint32_t cap = plan->cap_frees ? plan->cap_frees * 2 : 64;
         uint32_t *frees = th_ctx_alloc(plan->ctx, plan->frees, cap * sizeof *frees);

@@ -37,7 +37,7 @@ typedef struct th_plan {
     uint32_t *frees;
     uint32_t nfrees, cap_frees;
     uint32_t nslots; /* slots 0 .. nslots-1 */
-    uint32_t nroots; /* the first nroots slots are filled by the caller and never freed by the plan */
+    uint32_t nroots; /* the first nroots slots are filled by the caller, who also clears them */
     void (*release)(void *user, void *handle, void *object); /* drop what a slot owns; either may be NULL */
     void *user;                                              /* for release */
     void (*free_data)(void *data);

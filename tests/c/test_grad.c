@@ -72,6 +72,41 @@ static void cheap_results_are_made_again_rather_than_saved(void) {
     th_ctx_free(ctx);
 }
 
+static void what_is_made_again_is_made_where_it_is_needed(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_halves halves = {0};
+    th_joint joint = {0};
+    int asked = 0;
+    const char *text =
+        "def computation(x: \"cpu f32[8, 4]\", w: \"cpu f32[16, 4] grad\", v: \"cpu f32[2, 16] grad\"):\n"
+        "    t0: \"cpu f32[8, 16]\" = torch.nn.functional.linear(x, w)\n"
+        "    t1: \"cpu f32[8, 16]\" = torch.mul(t0, 3.0)\n"
+        "    t2: \"cpu f32[8, 2]\" = torch.nn.functional.linear(t1, v)\n"
+        "    t3: \"cpu f32[8, 2]\" = torch.tanh(t2)\n"
+        "    return t3\n";
+    CHECK(halves_of(ctx, text, TH_REMAT_AUTO, &halves, &joint, &asked) == TH_OK);
+    const th_trace *t = halves.backward;
+    th_opref again = 0;
+    for (th_opref o = 1; o < t->nops && !again; o++) { /* t1 again: the only use of an input by torch.mul */
+        const th_node_data *args = &t->nodes[t->ops[o].args];
+        bool mul = t->ops[o].kind == TH_OP_CALL && strcmp(th_str_get(ctx, t->ops[o].callee), "torch.mul") == 0;
+        const th_node_data *factor = mul ? &t->nodes[t->kids[args->u.kids + 1]] : NULL;
+        if (factor && factor->kind == TH_N_FLOAT && t->values[t->nodes[t->ops[o].outs].u.ref].def == o) again = o;
+    }
+    CHECK(again > 1); /* not at once: tanh's derivative comes before it */
+    th_val made = t->nodes[t->ops[again].outs].u.ref;
+    const th_node_data *next = &t->nodes[t->ops[again + 1].args];
+    bool used = false;
+    for (uint32_t i = 0; i < next->count; i++) {
+        const th_node_data *arg = &t->nodes[t->kids[next->u.kids + i]];
+        used |= arg->kind == TH_N_VALUE && arg->u.ref == made;
+    }
+    CHECK(used);
+    th_halves_fini(ctx, &halves);
+    th_joint_fini(&joint);
+    th_ctx_free(ctx);
+}
+
 static void an_operation_without_a_rule_is_declined_with_its_reason(void) {
     th_ctx *ctx = th_ctx_new(NULL, NULL);
     th_halves halves = {0};
@@ -136,6 +171,7 @@ static void memory_may_run_out_at_any_request(void) {
 int main(void) {
     catalogue_rules_make_forward_and_backward();
     cheap_results_are_made_again_rather_than_saved();
+    what_is_made_again_is_made_where_it_is_needed();
     an_operation_without_a_rule_is_declined_with_its_reason();
     marks_keep_operations_out_of_the_derivative();
     memory_may_run_out_at_any_request();

@@ -12,6 +12,7 @@
 
 #include "ambient.h"
 #include "lower.h"
+#include "region.h"
 
 #include <string.h>
 
@@ -207,7 +208,8 @@ static int find_stale(thx_gradient *g, const th_trace *forward) {
     return 0;
 }
 
-static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, th_trace **forward) {
+static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, PyObject *claims,
+                         th_trace **forward) {
     th_halves halves;
     if (keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks) < 0 ||
         thx_check(x, th_grad_split(joint, remat, &halves)) < 0)
@@ -252,17 +254,19 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     if (rc == 0) {
         *forward = halves.forward;
         halves.forward = NULL;
-        rc = thx_program_lower(x, &g->backward, false);
+        rc = claims ? thx_check(x, th_trace_clone(g->backward.t, &g->batched.t)) : 0; /* what nobody has claimed */
+        if (rc == 0) rc = thx_claim(x, claims, g->backward.t, "backward");
+        if (rc == 0) rc = thx_program_lower(x, &g->backward, false);
     }
     th_halves_fini(x->ctx, &halves);
     return rc;
 }
 
-thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, th_trace **forward) {
+thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *claims, th_trace **forward) {
     thx_gradient *g = (thx_gradient *)x->Gradient->tp_alloc(x->Gradient, 0);
     if (!g) return NULL;
     g->x = x;
-    if (gradient_init(x, g, joint, remat, forward) < 0) {
+    if (gradient_init(x, g, joint, remat, claims, forward) < 0) {
         Py_DECREF((PyObject *)g);
         return NULL;
     }

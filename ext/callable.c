@@ -226,6 +226,14 @@ static void keep(thx_callable_object *c, thx_entry *e) {
     c->entry_count++;
 }
 
+/* A program that turned out not to be right on the way: nothing has left it yet, so the call can begin anew. */
+static bool begin_anew(thx_callable_object *c) {
+    if (!c->claims || !PyErr_ExceptionMatches(c->x->StaleProgram)) return false;
+    PyErr_Clear();
+    drop_all(c);
+    return true;
+}
+
 static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *const *args, size_t nargsf,
                       PyObject *kwnames) {
     thx *x = c->x;
@@ -259,7 +267,7 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
     thx_leaves_fini(&leaves);
     if (!result) {
         thx_entry_free(x, e);
-        return NULL;
+        return begin_anew(c) ? miss(c, a, args, nargsf, kwnames) : NULL;
     }
     if (c->cache == 1) { /* kept for last_traces only */
         drop_all(c);
@@ -336,7 +344,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         c->entries = e;
         PyObject *result = run_entry(c, e, &leaves);
         thx_leaves_fini(&leaves);
-        return result;
+        return !result && begin_anew(c) ? miss(c, &ambient, args, nargsf, kwnames) : result;
     }
     thx_leaves_fini(&leaves);
     if (c->entry_count >= 64) drop_dead(c);
@@ -346,11 +354,11 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 /* ---- the type ---- */
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"fn", "module", "cache", "fallback_eager", "on_event", "remat", NULL};
-    PyObject *fn, *module = Py_None, *on_event = Py_None;
+    static char *names[] = {"fn", "module", "cache", "fallback_eager", "on_event", "remat", "claims", NULL};
+    PyObject *fn, *module = Py_None, *on_event = Py_None, *claims = Py_None;
     int cache = 0, fallback = 0, remat = TH_REMAT_AUTO;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipOi", names, &fn, &module, &cache, &fallback, &on_event,
-                                     &remat))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipOiO", names, &fn, &module, &cache, &fallback, &on_event,
+                                     &remat, &claims))
         return NULL;
     thx_callable_object *c = (thx_callable_object *)type->tp_alloc(type, 0);
     if (!c) return NULL;
@@ -359,6 +367,7 @@ static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     c->fn = Py_NewRef(fn);
     c->module = module == Py_None ? NULL : Py_NewRef(module);
     c->on_event = on_event == Py_None ? NULL : Py_NewRef(on_event);
+    c->claims = claims == Py_None ? NULL : Py_NewRef(claims);
     c->cache = (uint8_t)cache;
     c->fallback_eager = fallback;
     c->remat = (uint8_t)remat;
@@ -377,6 +386,7 @@ static int callable_clear(thx_callable_object *c) {
     Py_CLEAR(c->fn);
     Py_CLEAR(c->module);
     Py_CLEAR(c->on_event);
+    Py_CLEAR(c->claims);
     Py_CLEAR(c->dict);
     return 0;
 }
@@ -402,6 +412,7 @@ static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg)
     Py_VISIT(c->fn);
     Py_VISIT(c->module);
     Py_VISIT(c->on_event);
+    Py_VISIT(c->claims);
     Py_VISIT(c->dict);
     return 0;
 }

@@ -60,6 +60,7 @@ typedef struct thx_callable_object {
     thx *x;
     PyObject *fn, *module, *weakrefs, *dict;
     PyObject *on_event; /* Python callable for rare things: warnings, fallback decisions */
+    PyObject *claims;   /* what its executors claim: claim.c; NULL: torch runs everything */
     thx_entry *entries; /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint8_t cache; /* 0 constant values, 1 no caching, 2 same input */
@@ -78,7 +79,8 @@ void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves
 int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
 int thx_callable_init(thx *x, PyObject *module);
-PyObject *thx_trace_object(thx *x, th_trace *t); /* py_trace.c: takes the trace */
+PyObject *thx_trace_object(thx *x, th_trace *t);   /* py_trace.c: takes the trace */
+th_trace *thx_trace_copy(thx *x, PyObject *trace); /* NULL with an exception; opaque objects kept alive */
 int thx_trace_init(thx *x, PyObject *module);
 
 #endif

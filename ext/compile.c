@@ -2,6 +2,7 @@
 #include "callable.h"
 
 #include "derive.h"
+#include "region.h"
 
 #include <string.h>
 #include <time.h>
@@ -288,7 +289,9 @@ static int lower(compile *k) {
     thx_entry *e = k->e;
     e->nvalues = k->nvalues;
     e->writes_inputs = e->main.once = writes_inputs(e->main.t) || (e->gradient && e->gradient->nmutated);
-    if (thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0) return -1;
+    if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||
+        thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0)
+        return -1;
     return bind_roots(k);
 }
 
@@ -367,14 +370,20 @@ static int differentiate(compile *k) {
         th_trace_free(copy);
         return -1;
     }
-    int rc = no_derivative(k, th_grad_join(copy, &options, &joint));
+    int rc = thx_claim_operators(x, k->c->claims, copy);
+    if (rc < 0) {
+        th_trace_free(copy);
+        thx_autocast_on(x, &cast);
+        return -1;
+    }
+    rc = no_derivative(k, th_grad_join(copy, &options, &joint));
     thx_autocast_on(x, &cast);
     if (rc == 0) rc = check_leaves(k, &joint);
     if (rc == 0 && (joint.ntangents || joint.nmutated)) {
         th_fuel fuel = {.left = -1};
         th_trace *forward = NULL;
         rc = thx_check(x, th_pipeline_run(joint.t, "noop,cse,dce", &fuel, x->verify, NULL, NULL));
-        if (rc == 0 && !(e->gradient = thx_gradient_new(x, &joint, k->c->remat, &forward))) rc = -1;
+        if (rc == 0 && !(e->gradient = thx_gradient_new(x, &joint, k->c->remat, k->c->claims, &forward))) rc = -1;
         if (rc == 0) {
             th_trace_free(e->main.t);
             e->main.t = forward;

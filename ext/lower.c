@@ -5,6 +5,8 @@
  */
 #include "lower.h"
 
+#include "region.h"
+
 #include <string.h>
 
 typedef enum arg_kind { ARG_CONST = 1, ARG_SLOT, ARG_TUPLE, ARG_LIST, ARG_DICT, ARG_SLICE } arg_kind;
@@ -18,7 +20,7 @@ typedef struct arg {
 
 typedef enum call_kind { CALL_VECTOR = 1, CALL_GETITEM, CALL_SETITEM } call_kind;
 
-typedef struct call_data {
+typedef struct thx_call {
     thx_instr_data head;
     uint8_t kind;
     bool no_grad;               /* ran while gradients were off; matters where a program runs under autograd */
@@ -27,7 +29,7 @@ typedef struct call_data {
     uint32_t nargs, npositional;
     arg *args;
     arg outs; /* SLOT, TUPLE of SLOT/CONST (ignored), or kind 0 */
-} call_data;
+} thx_call;
 
 /* ---- slots ---- */
 
@@ -161,7 +163,7 @@ static int store(th_frame *f, const arg *out, PyObject *result) {
     return 0;
 }
 
-static PyObject *call_vector(thx *x, th_frame *f, const call_data *c) {
+static PyObject *call_vector(thx *x, th_frame *f, const thx_call *c, PyObject *callee) {
     PyObject *fixed[20], **argv = c->nargs + 1 <= 20 ? fixed : PyMem_Malloc(sizeof *argv * (c->nargs + 1));
     if (!argv) return PyErr_NoMemory();
     PyObject *temporary[20], *result = NULL;
@@ -181,13 +183,13 @@ static PyObject *call_vector(thx *x, th_frame *f, const call_data *c) {
         argv[i + 1] = o;
     }
     if (i == c->nargs)
-        result = PyObject_Vectorcall(c->callee, argv + 1, c->npositional | PY_VECTORCALL_ARGUMENTS_OFFSET, c->kwnames);
+        result = PyObject_Vectorcall(callee, argv + 1, c->npositional | PY_VECTORCALL_ARGUMENTS_OFFSET, c->kwnames);
     while (ntemporary) Py_DECREF(temporary[--ntemporary]);
     if (argv != fixed) PyMem_Free(argv);
     return result;
 }
 
-static PyObject *call_item(thx *x, th_frame *f, const call_data *c) {
+static PyObject *call_item(thx *x, th_frame *f, const thx_call *c) {
     PyObject *self = arg_object(x, f, &c->args[0]), *key = self ? arg_object(x, f, &c->args[1]) : NULL, *result = NULL;
     if (key && c->kind == CALL_GETITEM) {
         result = PyObject_GetItem(self, key);
@@ -202,11 +204,11 @@ static PyObject *call_item(thx *x, th_frame *f, const call_data *c) {
 }
 
 /* With another grad mode than the current one. */
-static PyObject *call_in_grad_mode(thx *x, th_frame *f, const call_data *c, bool on) {
+static PyObject *call_in_grad_mode(thx *x, th_frame *f, const thx_call *c, bool on) {
     PyObject *done = PyObject_CallOneArg(x->set_grad, on ? Py_True : Py_False), *result = NULL, *type, *value, *trace;
     if (!done) return NULL;
     Py_DECREF(done);
-    result = c->kind == CALL_VECTOR ? call_vector(x, f, c) : call_item(x, f, c);
+    result = c->kind == CALL_VECTOR ? call_vector(x, f, c, c->callee) : call_item(x, f, c);
     PyErr_Fetch(&type, &value, &trace);
     done = PyObject_CallOneArg(x->set_grad, on ? Py_False : Py_True);
     Py_XDECREF(done);
@@ -216,7 +218,7 @@ static PyObject *call_in_grad_mode(thx *x, th_frame *f, const call_data *c, bool
 }
 
 /* With the grad mode on, but autograd's own kernels passed over. */
-static PyObject *call_below_autograd(thx *x, th_frame *f, const call_data *c) {
+static PyObject *call_below_autograd(thx *x, th_frame *f, const thx_call *c) {
     PyObject *guard = thx_enter(x, x->below_autograd);
     PyObject *result = guard ? call_in_grad_mode(x, f, c, true) : NULL;
     if (guard) thx_leave(x, guard);
@@ -224,12 +226,20 @@ static PyObject *call_below_autograd(thx *x, th_frame *f, const call_data *c) {
 }
 
 static int run_call(th_frame *f, const th_instr *instr) {
-    const call_data *c = instr->data;
+    const thx_call *c = instr->data;
     thx *x = f->user;
     PyObject *result = c->no_grad && thx_grad_mode(x) == 1          ? call_in_grad_mode(x, f, c, false)
                        : c->below_autograd && thx_grad_mode(x) == 0 ? call_below_autograd(x, f, c)
-                       : c->kind == CALL_VECTOR                     ? call_vector(x, f, c)
+                       : c->kind == CALL_VECTOR                     ? call_vector(x, f, c, c->callee)
                                                                     : call_item(x, f, c);
+    if (!result) return -1;
+    int rc = store(f, &c->outs, result);
+    Py_DECREF(result);
+    return rc;
+}
+
+int thx_call_run(th_frame *f, const thx_call *c, PyObject *callee) {
+    PyObject *result = call_vector(f->user, f, c, callee);
     if (!result) return -1;
     int rc = store(f, &c->outs, result);
     Py_DECREF(result);
@@ -243,7 +253,7 @@ bool thx_looks_at_grad_mode(thx *x, const th_op *op) {
 }
 
 static void free_call(void *data) {
-    call_data *c = data;
+    thx_call *c = data;
     Py_XDECREF(c->callee);
     Py_XDECREF(c->kwnames);
     for (uint32_t i = 0; i < c->nargs; i++) arg_fini(&c->args[i]);
@@ -261,7 +271,7 @@ static PyObject *differentiable_scatter(thx *x) {
     return function;
 }
 
-static int call_init(thx_lowering *l, call_data *c, const th_op *op) {
+static int call_init(thx_lowering *l, thx_call *c, const th_op *op) {
     const th_trace *t = l->t;
     const th_node_data *args = &t->nodes[op->args];
     uint32_t nkw = op->kwargs ? t->nodes[op->kwargs].count / 2 : 0;
@@ -291,14 +301,22 @@ static int call_init(thx_lowering *l, call_data *c, const th_op *op) {
     return op->outs && has_value(t, op->outs) ? arg_init(l, &c->outs, op->outs) : 0;
 }
 
-static int lower_builtin(thx_lowering *l, th_opref o) {
-    call_data *c = PyMem_Calloc(1, sizeof *c);
-    if (!c) return PyErr_NoMemory(), -1;
+thx_call *thx_call_new(thx_lowering *l, th_opref o) {
+    thx_call *c = PyMem_Calloc(1, sizeof *c);
+    if (!c) return (thx_call *)PyErr_NoMemory();
     c->head.free = free_call;
-    if (call_init(l, c, &l->t->ops[o]) < 0) {
-        free_call(c);
-        return -1;
-    }
+    if (call_init(l, c, &l->t->ops[o]) == 0) return c;
+    free_call(c);
+    return NULL;
+}
+
+void thx_call_free(thx_call *c) {
+    if (c) free_call(c);
+}
+
+static int lower_builtin(thx_lowering *l, th_opref o) {
+    thx_call *c = thx_call_new(l, o);
+    if (!c) return -1;
     l->nbuiltin++;
     return thx_check(l->x, th_plan_add(l->plan, run_call, c, o));
 }
@@ -345,7 +363,8 @@ static th_opref *last_uses(const thx_lowering *l) {
 static int lower_ops(thx_lowering *l) {
     for (th_opref o = 1; o < l->t->nops; o++) {
         const th_op *op = &l->t->ops[o];
-        int rc = op->kind == TH_OP_DEL ? lower_del(l, op) : thx_lower_shim(l, o);
+        int rc = op->kind == TH_OP_DEL ? lower_del(l, op) : thx_lower_region(l, o);
+        if (rc == 0 && op->kind != TH_OP_DEL) rc = thx_lower_shim(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL) rc = thx_lower_dispatch(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL) rc = lower_builtin(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL && l->last) rc = spend_inputs(l, l->last, o);

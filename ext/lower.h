@@ -37,6 +37,12 @@ static inline th_h thx_slot_handle(thx *x, th_slot *slot) {
     return slot->handle;
 }
 
+/* A call of a Python object, its arguments prepared; its results go to their slots. */
+typedef struct thx_call thx_call;
+thx_call *thx_call_new(thx_lowering *l, th_opref op); /* NULL with an exception */
+void thx_call_free(thx_call *call);
+int thx_call_run(th_frame *f, const thx_call *call, PyObject *callee); /* callee: in place of the operation's own */
+
 /* ---- shims.c: 1 lowered, 0 not for this operation, -1 error ---- */
 int thx_lower_shim(thx_lowering *l, th_opref op);
 /* ---- dispatch.c: likewise ---- */

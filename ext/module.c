@@ -1,6 +1,7 @@
 /* thunder._C: making the module state and tearing it down. */
 #include "callable.h"
 #include "derive.h"
+#include "region.h"
 
 #include "base/env.h"
 
@@ -197,7 +198,8 @@ static int load_errors(thx *x) {
     x->CaptureError = errors ? PyObject_GetAttrString(errors, "CaptureError") : NULL;
     Py_XDECREF(errors);
     x->GradNeeded = PyErr_NewException("thunder._C.GradNeeded", NULL, NULL);
-    return x->CaptureError && x->GradNeeded ? 0 : -1;
+    x->StaleProgram = PyErr_NewException("thunder._C.StaleProgram", NULL, NULL);
+    return x->CaptureError && x->GradNeeded && x->StaleProgram ? 0 : -1;
 }
 
 /* ---- functions ---- */
@@ -311,6 +313,8 @@ static PyMethodDef functions[] = {
     {"meta_rule", meta_rule, METH_VARARGS,
      "meta_rule(function, args, kwargs) -> list of results, None when declined, or "
      "NotImplemented when the function is not catalogued."},
+    {"operator_key", thx_operator_key, METH_O,
+     "operator_key(dotted) -> str: under which executors find an operator: its name in the catalogue, or itself."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},
 };
@@ -356,10 +360,13 @@ static int module_exec(PyObject *module) {
         load_errors(x) < 0 || load_library(x) < 0 || load_module_dicts(x) < 0 ||
         thx_abi_init(&x->abi, x->ctx, x->torch) < 0 || thx_fake_init(x, module) < 0 ||
         thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 || thx_autograd_init(x, module) < 0 ||
-        thx_custom_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0)
+        thx_region_init(x, module) < 0 || thx_custom_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 ||
+        thx_callable_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x);
-    return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded);
+    return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded) < 0
+               ? -1
+               : PyModule_AddObjectRef(module, "StaleProgram", x->StaleProgram);
 }
 
 static void module_free(void *module) {

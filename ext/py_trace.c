@@ -19,6 +19,13 @@ PyObject *thx_trace_object(thx *x, th_trace *t) {
     return (PyObject *)o;
 }
 
+th_trace *thx_trace_copy(thx *x, PyObject *trace) {
+    th_trace *copy = NULL;
+    if (!PyObject_TypeCheck(trace, x->Trace))
+        return PyErr_Format(PyExc_TypeError, "a thunder.Trace is needed, not %s", Py_TYPE(trace)->tp_name), NULL;
+    return thx_check(x, th_trace_clone(((trace_object *)trace)->t, &copy)) < 0 ? NULL : copy;
+}
+
 static void trace_dealloc(trace_object *o) {
     PyTypeObject *type = Py_TYPE(o);
     th_trace_free(o->t);

@@ -314,7 +314,8 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
 /* ---- the user's line ---- */
 
 static bool is_torch_file(const char *path) {
-    return strstr(path, "/torch/") || strstr(path, "/thunder/_") || strstr(path, "<string>") || strstr(path, "<frozen");
+    return strstr(path, "/torch/") || strstr(path, "/thunder/_") || strstr(path, "/thunder/extend/") ||
+           strstr(path, "<string>") || strstr(path, "<frozen");
 }
 
 /* What is known about a code object: direct-mapped by address, which the reference keeps from being reused. */

@@ -15,11 +15,11 @@ from thunder import _C
 from thunder._errors import ThunderWarning
 from thunder._module import ThunderModule
 from thunder.extend import Executor, resolve_executors
+from thunder.extend.claims import TIERS, VERIFY, make_claims
 
 _CACHE_OPTIONS = {"constant values": 0, "no caching": 1, "same input": 2}
 _FALLBACKS = ("error", "eager")
 _REMAT = {"off": 0, "auto": 1, "max": 2}
-_OPTIONS: dict[str, object] = {}
 
 
 def jit(
@@ -31,6 +31,9 @@ def jit(
     cache: str = "constant values",
     fallback: str = "error",
     remat: str = "auto",
+    verify: str = "first",
+    tier: str = "background",
+    fuel: int | None = None,
     **options: Any,
 ) -> Any:
     """Compile a PyTorch callable or module.
@@ -46,6 +49,11 @@ def jit(
             ``"eager"`` warns once and runs the original.
         remat: what a training step saves for its backward pass: ``"off"`` what PyTorch's autograd would, ``"auto"``
             less where cheap operations can make a value again, ``"max"`` as little as possible.
+        verify: when what another executor than torch computes is compared with torch: ``"first"`` at its first run,
+            ``"always"``, ``"off"``.
+        tier: what to do while an executor builds a region: ``"background"`` has torch run it until then, ``"block"``
+            waits.
+        fuel: how many units executors may claim in all; None: any number. ``thunder.bisect`` turns it.
 
     Returns:
         For a module a ``thunder.ThunderModule`` that shares its parameters and buffers; for another callable an object
@@ -57,10 +65,19 @@ def jit(
         ValueError: an option has an unknown value.
         thunder.CaptureError: at a call, when the program cannot be captured.
     """
-    settings = dict(executors=executors, transforms=transforms, cache=cache, fallback=fallback, remat=remat, **options)
+    settings = {
+        "executors": executors,
+        "transforms": transforms,
+        "cache": cache,
+        "fallback": fallback,
+        "remat": remat,
+        "verify": verify,
+        "tier": tier,
+        "fuel": fuel,
+    }
     if fn is None:
-        return lambda target: jit(target, **settings)
-    _check_options(cache, fallback, remat, options)
+        return lambda target: jit(target, **settings, **options)
+    _check_options(settings, options)
     _check_target(fn)
     chosen = resolve_executors(executors)
     if transforms:
@@ -75,6 +92,7 @@ def jit(
         fallback_eager=fallback == "eager",
         on_event=_reporter(fn),
         remat=_REMAT[remat],
+        claims=make_claims(chosen, verify=verify, tier=tier, fuel=fuel),
     )
     compiled._thunder_settings = settings
     if is_module:
@@ -83,19 +101,21 @@ def jit(
     return compiled
 
 
-def _check_options(cache: str, fallback: str, remat: str, options: dict[str, Any]) -> None:
-    for name in options:
-        if name not in _OPTIONS:
-            known = ["executors", "transforms", "cache", "fallback", "remat", *_OPTIONS]
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known options are {', '.join(known)}"
-            raise TypeError(f"thunder.jit got an unknown option {name!r}{hint}")
-    if not isinstance(cache, str) or cache not in _CACHE_OPTIONS:
-        raise ValueError(f"cache must be one of {', '.join(map(repr, _CACHE_OPTIONS))}, not {cache!r}")
-    if fallback not in _FALLBACKS:
-        raise ValueError(f"fallback must be one of {', '.join(map(repr, _FALLBACKS))}, not {fallback!r}")
-    if not isinstance(remat, str) or remat not in _REMAT:
-        raise ValueError(f"remat must be one of {', '.join(map(repr, _REMAT))}, not {remat!r}")
+_CHOICES = {"cache": (*_CACHE_OPTIONS,), "fallback": _FALLBACKS, "remat": (*_REMAT,), "verify": VERIFY, "tier": TIERS}
+
+
+def _check_options(settings: dict[str, Any], unknown: dict[str, Any]) -> None:
+    for name in unknown:
+        near = difflib.get_close_matches(name, settings, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known options are {', '.join(settings)}"
+        raise TypeError(f"thunder.jit got an unknown option {name!r}{hint}")
+    for name, choices in _CHOICES.items():
+        value = settings[name]
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    fuel = settings["fuel"]
+    if fuel is not None and (not isinstance(fuel, int) or fuel < 0):
+        raise ValueError(f"fuel must be None or a number of units, not {fuel!r}")
 
 
 def _uses_torch_compile(fn: Any) -> str | None:

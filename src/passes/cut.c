@@ -1,4 +1,5 @@
-/* Dinic's maximum flow; the minimum cut is what the source still reaches in the residual graph.
+/* Dinic's maximum flow. Of the minimum cuts the one nearest to the sink: what no longer reaches the sink in the
+ * residual graph lies before it, so of values that cost the same the latest is saved, and the least is made again.
  *
  *     source --inf--> in(v) --cost--> out(v) --inf--> in(w), w made from v
  *                                     out(v) --inf--> sink, when v is wanted
@@ -101,13 +102,31 @@ static int64_t push_path(th__cut *c) {
     return flow;
 }
 
+/* level: 0 for what reaches the sink. */
+static void mark_sink_side(th__cut *c) {
+    uint32_t head = 0, tail = 0;
+    memset(c->level, 0xff, c->nnodes * sizeof *c->level);
+    c->level[SINK] = 0;
+    c->queue[tail++] = SINK;
+    while (head < tail) {
+        uint32_t at = c->queue[head++];
+        for (uint32_t a = c->first[at]; a; a = c->arcs[a].next) {
+            uint32_t from = c->arcs[a].to;
+            if (!c->arcs[a ^ 1].left || c->level[from] == 0) continue;
+            c->level[from] = 0;
+            c->queue[tail++] = from;
+        }
+    }
+}
+
 th_status th__cut_solve(th__cut *c) {
     if (c->failed) return TH_ENOMEM;
     while (levels(c)) {
         memcpy(c->next, c->first, c->nnodes * sizeof *c->next);
         while (push_path(c) > 0) continue;
     }
+    mark_sink_side(c);
     return TH_OK;
 }
 
-bool th__cut_saved(const th__cut *c, th_val v) { return c->level[in(v)] >= 0 && c->level[out(v)] < 0; }
+bool th__cut_saved(const th__cut *c, th_val v) { return c->level[in(v)] < 0 && c->level[out(v)] == 0; }

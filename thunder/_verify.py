@@ -1,0 +1,170 @@
+"""Is what an executor computes right? Its results on the live inputs are compared with torch's.
+
+The bound follows from the dtype: what two right kernels that round in another order may differ by, measured against the
+largest number of a result. Where that decides nothing, the region runs once more in float64, and who is nearer to that
+is right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thunder import _C
+
+# Relative to the largest magnitude of the result: a few hundred roundings, and sums of many thousands in low precision.
+_BOUND = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def copies(tensors: list[Any]) -> list[Any]:
+    """Copies that are laid out as the tensors are; in memory of their own."""
+    return [_copy(t) if isinstance(t, Tensor) else t for t in tensors]
+
+
+def _copy(t: Tensor) -> Tensor:
+    t = t.detach()
+    if t.is_sparse or t.layout != torch.strided or t.is_quantized:
+        return t.clone()
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def judge(
+    region: Any, before: list[Any], after: list[Any], expected: list[Any], results: list[Any] | None, error: Any
+) -> bool:
+    """Whether a region passes; says why not in one warning and hands it to torch.
+
+    Args:
+        region: the ``thunder._C.Region`` whose first run this is.
+        before, after: its inputs, and the copies of them that the executor was given.
+        expected, results: what torch and the executor computed; ``results`` is None where it raised ``error``.
+    """
+    with torch.no_grad():
+        found = f"it raised {type(error).__name__}: {error}" if error is not None else ""
+        found = found or _writes(before, after) or _differs(region, before, expected, results)
+        if not found and region.operator is not None:
+            found = _gradient_differs(region, before)
+    if not found:
+        return True
+    if region.operator is not None:  # the backward is made for it: the program has to be made anew without it
+        region.claims.ban(region, found)
+        raise _C.StaleProgram
+    region.refuse(found)
+    region.claims.refused(region, found)
+    return False
+
+
+def _gradient_differs(region: Any, inputs: list[Any]) -> str:
+    """The derivative that an operator brings along, against the one that torch has of what it stands for."""
+    theirs = _gradients(region.origin_trace, inputs)
+    ours = _gradients(region.trace, inputs)
+    for i, (e, r) in enumerate(zip(theirs, ours, strict=True)):
+        found = ""
+        if e is not None and r is not None:
+            found = _other_form(e, r) if e.shape != r.shape or e.dtype != r.dtype else _other_numbers(e, r)
+        elif e is not None or r is not None:
+            found = _other_numbers(torch.zeros_like(e if r is None else r), r if e is None else e)
+        if found:
+            return f"its gradient for input {i} {found}"
+    return ""
+
+
+def _gradients(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
+    names = trace.namespace()
+    exec(str(trace), names)  # the text of a trace is a program
+    leaves = copies(inputs)
+    wanted = [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+    with torch.enable_grad():
+        for t in wanted:
+            t.requires_grad_()
+        outputs = [o for o in names["region"](*leaves) if isinstance(o, Tensor) and o.requires_grad]
+        given = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape) for o in outputs]
+        if not outputs or not wanted:
+            return [None] * len(wanted)
+        return list(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+
+
+def _writes(before: list[Any], after: list[Any]) -> str:
+    for i, (b, a) in enumerate(zip(before, after, strict=True)):
+        if isinstance(b, Tensor) and not _same_bits(b, a):
+            return f"it wrote to its input {i}, which is not its to change"
+    return ""
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype.is_floating_point or a.dtype.is_complex:
+        return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(a.isnan(), b.isnan())
+    return torch.equal(a, b)
+
+
+def _differs(region: Any, inputs: list[Any], expected: list[Any], results: list[Any]) -> str:
+    for i, (e, r) in enumerate(zip(expected, results, strict=True)):
+        if not isinstance(e, Tensor):
+            continue
+        which = f"result {i}" if len(expected) > 1 else "its result"
+        found = _other_form(e, r) or _other_numbers(e, r)
+        if found and found.startswith("is off") and _nearer(region, inputs, i, e, r):
+            found = ""
+        if found:
+            return f"{which} {found}"
+    return ""
+
+
+def _other_form(e: Tensor, r: Any) -> str:
+    if not isinstance(r, Tensor):
+        return f"is a {type(r).__name__} and no tensor"
+    for what in ("shape", "dtype", "device"):
+        if getattr(e, what) != getattr(r, what):
+            return f"has {what} {_plain(getattr(r, what))} where torch gives {_plain(getattr(e, what))}"
+    strides = [(s, t) for n, s, t in zip(e.shape, e.stride(), r.stride(), strict=True) if n > 1]
+    if e.numel() and any(s != t for s, t in strides):
+        return f"has strides {r.stride()} where torch gives {e.stride()}"
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _other_numbers(e: Tensor, r: Tensor) -> str:
+    if not e.numel():
+        return ""
+    if not (e.dtype.is_floating_point or e.dtype.is_complex):
+        return "" if torch.equal(e, r) else "differs from torch's"
+    wide = torch.complex128 if e.dtype.is_complex else torch.float64
+    a, b = e.to(wide), r.to(wide)
+    if not torch.equal(a.isnan(), b.isnan()):
+        return "has NaN where torch gives numbers" if b.isnan().any() else "has numbers where torch gives NaN"
+    a, b = a.nan_to_num(), b.nan_to_num()
+    infinite = a.abs() > 1e300
+    if not torch.equal(infinite, b.abs() > 1e300) or not torch.equal(a[infinite], b[infinite]):
+        return "has infinities where torch has none, or none where torch has some"
+    a, b = a.masked_fill(infinite, 0), b.masked_fill(infinite, 0)
+    off = (a - b).abs().max().item()
+    size = a.abs().max().item()
+    bound = _bound(e.dtype) * max(size, 1e-30 if size else 1.0)
+    return "" if off <= bound else f"is off by {off:.3g} where the largest number is {size:.3g}"
+
+
+def _bound(dtype: torch.dtype) -> float:
+    real = dtype.to_real() if dtype.is_complex else dtype
+    return _BOUND.get(real, 0.25)  # eight bits and fewer
+
+
+def _nearer(region: Any, inputs: list[Any], i: int, e: Tensor, r: Tensor) -> bool:
+    """Does float64 say that the executor is about as near to the truth as torch?"""
+    if e.dtype == torch.float64 or e.dtype.is_complex:
+        return False
+    try:
+        names = region.trace.namespace()
+        exec(str(region.trace), names)  # the text of a trace is a program
+        body = names["region"]
+        wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+        truth = body(*wide)[i]
+    except Exception:  # it says float32 somewhere: nothing decides
+        return False
+    if not isinstance(truth, Tensor) or truth.dtype != torch.float64:
+        return False
+    ours, theirs = (r.double() - truth).abs().max().item(), (e.double() - truth).abs().max().item()
+    return ours <= 4 * theirs

@@ -1,0 +1,172 @@
+"""Building regions: now, or by a worker in the background while torch runs them."""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+_PATIENCE = 1.0  # seconds before a line says what takes so long
+
+
+class Build:
+    """One build of all the regions that are equal.
+
+    Attributes:
+        implementation: what came of it; None while it goes on and where it failed.
+        error: what it raised, or None.
+        seconds: how long it took.
+        done: a ``threading.Event``.
+    """
+
+    def __init__(self, executor: Any, region: Any) -> None:
+        self.executor = executor
+        self.region = region
+        self.implementation: Callable | None = None
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        self.done = threading.Event()
+        self.waiting: list[Callable[[Build], None]] = []
+
+    def run(self) -> None:
+        """Build, and tell everybody who waits."""
+        start = time.perf_counter()
+        try:
+            self.implementation = self.executor.fuse(self.region)
+        except Exception as error:
+            self.error = error
+        self.seconds = time.perf_counter() - start
+        self.done.set()
+        waiting, self.waiting = self.waiting, []
+        for tell in waiting:
+            tell(self)
+
+    def then(self, tell: Callable[[Build], None]) -> None:
+        """Call ``tell(build)`` when it is done, at once if it is."""
+        if self.done.is_set():
+            tell(self)
+        else:
+            self.waiting.append(tell)
+            if self.done.is_set() and tell in self.waiting:
+                self.waiting.remove(tell)
+                tell(self)
+
+
+class Worker:
+    """A thread that builds what is queued, one after the other, and ends when there is nothing left."""
+
+    def __init__(self) -> None:
+        self._queue: collections.deque[Build] = collections.deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+        self.built = 0
+
+    def submit(self, build: Build) -> None:
+        """Queue a build."""
+        with self._lock:
+            self._queue.append(build)
+            if self._thread is None and not self._stopped:
+                self._thread = threading.Thread(target=self._work, name="thunder-build", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        start, said, built = time.monotonic(), False, 0
+        while True:
+            with self._lock:
+                if not self._queue or self._stopped:
+                    self._thread = None
+                    if said and not self._stopped:
+                        progress(f"{built} regions built in {time.monotonic() - start:.0f} s")
+                    return
+                build = self._queue.popleft()
+                left = len(self._queue)
+            if not said and time.monotonic() - start > _PATIENCE:
+                said = True
+                progress(f"{build.executor.name} builds regions in the background: {built} done, {left + 1} to go")
+            build.run()
+            built += 1
+
+    def drop(self) -> None:
+        """Forget what is queued and wait for the build in progress: the interpreter ends."""
+        with self._lock:
+            self._stopped = True
+            self._queue.clear()
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout=60)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is queued or being built; whether that came true."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                thread = self._thread
+            if thread is None:
+                return True
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+            if end is not None and thread.is_alive():
+                return False
+
+
+worker = Worker()
+atexit.register(worker.drop)
+
+
+def progress(text: str) -> None:
+    """One line to the user, on stderr."""
+    print(f"thunder: {text}", file=sys.stderr, flush=True)
+
+
+def wait_for_builds(timeout: float | None = None) -> bool:
+    """Wait for everything that is built in the background; the calls after that run it.
+
+    Args:
+        timeout: in seconds; None waits as long as it takes.
+
+    Returns:
+        whether everything is built.
+    """
+    return worker.wait(timeout)
+
+
+def start(executor: Any, region: Any, *, block: bool) -> Build:
+    """The build of a region: that of an equal one if there was one, else a new one; done on return if ``block``."""
+    key = region.trace
+    build = executor._built.get(key)
+    if build is None:
+        build = executor._built[key] = Build(executor, region)
+        if block or not executor.background:
+            _run_here(build)
+        else:
+            worker.submit(build)
+    elif block and not build.done.is_set():
+        build.done.wait()
+    return build
+
+
+def _run_here(build: Build) -> None:
+    timer = threading.Timer(_PATIENCE, progress, (f"{build.executor.name} builds a region ...",))
+    timer.daemon = True
+    timer.start()
+    try:
+        build.run()
+    finally:
+        timer.cancel()
+
+
+def installer(region: Any, install: Callable[[Any, Build], None]) -> Callable[[Build], None]:
+    """What a build calls when it is done: nothing if the region is gone by then."""
+    where = weakref.ref(region)
+
+    def tell(build: Build) -> None:
+        found = where()
+        if found is not None:
+            install(found, build)
+
+    return tell

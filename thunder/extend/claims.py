@@ -1,0 +1,162 @@
+"""What the executors of one compiled callable claim."""
+
+from __future__ import annotations
+
+import collections
+import warnings
+import weakref
+from typing import Any
+
+from thunder import _C, _verify
+from thunder._errors import ThunderWarning
+from thunder.extend import build
+from thunder.extend.executor import Executor, FusionExecutor, Implementation, takes
+
+VERIFY = ("off", "first", "always")
+TIERS = ("background", "block")
+
+
+class Claims:
+    """Answers the compiler's questions for the executors before ``torch``: see ext/claim.c.
+
+    Attributes:
+        declines: (executor, operator, reason) -> how often an executor declined a call of an operator that it knows.
+        units: what was claimed, in order: a list of (name, ``thunder._C.Region`` or None once it is gone).
+        fuel: how many units may still be claimed; None: any number.
+    """
+
+    def __init__(self, executors: tuple[Executor, ...], *, verify: str, tier: str, fuel: int | None) -> None:
+        names = [e.name for e in executors]
+        before = executors[: names.index("torch")] if "torch" in names else executors
+        self.executors = tuple(e for e in before if e._table)
+        self.tables = tuple(dict(e._table) for e in self.executors)
+        self.cuts = tuple(e.cut for e in self.executors)
+        self.operators = any(getattr(i, "operator", None) for table in self.tables for i in table.values())
+        self.judge = _verify.judge
+        self.verify = verify
+        self.block = tier == "block"
+        self.fuel = fuel
+        self.declines: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self._units: list[tuple[str, Any, str]] = []
+        self._numbers: collections.Counter[str] = collections.Counter()
+        self._refused: dict[Any, str] = {}  # body -> why its executor may not run it
+        self._origins: dict[str, str] = {}
+
+    @property
+    def units(self) -> list[tuple[str, Any, str]]:
+        """(name, region, kind of the program) of each unit that still exists."""
+        return [(name, ref(), kind) for name, ref, kind in self._units if ref() is not None]
+
+    def ask(self, i: int, known: Implementation, name: str, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Does executor ``i`` take this call: 0 no, 1 alone, 2 with its neighbours."""
+        executor = self.executors[i]
+        agrees, reason = takes(known.checker, args, kwargs)
+        if not agrees:
+            self.declines[executor.name, name, reason] += 1
+            return 0
+        return 2 if isinstance(executor, FusionExecutor) else 1
+
+    def ask_operator(self, i: int, known: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """The operator with its own derivative that takes the place of this call: its dotted name."""
+        operator = getattr(known, "operator", None)
+        if operator is None or not self.ask(i, known, name, args, kwargs):
+            return None
+        self._origins[operator.key] = name
+        return operator.key
+
+    def bind(self, i: int, region: Any, kind: str) -> str | None:
+        """Give a unit what runs it; its name, or None when the executor does not want it after all."""
+        executor = self.executors[i]
+        if self.fuel is not None:
+            if self.fuel <= 0:
+                return None
+            self.fuel -= 1
+        region.claims = weakref.proxy(self)
+        region.operator = None
+        if region.fused:
+            if not self._bind_fused(executor, region):
+                return None
+            label = executor.name
+        else:
+            label = f"{executor.name}_{self._bind_operator(i, region)}"
+        number = self._numbers[label]
+        self._numbers[label] += 1
+        name = f"{label}_{number}"
+        self._units.append((name, weakref.ref(region), kind))
+        return name
+
+    def _bind_operator(self, i: int, region: Any) -> str:
+        (callee,) = region.trace.operations()
+        known = self.tables[i].get(_C.operator_key(callee)) or self.tables[i].get("*")
+        origin = self._origins.get(callee)
+        if origin is not None:
+            region.operator = callee
+            region.key = _C.operator_key(origin)
+            region.origin_trace = _C.Trace(str(region.trace).replace(f"{callee}(", f"{origin}("))
+            region._compare_with(region.origin_trace)
+        self._install(region, known.fn)
+        return callee.removesuffix(".default").rpartition(".")[2]
+
+    def _bind_fused(self, executor: FusionExecutor, region: Any) -> bool:
+        wanted = executor.wants(region)
+        if wanted is not True:
+            self.declines[executor.name, "a region", str(wanted)] += 1
+            return False
+        made = build.start(executor, region, block=self.block)
+        if made.error is not None:
+            self._failed(executor, region, made)
+            return False
+        made.then(build.installer(region, self._finish))
+        return True
+
+    def _finish(self, region: Any, made: build.Build) -> None:
+        if made.error is None:
+            self._install(region, made.implementation)
+            return
+        self._failed(region.executor, region, made)
+        region.refuse(self._refused[region.trace])
+
+    def _install(self, region: Any, implementation: Any) -> None:
+        if region.trace in self._refused:
+            region.refuse(self._refused[region.trace])
+        else:
+            region.install(implementation, trusted=self.verify == "off", always=self.verify == "always")
+
+    def _failed(self, executor: Executor, region: Any, made: build.Build) -> None:
+        reason = f"it was not built: {type(made.error).__name__}: {made.error}"
+        self.declines[executor.name, "a region", reason] += 1
+        self._report(region, reason)
+
+    def refused(self, region: Any, reason: str) -> None:
+        """What a unit computed is not what torch computes: equal ones are not run either."""
+        self._report(region, reason)
+        for _, other, _ in self.units:
+            if other.executor is region.executor and other.trace == region.trace:
+                other.refuse(reason)
+
+    def _report(self, region: Any, reason: str) -> None:
+        """One warning for all equal units: who did what wrong, where, and that torch takes over."""
+        if region.trace in self._refused:
+            return
+        self._refused[region.trace] = reason
+        lines = "".join(f"\n    {line}" for line in str(region.trace).rstrip().splitlines())
+        warnings.warn(
+            f"executor {region.executor.name!r}: {reason}. Torch runs this from now on; "
+            f"thunder.bisect(fn, *args) finds others. The operations:{lines}",
+            ThunderWarning,
+            stacklevel=2,
+        )
+
+    def ban(self, region: Any, reason: str) -> None:
+        """An operator that stands for another computes something else: it is not taken again."""
+        self._report(region, reason)
+        for table in self.tables:
+            known = table.get(region.key)
+            if getattr(known, "operator", None) is not None and known.operator.key == region.operator:
+                del table[region.key]
+
+
+def make_claims(executors: tuple[Executor, ...], *, verify: str, tier: str, fuel: int | None) -> Claims | None:
+    """The claims of a callable, or None where torch runs everything."""
+    claims = Claims(executors, verify=verify, tier=tier, fuel=fuel)
+    return claims if claims.executors else None

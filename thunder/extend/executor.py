@@ -1,0 +1,274 @@
+"""The kinds of executors, and what they can say of an operation."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from thunder import _C
+from thunder.extend.operator import Operator, dotted_name
+
+Checker = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """How an executor runs one operator.
+
+    Attributes:
+        fn: called like the operator; ``None`` where a fusion executor takes it into a region.
+        checker: called like the operator, with tensors that have no data; see ``register_implementation``.
+        operator: with a derivative of its own, which takes the operator's place before differentiation.
+    """
+
+    fn: Callable | None
+    checker: Checker | None = None
+    operator: Operator | None = None
+
+
+class Executor:
+    """Somebody who can run operations. ``torch`` and ``python`` are built in; both are always on.
+
+    Args:
+        name: by which users name it; an identifier.
+        version: of the library behind it, for reports.
+    """
+
+    cut = 0
+
+    def __init__(self, name: str, *, version: str | None = None) -> None:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"the name of an executor is an identifier, not {name!r}")
+        self.name = name
+        self.version = version
+        self._table: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"thunder.extend.{type(self).__name__}({self.name!r})"
+
+    @property
+    def implementations(self) -> dict[str, Any]:
+        """What it knows, by operator: a copy."""
+        return dict(self._table)
+
+
+class OperatorExecutor(Executor):
+    """Runs single operations.
+
+    Example::
+
+        mine = thunder.extend.OperatorExecutor("mine", version="0.1")
+        thunder.extend.register_executor(mine)
+
+        mine.register_implementation(torch.nn.functional.gelu, fn=my_gelu, checker=lambda x, approximate="none":
+                                     x.device.type == "cpu" and approximate == "none")
+        compiled = thunder.jit(model, executors=["mine"])
+    """
+
+    def register_operator(
+        self,
+        name: str,
+        *,
+        like: Callable | None = None,
+        meta: Callable | None = None,
+        fn: Callable,
+        tags: Sequence[Any] = (),
+        replaces: Callable | None = None,
+        backward: Callable | None = None,
+        mutates: Sequence[str] = (),
+    ) -> Operator:
+        """A new operator that this executor runs.
+
+        Args:
+            name: an identifier; the operator is called ``thunder_<executor>::<name>`` in ``torch.library``.
+            like: an operation with the same signature and results of the same shapes and types; or
+            meta: a function with the signature of ``fn`` that gives results of the right shape, dtype and device,
+                such as ``torch.empty_like(x)``. One of the two is needed.
+            fn: what runs it: tensors in, tensors out. Its parameters need type hints that ``torch.library`` knows,
+                or the ones of ``like`` or ``meta`` are taken.
+            tags: ``torch.Tag`` members.
+            replaces: an importable function of the user's whose calls become calls of this operator.
+            backward: see ``thunder.extend.op``.
+            mutates: names of the parameters that ``fn`` writes to.
+
+        Returns:
+            the operator, to be called in code that is compiled or not.
+
+        Raises:
+            TypeError: neither ``like`` nor ``meta`` was given, or the signature has no schema.
+            ValueError: the name is taken or is no identifier.
+        """
+        if (like is None) == (meta is None):
+            raise TypeError("register_operator() needs either like= or meta=")
+        operator = Operator(
+            fn, namespace=f"thunder_{self.name}", name=name, mutates=mutates, tags=tags, like=like, check=False
+        )
+        operator.meta(meta if meta is not None else like)
+        if backward is not None:
+            operator.backward(backward, check=False)
+        self._table[operator.key] = Implementation(operator.function)
+        if replaces is not None:
+            self.register_implementation(replaces, operator)
+        return operator
+
+    def register_implementation(
+        self,
+        op: Any,
+        op_or_fn: Operator | Callable | None = None,
+        *,
+        fn: Callable | None = None,
+        checker: Checker | None = None,
+        execution_transform: Callable | None = None,
+        grad_transform: Callable | None = None,
+    ) -> None:
+        """Say how this executor runs an operator.
+
+        Args:
+            op: the operator: a torch function (``torch.nn.functional.gelu``), an overload
+                (``torch.ops.aten.gelu.default``), an ``Operator``, or a dotted name. All spellings of one operator are
+                meant: ``torch.add``, ``torch.Tensor.add`` and ``a + b``.
+            op_or_fn, fn: what runs it: a function called like the operator, or an ``Operator``. An operator with a
+                backward brings its derivative along; in other cases the derivative is the one of ``op``.
+            checker: called like the operator, with tensors that have shape, dtype, device and strides and no data.
+                Returns whether the executor takes the call; ``(False, "why not")`` or a string gives the reason that
+                ``thunder.examine`` shows.
+            execution_transform: like ``fn``, a function of operations of this executor and of torch.
+            grad_transform: a function ``(ctx, *grads)`` as ``thunder.extend.op`` takes for ``backward``: the derivative
+                of this implementation.
+
+        Raises:
+            TypeError: nothing to run it with, or too much; something is not callable.
+            ValueError: the operator has no importable name.
+        """
+        given = [f for f in (op_or_fn, fn, execution_transform) if f is not None]
+        if len(given) != 1:
+            raise TypeError("register_implementation() takes one of: an operator, fn=, execution_transform=")
+        if not callable(given[0]):
+            raise TypeError(f"an implementation is callable, not {type(given[0]).__name__}")
+        if checker is not None and not callable(checker):
+            raise TypeError(f"checker is callable, not {type(checker).__name__}")
+        operator = given[0] if isinstance(given[0], Operator) else None
+        if grad_transform is not None:
+            if operator is not None and operator.has_backward:
+                raise TypeError(f"{operator!r} has a backward: leave grad_transform out")
+            operator = _with_backward(self, op, given[0], grad_transform)
+        run = operator.function if operator is not None else given[0]
+        key = operator_key(op)
+        differentiable = operator if operator is not None and operator.has_backward else None
+        self._table[key] = Implementation(run, checker, differentiable)
+        if differentiable is not None:
+            self._table[operator.key] = Implementation(run)
+
+
+def _with_backward(executor: Executor, op: Any, fn: Callable, backward: Callable) -> Operator:
+    """An operator of the same signature as ``op`` with a derivative."""
+    operator = Operator(
+        fn if not isinstance(fn, Operator) else fn.function,
+        namespace=f"thunder_{executor.name}",
+        name=f"{operator_key(op).rpartition('.')[2]}_{len(executor._table)}",
+        check=False,
+    )
+    operator.meta(op)
+    operator.backward(backward, check=False)
+    return operator
+
+
+class FusionExecutor(Executor):
+    """Runs regions: several operations at once. Derive from it and write ``fuse``.
+
+    Args:
+        name, version: as for ``Executor``.
+        cut: a region ends where one value alone goes on, once it has that many operations: so the equal layers of a
+            model become equal regions, which are built once. 0: never.
+        background: ``fuse`` takes long: torch runs the region until it is built (``thunder.jit(tier="block")`` waits).
+    """
+
+    def __init__(self, name: str, *, version: str | None = None, cut: int = 0, background: bool = False) -> None:
+        super().__init__(name, version=version)
+        self.cut = cut
+        self.background = background
+        self._built: dict[Any, Any] = {}
+
+    def register_supported(self, op: Any, checker: Checker | None = None) -> None:
+        """Take this operator into regions.
+
+        Args:
+            op: as for ``OperatorExecutor.register_implementation``.
+            checker: likewise.
+        """
+        self._table[operator_key(op)] = True if checker is None else Implementation(None, checker)
+
+    def support_all(self, *, but: Sequence[Any] = ()) -> None:
+        """Take every operator that neither writes, nor draws random numbers, but these."""
+        self._table["*"] = True
+        for op in but:
+            self._table[operator_key(op)] = None
+
+    def wants(self, region: Any) -> bool | str:
+        """Whether a region is worth fusing: True, or the reason why not. ``region`` is as for ``fuse``."""
+        return True
+
+    def fuse(self, region: Any) -> Callable:
+        """Something that runs the region.
+
+        Args:
+            region: ``region.trace`` is the region as a ``thunder.Trace``: its inputs, operations and results, with
+                types. Equal regions, whatever the names in them, come once.
+
+        Returns:
+            a callable that takes the tensors of the region's inputs in order and returns a tuple or list of its
+            results.
+
+        Raises:
+            anything: it is reported once, and torch runs the region.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.fuse")
+
+
+def single_op_executor(name: str, op: Any, fn: Callable, *, checker: Checker | None = None) -> OperatorExecutor:
+    """An executor, not registered, that runs one operator: arguments as for ``register_implementation``."""
+    executor = OperatorExecutor(name)
+    executor.register_implementation(op, fn=fn, checker=checker)
+    return executor
+
+
+def operator_key(op: Any) -> str:
+    """Under which name claims find an operator.
+
+    Raises:
+        ValueError: the function cannot be imported under any name, so no trace can name it.
+    """
+    if isinstance(op, Operator):
+        return op.key
+    return _C.operator_key(op if isinstance(op, str) else dotted_name(op))
+
+
+def takes(checker: Checker | None, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, str]:
+    """Whether a checker agrees to a call, and why not."""
+    if checker is None:
+        return True, ""
+    answer = checker(*args, **kwargs)
+    if isinstance(answer, str):
+        return False, answer
+    if isinstance(answer, tuple):
+        return bool(answer[0]), str(answer[1]) if len(answer) > 1 else "its checker says no"
+    return bool(answer), "" if answer else f"{_label(checker)} says no"
+
+
+def _label(checker: Checker) -> str:
+    name = getattr(checker, "__name__", type(checker).__name__)
+    if name == "<lambda>":
+        try:
+            return f"its checker in line {inspect.getsourcelines(checker)[1]}"
+        except (OSError, TypeError):
+            return "its checker"
+    return name
+
+
+def torch_version() -> str:
+    """Of the torch that is loaded."""
+    return torch.__version__

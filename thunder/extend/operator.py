@@ -1,0 +1,334 @@
+"""Operators of the user: a Python function as one operation, with a shape rule and a derivative."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Context:
+    """What the backward of an operator is given.
+
+    Attributes:
+        inputs: the arguments of the call, in order, defaults included.
+        outputs: its results; a tuple also when there is one.
+    """
+
+    __slots__ = ("inputs", "outputs")
+
+    def __init__(self, inputs: tuple, outputs: tuple) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+
+
+class Operator:
+    """A function that is one operation: made by ``thunder.extend.op`` and ``OperatorExecutor.register_operator``."""
+
+    def __init__(
+        self,
+        fn: Callable,
+        *,
+        namespace: str = "thunder_user",
+        name: str | None = None,
+        mutates: Sequence[str] = (),
+        tags: Sequence[Any] = (),
+        like: Callable | None = None,
+        check: bool = True,
+    ) -> None:
+        self.name = name or getattr(fn, "__name__", "")
+        if not self.name.isidentifier():
+            raise ValueError(f"the name of an operator is an identifier, not {self.name!r}: pass name=")
+        self.function = fn
+        self.namespace = namespace
+        self._check = check
+        self._mutates = tuple(mutates)
+        self._meta: Callable | None = None
+        self._backward: Callable | None = None
+        self._signature = _signature(fn, like)
+        try:
+            self._library = torch.library.custom_op(
+                f"{namespace}::{self.name}", self._typed(fn), mutates_args=self._mutates, tags=tuple(tags) or None
+            )
+        except ValueError as error:
+            raise TypeError(f"{self.name}: no operator can be made of this signature: {error}") from None
+        self._overload = self._library._opoverload
+        self.key = f"torch.ops.{namespace}.{self.name}.default"
+        functools.update_wrapper(self, fn, updated=())
+
+    def __repr__(self) -> str:
+        return f"<operator {self.namespace}::{self.name}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function; under autograd, a capture or a mode, by way of torch's dispatcher."""
+        grad = torch.is_grad_enabled()
+        for a in args:
+            kind = type(a)
+            if kind in _PLAIN:
+                if grad and a.requires_grad:
+                    return self._overload(*args, **kwargs)
+            elif isinstance(a, Tensor) or kind is list or kind is tuple:
+                return self._overload(*args, **kwargs)
+        if kwargs or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+            return self._overload(*args, **kwargs)
+        return self.function(*args)
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether it has a derivative of its own."""
+        return self._backward is not None
+
+    def meta(self, rule: Callable) -> Callable:
+        """Decorator: the shape rule. Called like the operator with tensors without data; gives such results.
+
+        It is compared with a real run whenever the operator has run on real arguments the first time.
+        """
+        self._meta = rule
+        torch.library.register_fake(f"{self.namespace}::{self.name}", rule)
+        return rule
+
+    def backward(self, rule: Callable | None = None, *, check: bool = True) -> Callable:
+        """Decorator: the derivative, ``rule(ctx, *grads)``.
+
+        ``grads`` are the gradients of the results (None where there is none), ``ctx`` is a ``Context``. Returns the
+        gradients of the tensor arguments in order, None for one without; a single one need not be in a tuple.
+        """
+        if rule is None:
+            return functools.partial(self.backward, check=check)
+        if self._mutates:
+            raise TypeError(f"{self!r} writes to its arguments: it can have no backward")
+        self._backward = rule
+        self._library.register_autograd(_Backward(self, rule), setup_context=_keep)
+        return rule
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Compare the shape rule with a real run, the schema with what the function does, the backward with numbers.
+
+        Args:
+            args, kwargs: of a call; for the derivative floating tensors that require grad, best in float64.
+
+        Raises:
+            ValueError: something does not hold; the message says what.
+        """
+        _check_meta(self, args, kwargs)
+        _check_writes(self, args, kwargs)
+        if self.has_backward:
+            _check_gradient(self, args, kwargs)
+
+    def _typed(self, fn: Callable) -> Callable:
+        """``fn`` with the annotations that make its schema."""
+        signature = self._signature
+
+        @functools.wraps(fn)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return fn(*args, **kwargs)
+
+        del run.__wrapped__
+        run.__signature__ = signature
+        run.__annotations__ = {n: p.annotation for n, p in signature.parameters.items()}
+        run.__annotations__["return"] = signature.return_annotation
+        return run
+
+
+class _Backward:
+    """The user's rule as ``torch.library`` wants it: a gradient or None for every argument."""
+
+    def __init__(self, operator: Operator, rule: Callable) -> None:
+        self.operator = operator
+        self.rule = rule
+
+    def __call__(self, ctx: Any, *grads: Any) -> Any:
+        inputs, outputs = ctx.thunder_inputs(), ctx.thunder_outputs()
+        answer = self.rule(Context(inputs, outputs), *grads)
+        given = list(answer) if isinstance(answer, (tuple, list)) else [answer]
+        places = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
+        if len(given) != len(places):
+            raise ValueError(
+                f"the backward of {self.operator!r} gave {len(given)} gradients for {len(places)} tensor arguments: "
+                "return one for each, None where there is none"
+            )
+        result: list[Any] = [None] * len(inputs)
+        for place, gradient in zip(places, given, strict=True):
+            result[place] = gradient
+        return tuple(result)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Any) -> None:
+    outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    tensors = [a for a in (*inputs, *outputs) if isinstance(a, Tensor)]
+    ctx.save_for_backward(*tensors)
+    plan = [None if isinstance(a, Tensor) else (a,) for a in (*inputs, *outputs)]
+
+    def items() -> list[Any]:
+        saved = iter(ctx.saved_tensors)
+        return [next(saved) if entry is None else entry[0] for entry in plan]
+
+    ctx.thunder_inputs = lambda: tuple(items()[: len(inputs)])
+    ctx.thunder_outputs = lambda: tuple(items()[len(inputs) :])
+
+
+def op(fn: Callable | None = None, *, name: str | None = None, mutates: Sequence[str] = ()) -> Any:
+    """Decorator: make an operator of a Python function.
+
+    ::
+
+        @thunder.extend.op
+        def scaled_silu(x: Tensor, scale: float) -> Tensor:
+            return torch.empty_like(x).copy_(my_kernel(x, scale))
+
+        @scaled_silu.meta
+        def _(x, scale):
+            return torch.empty_like(x)
+
+        @scaled_silu.backward
+        def _(ctx, grad):
+            x, scale = ctx.inputs
+            return my_kernel_backward(grad, x, scale)
+
+    The compiler sees one operation; what happens inside is the function's own matter: a CUDA or Triton kernel, numpy,
+    a library. Without ``meta`` it cannot be captured; without ``backward`` it has no gradient.
+
+    Args:
+        fn: its parameters and result need type hints that ``torch.library.infer_schema`` knows: ``Tensor``,
+            ``Tensor | None``, ``list[Tensor]``, ``int``, ``float``, ``bool``, ``str``, ``torch.dtype``, ....
+        name: in place of the function's own.
+        mutates: names of the parameters that it writes to.
+
+    Raises:
+        TypeError: the signature has no schema.
+        ValueError: the name is taken.
+    """
+    if fn is None:
+        return functools.partial(op, name=name, mutates=mutates)
+    return Operator(fn, name=name, mutates=mutates)
+
+
+# ---- checks ----
+
+
+def _flat(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _check_meta(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
+    if operator._meta is None:
+        raise ValueError(f"{operator!r} has no shape rule: write @{operator.name}.meta")
+    with torch.no_grad():
+        real = _flat(operator.function(*args, **kwargs))
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+            told = _flat(operator._meta(*fakes, **kwargs))
+    if len(real) != len(told):
+        raise ValueError(f"{operator!r} gives {len(real)} results, its shape rule {len(told)}")
+    for i, (r, t) in enumerate(zip(real, told, strict=True)):
+        for what in ("shape", "dtype", "device"):
+            if isinstance(r, Tensor) and getattr(r, what) != getattr(t, what):
+                raise ValueError(
+                    f"result {i} of {operator!r} has {what} {getattr(r, what)}, its shape rule says {getattr(t, what)}"
+                )
+        if isinstance(r, Tensor) and r.numel() > 1 and r.stride() != t.stride():
+            raise ValueError(f"result {i} of {operator!r} has strides {r.stride()}, its shape rule says {t.stride()}")
+
+
+def _check_writes(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
+    names = list(operator._signature.parameters)
+    copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+    with torch.no_grad():
+        results = _flat(operator.function(*copies, **kwargs))
+    for i, (before, after) in enumerate(zip(args, copies, strict=True)):
+        if not isinstance(before, Tensor) or names[i] in operator._mutates:
+            continue
+        if not torch.equal(before, after):
+            raise ValueError(f"{operator!r} writes to {names[i]!r}: say mutates=[{names[i]!r}]")
+        for r in results:
+            if isinstance(r, Tensor) and r.numel() and r.untyped_storage()._cdata == after.untyped_storage()._cdata:
+                raise ValueError(f"{operator!r} returns {names[i]!r} or a view of it: return a new tensor")
+
+
+def _check_gradient(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
+    double = [
+        a.detach().double().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    ]
+    wrong = ""
+    try:
+        torch.autograd.gradcheck(lambda *a: operator._overload(*a, **kwargs), double, raise_exception=True)
+    except Exception as error:
+        wrong = str(error)
+    if wrong:
+        raise ValueError(f"the backward of {operator!r} does not agree with numerical differences: {wrong}")
+
+
+# ---- signatures and names ----
+
+
+def _signature(fn: Callable, like: Callable | None) -> inspect.Signature:
+    signature = inspect.signature(fn, eval_str=True)
+    missing = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
+    if not missing and signature.return_annotation is not signature.empty:
+        return signature
+    parameters = [
+        p.replace(annotation=_guess(p)) if p.annotation is p.empty else p for p in signature.parameters.values()
+    ]
+    returns = Tensor if signature.return_annotation is signature.empty else signature.return_annotation
+    return signature.replace(parameters=parameters, return_annotation=returns)
+
+
+def _guess(p: inspect.Parameter) -> Any:
+    """The type of a parameter without a hint: that of its default, or a tensor."""
+    if p.default is p.empty:
+        return Tensor
+    if p.default is None:
+        return Tensor | None
+    return type(p.default)
+
+
+def dotted_name(function: Any) -> str:
+    """The importable name of a function.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if isinstance(function, torch._ops.OpOverload):
+        space, _, rest = function.name().partition("::")
+        base, _, overload = rest.partition(".")
+        return f"torch.ops.{space}.{base}.{overload or 'default'}"
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return f"torch.ops.{function._qualified_op_name.replace('::', '.')}.default"
+    for path in _paths(function):
+        if _resolve(path) is function:
+            return path
+    raise ValueError(f"{function!r} has no importable name, so no trace can name it: pass its dotted name as a string")
+
+
+def _paths(function: Any) -> list[str]:
+    name = getattr(function, "__name__", None) or ""
+    owner = getattr(function, "__objclass__", None)
+    paths = [f"torch.{name}", f"torch.nn.functional.{name}"]
+    if owner is not None:
+        paths.insert(0, f"torch.Tensor.{name}")
+    paths += [f"torch.{space}.{name}" for space in ("special", "linalg", "fft", "nn.init")]
+    paths.append(f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', name)}")
+    return paths
+
+
+def _resolve(path: str) -> Any:
+    import sys
+
+    found: Any = None
+    module, _, rest = path.rpartition(".")
+    parts = [rest]
+    while module and module not in sys.modules:
+        module, _, last = module.rpartition(".")
+        parts.insert(0, last)
+    if not module:
+        return None
+    found = sys.modules[module]
+    for part in parts:
+        found = getattr(found, part, None)
+    return found

@@ -82,9 +82,11 @@ static void what_is_made_again_is_made_where_it_is_needed(void) {
         "def computation(x: \"cpu f32[8, 4]\", w: \"cpu f32[16, 4] grad\", v: \"cpu f32[2, 16] grad\"):\n"
         "    t0: \"cpu f32[8, 16]\" = torch.nn.functional.linear(x, w)\n"
         "    t1: \"cpu f32[8, 16]\" = torch.mul(t0, 3.0)\n"
-        "    t2: \"cpu f32[8, 2]\" = torch.nn.functional.linear(t1, v)\n"
-        "    t3: \"cpu f32[8, 2]\" = torch.tanh(t2)\n"
-        "    return t3\n";
+        "    t2: \"cpu f32[8, 16]\" = torch.exp(t0)\n"
+        "    t3: \"cpu f32[8, 2]\" = torch.nn.functional.linear(t1, v)\n"
+        "    t4: \"cpu f32[8, 2]\" = torch.nn.functional.linear(t2, v)\n"
+        "    t5: \"cpu f32[8, 2]\" = torch.mul(t3, t4)\n"
+        "    return t5\n";
     CHECK(halves_of(ctx, text, TH_REMAT_AUTO, &halves, &joint, &asked) == TH_OK);
     const th_trace *t = halves.backward;
     th_opref again = 0;

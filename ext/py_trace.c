@@ -149,6 +149,46 @@ static PyObject *trace_operations(trace_object *o, PyObject *unused) {
     return list;
 }
 
+static PyObject *sizes_tuple(const int64_t *sizes, uint32_t n) {
+    PyObject *tuple = PyTuple_New(n);
+    for (uint32_t i = 0; tuple && i < n; i++) {
+        PyObject *size = PyLong_FromLongLong(sizes[i]);
+        if (size)
+            PyTuple_SET_ITEM(tuple, i, size);
+        else
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+static PyObject *describe_value(trace_object *o, th_val v) {
+    const th_type *t = th_type_get(o->x->ctx, o->t->values[v].type);
+    if (t->kind != TH_TYPE_TENSOR) Py_RETURN_NONE;
+    return Py_BuildValue("NNON", sizes_tuple(t->shape, t->ndim), sizes_tuple(t->stride, t->ndim),
+                         o->x->dtype_objects[t->dtype], thx_device_object(o->x, t->device));
+}
+
+static PyObject *trace_signature(trace_object *o, PyObject *unused) {
+    (void)unused;
+    const th_node_data *result = &o->t->nodes[o->t->result];
+    PyObject *inputs = PyList_New(0), *results = PyList_New(0);
+    for (uint32_t i = 0; inputs && i < o->t->ninputs; i++) {
+        PyObject *item = describe_value(o, o->t->inputs[i]);
+        if (!item || PyList_Append(inputs, item) < 0) Py_CLEAR(inputs);
+        Py_XDECREF(item);
+    }
+    for (uint32_t i = 0; results && result->kind == TH_N_TUPLE && i < result->count; i++) {
+        const th_node_data *d = &o->t->nodes[o->t->kids[result->u.kids + i]];
+        PyObject *item = d->kind == TH_N_VALUE ? describe_value(o, d->u.ref) : Py_NewRef(Py_None);
+        if (!item || PyList_Append(results, item) < 0) Py_CLEAR(results);
+        Py_XDECREF(item);
+    }
+    if (inputs && results) return Py_BuildValue("NN", inputs, results);
+    Py_XDECREF(inputs);
+    Py_XDECREF(results);
+    return NULL;
+}
+
 static PyMethodDef trace_methods[] = {
     {"run_passes", (PyCFunction)trace_passes, METH_VARARGS,
      "run_passes(names=None, fuel=-1) -> Trace\n\nA new trace after the comma-separated passes (None: the default "
@@ -157,6 +197,8 @@ static PyMethodDef trace_methods[] = {
      "This trace and what each pass of the pipeline makes of it: a list."},
     {"namespace", (PyCFunction)trace_namespace, METH_NOARGS,
      "The names that the printed text needs to run with exec(): torch, and foreign Python objects."},
+    {"signature", (PyCFunction)trace_signature, METH_NOARGS,
+     "signature() -> (inputs, results): (shape, strides, dtype, device) of each that is a tensor, None of the others."},
     {"operations", (PyCFunction)trace_operations, METH_NOARGS, "The dotted names of the operations, in order."},
     {NULL, NULL, 0, NULL},
 };

@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import _kernels, extend  # noqa: F401  (traces name the kernels)
+from thunder import _kernels, executors, extend  # noqa: F401  (traces name the kernels)
 from thunder._api import (
     CompileStats,
     cache_hits,
@@ -45,6 +45,7 @@ __all__ = [
     "cache_misses",
     "cache_option",
     "compile_stats",
+    "executors",
     "extend",
     "get_all_executors",
     "get_always_executors",

@@ -84,6 +84,7 @@ def jit(
         raise NotImplementedError("transforms are not supported yet: pass transforms=None")
     settings["executors"] = chosen
     is_module = isinstance(fn, torch.nn.Module)
+    claims = make_claims(chosen, verify=verify, tier=tier, fuel=fuel)
     # A module is called through a plain function so that all of its hooks run during the capture.
     compiled = _C.Callable(
         fn,
@@ -92,9 +93,10 @@ def jit(
         fallback_eager=fallback == "eager",
         on_event=_reporter(fn),
         remat=_REMAT[remat],
-        claims=make_claims(chosen, verify=verify, tier=tier, fuel=fuel),
+        claims=claims,
     )
     compiled._thunder_settings = settings
+    compiled._thunder_claims = claims
     if is_module:
         return ThunderModule(fn, compiled)
     _copy_identity(compiled, fn)

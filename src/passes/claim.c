@@ -20,7 +20,8 @@ typedef struct claimer {
     th_opref *next;           /* by operation: the next one of its unit, in order */
     uint32_t *reads, *writes; /* by alias group: the level that a write needs at least; that of the last write */
     uint32_t random, barrier, highest; /* levels: of random numbers, of outside state, of everything so far */
-    th_opref *seen;                    /* by value: the operation that made or used it last */
+    th_opref *seen;                    /* by value: the operation of some executor that made or used it last */
+    uint32_t *need;                    /* by value: the level that its users need it at */
     th_opref *last;                    /* by value: the last operation of the region that uses it */
     bool *escapes;                     /* by value: used outside its unit, or returned */
     /* ---- of the walks ---- */
@@ -74,6 +75,42 @@ static void find_level(claimer *c, th_opref o) {
     if (c->highest < end) c->highest = end;
 }
 
+/* ---- later levels ---- */
+
+static void note_need(void *user, th_val *v) {
+    claimer *c = user;
+    th_opref def = c->t->values[*v].def;
+    if (!def) return;
+    uint32_t level = c->level[c->op] - (class_of(c, def) != c->owner);
+    if (!c->need[*v] || level < c->need[*v]) c->need[*v] = level;
+}
+
+static void find_need(void *user, th_val *v) {
+    claimer *c = user;
+    if (c->need[*v] && (!c->at || c->need[*v] < c->at)) c->at = c->need[*v];
+}
+
+static void test_written(void *user, th_val *v) {
+    claimer *c = user;
+    c->found |= c->writes[th__group_of(c->t, *v)] != 0;
+}
+
+/* What is computed long before its use (a backward computes parts of the forward again) goes to the level of its users:
+ * into their region, and its memory is spent no sooner. */
+static void move_later(claimer *c) {
+    for (c->op = c->t->nops; !c->barrier && c->op-- > 1;) {
+        const th_op *op = &c->t->ops[c->op];
+        c->owner = class_of(c, c->op);
+        c->at = 0;
+        c->found = op->effects != 0;
+        th_op_each_out(c->t, c->op, find_need, c);
+        th_op_each_use(c->t, c->op, test_written, c);
+        th_op_each_out(c->t, c->op, test_written, c);
+        if (!c->found && c->at > c->level[c->op]) c->level[c->op] = c->at;
+        th_op_each_use(c->t, c->op, note_need, c);
+    }
+}
+
 /* ---- regions ---- */
 
 static th_opref root_of(claimer *c, th_opref o) {
@@ -85,13 +122,19 @@ static bool together(const claimer *c, th_opref a, th_opref b) {
     return c->level[a] == c->level[b] && class_of(c, a) == class_of(c, b);
 }
 
-static void connect(void *user, th_val *v) {
-    claimer *c = user;
-    th_opref other = c->seen[*v];
-    c->seen[*v] = c->op;
-    if (!other || !c->t->values[*v].def || !together(c, other, c->op)) return;
+static void join(claimer *c, th_opref other) {
+    if (!other || !together(c, other, c->op)) return;
     th_opref a = root_of(c, other), b = root_of(c, c->op);
     c->unit[a < b ? b : a] = a < b ? a : b;
+}
+
+static void connect(void *user, th_val *v) {
+    claimer *c = user;
+    th_opref def = c->t->values[*v].def;
+    if (!def) return;
+    join(c, def);
+    join(c, c->seen[*v]);
+    c->seen[*v] = c->op;
 }
 
 /* What a value connects is one region; inputs of the trace connect nothing. */
@@ -315,6 +358,7 @@ static th_status run(claimer *c) {
     TRY(ask_all(c, &any));
     if (!any) return TH_OK;
     for (th_opref o = 1; o < c->t->nops; o++) find_level(c, o);
+    move_later(c);
     find_regions(c);
     chain_units(c);
     for (th_opref o = 1; o < c->t->nops; o++)
@@ -335,12 +379,13 @@ th_status th_claim_run(th_trace *t, const th_claim_options *options) {
     c.reads = th__scratch_zeroed(&c.scratch, groups, sizeof *c.reads);
     c.writes = th__scratch_zeroed(&c.scratch, groups, sizeof *c.writes);
     c.seen = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.seen);
+    c.need = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.need);
     c.last = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.last);
     c.escapes = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.escapes);
     c.map = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.map);
     c.ins = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.ins);
     c.outs = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.outs);
-    bool ready = c.claims && c.level && c.unit && c.next && c.reads && c.writes && c.seen && c.last && c.escapes &&
+    bool ready = c.claims && c.level && c.unit && c.next && c.reads && c.writes && c.seen && c.need && c.last && c.escapes &&
                  c.map && c.ins && c.outs;
     th_status status = ready ? run(&c) : th_ctx_error(t->ctx)->status;
     th__scratch_fini(&c.scratch);

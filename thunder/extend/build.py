@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 _PATIENCE = 1.0  # seconds before a line says what takes so long
+_DELAY = 0.5  # seconds without a new build before the worker begins: it shares the interpreter with the call
 
 
 class Build:
@@ -65,17 +66,27 @@ class Worker:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stopped = False
-        self.built = 0
+        self._newest = 0.0  # when the last build was queued
+        self._wanted = threading.Event()  # somebody waits
 
     def submit(self, build: Build) -> None:
         """Queue a build."""
         with self._lock:
             self._queue.append(build)
+            self._newest = time.monotonic()
             if self._thread is None and not self._stopped:
                 self._thread = threading.Thread(target=self._work, name="thunder-build", daemon=True)
                 self._thread.start()
 
+    def _settle(self) -> None:
+        """Wait until no call has queued anything for a while, or somebody waits for the builds."""
+        while not self._stopped:
+            left = self._newest + _DELAY - time.monotonic()
+            if left <= 0 or self._wanted.wait(left):
+                return
+
     def _work(self) -> None:
+        self._settle()
         start, said, built = time.monotonic(), False, 0
         while True:
             with self._lock:
@@ -96,6 +107,7 @@ class Worker:
         """Forget what is queued and wait for the build in progress: the interpreter ends."""
         with self._lock:
             self._stopped = True
+            self._wanted.set()
             self._queue.clear()
             thread = self._thread
         if thread is not None:
@@ -104,14 +116,18 @@ class Worker:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is queued or being built; whether that came true."""
         end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with self._lock:
-                thread = self._thread
-            if thread is None:
-                return True
-            thread.join(None if end is None else max(0.0, end - time.monotonic()))
-            if end is not None and thread.is_alive():
-                return False
+        self._wanted.set()
+        try:
+            while True:
+                with self._lock:
+                    thread = self._thread
+                if thread is None:
+                    return True
+                thread.join(None if end is None else max(0.0, end - time.monotonic()))
+                if end is not None and thread.is_alive():
+                    return False
+        finally:
+            self._wanted.clear()
 
 
 worker = Worker()

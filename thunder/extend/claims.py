@@ -14,6 +14,7 @@ from thunder.extend.executor import Executor, FusionExecutor, Implementation, ta
 
 VERIFY = ("off", "first", "always")
 TIERS = ("background", "block")
+_LINES = 24  # of a trace in a warning
 
 
 class Claims:
@@ -139,10 +140,12 @@ class Claims:
         if region.trace in self._refused:
             return
         self._refused[region.trace] = reason
-        lines = "".join(f"\n    {line}" for line in str(region.trace).rstrip().splitlines())
+        lines = str(region.trace).rstrip().splitlines()
+        if len(lines) > _LINES:
+            lines[_LINES // 2 : -_LINES // 2] = [f"    ... {len(lines) - _LINES} more lines"]
         warnings.warn(
             f"executor {region.executor.name!r}: {reason}. Torch runs this from now on; "
-            f"thunder.bisect(fn, *args) finds others. The operations:{lines}",
+            "thunder.bisect(fn, *args) finds others. The operations:\n    " + "\n    ".join(lines),
             ThunderWarning,
             stacklevel=2,
         )

@@ -219,8 +219,9 @@ def _flat(result: Any) -> list[Any]:
 def _check_meta(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
     if operator._meta is None:
         raise ValueError(f"{operator!r} has no shape rule: write @{operator.name}.meta")
+    copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
     with torch.no_grad():
-        real = _flat(operator.function(*args, **kwargs))
+        real = _flat(operator.function(*copies, **kwargs))
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
             told = _flat(operator._meta(*fakes, **kwargs))

@@ -1,0 +1,595 @@
+"""Executors: registration, selection, regions, and what happens to a kernel that is wrong."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import thunder
+from thunder import extend
+from thunder.extend import build
+
+
+class Interpreter(extend.FusionExecutor):
+    """Runs the text of a region; what is built is counted."""
+
+    def __init__(self, name: str = "interpreter", **options) -> None:
+        super().__init__(name, **options)
+        self.regions: list[thunder.Trace] = []
+
+    def fuse(self, region):
+        self.regions.append(region.trace)
+        names = region.trace.namespace()
+        exec(str(region.trace), names)
+        return names["region"]
+
+
+class Block(nn.Module):
+    """A residual block with a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def blocks(count: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(count)))
+
+
+def check(model, arguments, executors, **options):
+    """Two calls and two training steps against eager; the compiled model."""
+    compiled = thunder.jit(model, executors=executors, **options)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(*arguments), model(*arguments))
+    for _ in range(2):
+        gradients = []
+        for call in (compiled, model):
+            model.zero_grad(set_to_none=True)
+            call(*arguments).square().mean().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        torch.testing.assert_close(*gradients)
+    return compiled
+
+
+def units(compiled) -> list:
+    compiled = getattr(compiled, "_thunder_callable", compiled)
+    return [region for _, region, _ in compiled._thunder_claims.units]
+
+
+def only_warning(call) -> str:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call()
+    messages = [str(w.message) for w in seen if issubclass(w.category, thunder.ThunderWarning)]
+    assert len(messages) == 1, messages
+    return messages[0]
+
+
+# ---- lists and names ----
+
+
+@pytest.fixture
+def registered():
+    executor = extend.register_executor(extend.OperatorExecutor("mine_for_tests"))
+    yield executor
+    if executor in extend.get_all_executors():
+        extend.deregister_executor(executor)
+
+
+def test_registered_executor_is_found_by_name(registered):
+    assert thunder.extend.get_executor("mine_for_tests") is registered
+    assert registered in thunder.get_all_executors()
+    compiled = thunder.jit(lambda x: x, executors=["mine_for_tests"])
+    assert thunder.last_compile_options(compiled)["executors"][0] is registered
+    extend.deregister_executor("mine_for_tests")
+    with pytest.raises(LookupError, match="known are 'torch', 'python'"):
+        extend.get_executor("mine_for_tests")
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(LookupError, match="no executor is called 'torchcompil'.*Did you mean 'torchcompile'"):
+        thunder.jit(lambda x: x, executors=["torchcompil"])
+
+
+def test_default_and_always_lists(registered):
+    before = extend.get_default_executors(), extend.get_always_executors()
+    try:
+        extend.add_default_executor(registered)
+        assert extend.get_default_executors()[0] is registered
+        assert extend.resolve_executors(None)[0] is registered
+        extend.remove_default_executor(registered)
+        assert registered not in extend.resolve_executors(None)
+        extend.add_always_executor("mine_for_tests")
+        assert extend.resolve_executors(["python"])[1] is registered
+        extend.remove_always_executor(registered)
+        extend.set_default_executors(["python"])
+        assert extend.get_default_executors() == (extend.python_executor,)
+        extend.set_always_executors(["python"])
+        assert extend.get_always_executors() == (extend.python_executor, extend.pytorch_executor)
+    finally:
+        extend.set_default_executors(before[0])
+        extend.set_always_executors(before[1])
+    assert (extend.get_default_executors(), extend.get_always_executors()) == before
+
+
+def test_lists_are_joined_without_repetition():
+    joined = extend.add_executor_lists(["python"], None, ["torch", "python"])
+    assert [e.name for e in joined] == ["python", "torch"]
+
+
+def test_built_in_executors_stay():
+    with pytest.raises(ValueError, match="built in"):
+        extend.deregister_executor("torch")
+    with pytest.raises(ValueError, match="built in"):
+        extend.register_executor(extend.OperatorExecutor("torch"))
+    with pytest.raises(ValueError, match="cannot be removed"):
+        extend.remove_always_executor("torch")
+
+
+def test_what_is_no_executor_is_refused():
+    with pytest.raises(TypeError, match="must be a list"):
+        thunder.jit(lambda x: x, executors="torch")
+    with pytest.raises(TypeError, match="must be a list"):
+        thunder.jit(lambda x: x, executors=extend.pytorch_executor)
+    with pytest.raises(TypeError, match="not int"):
+        thunder.jit(lambda x: x, executors=[3])
+    with pytest.raises(ValueError, match="identifier"):
+        extend.OperatorExecutor("not a name")
+
+
+# ---- single operations ----
+
+
+def test_implementation_runs_every_spelling_of_its_operator():
+    calls = []
+
+    def add(a, b, alpha=1):
+        calls.append(1)
+        return torch.sub(a, b, alpha=-alpha)
+
+    executor = extend.OperatorExecutor("adder")
+    executor.register_implementation(torch.add, fn=add)
+    x, y = torch.randn(3), torch.randn(3)
+
+    def program(x, y):
+        return torch.add(x, y) * 1, (x + y) * 2, x.add(y) * 3
+
+    compiled = thunder.jit(program, executors=[executor], verify="off")
+    torch.testing.assert_close(compiled(x, y), program(x, y))
+    assert calls
+
+
+def test_trace_names_who_runs_what():
+    executor = extend.OperatorExecutor("softly")
+    executor.register_implementation(F.gelu, fn=F.gelu)
+    compiled = check(blocks(), (torch.randn(4, 16),), [executor])
+    text = str(thunder.last_traces(compiled)[-1])
+    assert len(re.findall(r"= softly_gelu_\d+\(", text)) == 3 and "functional.gelu" not in text
+    names = thunder.last_traces(compiled)[-1].namespace()
+    unit = next(value for name, value in names.items() if name.startswith("softly"))
+    assert unit.state == "trusted" and unit.executor is executor and "torch.nn.functional.gelu" in str(unit.trace)
+
+
+def test_first_executor_in_the_list_has_priority():
+    seen = []
+    executors = []
+    for name in ("first", "second"):
+        executor = extend.OperatorExecutor(name)
+        executor.register_implementation(F.relu, fn=lambda x, inplace=False, n=name: (seen.append(n), F.relu(x))[1])
+        executors.append(executor)
+    x = torch.randn(3)
+    thunder.jit(F.relu, executors=executors)(x)
+    assert set(seen) == {"first"}
+    seen.clear()
+    thunder.jit(lambda x: F.relu(x), executors=executors[::-1])(x)
+    assert set(seen) == {"second"}
+
+
+def test_executors_after_torch_are_never_asked():
+    executor = extend.OperatorExecutor("late")
+    executor.register_implementation(F.relu, fn=lambda x, inplace=False: pytest.fail("it ran"))
+    compiled = thunder.jit(lambda x: F.relu(x), executors=["torch", executor])
+    compiled(torch.randn(3))
+
+
+def test_checker_declines_with_its_reason():
+    asked = []
+
+    def small(x, approximate="none"):
+        asked.append((type(x).__name__, tuple(x.shape), x.dtype, x.device.type, x.stride()))
+        return (x.shape[-1] < 8, "too wide")
+
+    executor = extend.OperatorExecutor("narrow")
+    executor.register_implementation(F.gelu, fn=F.gelu, checker=small)
+    compiled = thunder.jit(lambda x: F.gelu(x), executors=[executor])
+    compiled(torch.randn(2, 4))
+    assert units(compiled)[0].state == "trusted"
+    compiled(torch.randn(2, 16))
+    assert len(units(compiled)) == 1
+    assert asked[1][1:] == ((2, 16), torch.float32, "cpu", (16, 1))
+    claims = compiled._thunder_claims
+    assert claims.declines["narrow", "torch.nn.functional.gelu", "too wide"] == 1
+
+
+def test_error_in_a_checker_reaches_the_user():
+    executor = extend.OperatorExecutor("broken_checker")
+    executor.register_implementation(F.gelu, fn=F.gelu, checker=lambda x: x.no_such_thing)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        thunder.jit(lambda x: F.gelu(x), executors=[executor])(torch.randn(2))
+
+
+def test_python_executor_runs_numpy():
+    def numpy_tanh(x):
+        import numpy
+
+        return torch.from_numpy(numpy.tanh(x.detach().numpy()))
+
+    python = extend.get_executor("python")
+    python.register_implementation(torch.tanh, fn=numpy_tanh, checker=lambda x: x.device.type == "cpu")
+    try:
+        compiled = check(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), (torch.randn(2, 3),), ["python"])
+        assert {u.state for u in units(compiled)} == {"trusted"}
+    finally:
+        python._table.clear()
+
+
+def test_single_op_executor():
+    executor = extend.single_op_executor("one", F.silu, lambda x, inplace=False: x * torch.sigmoid(x))
+    compiled = check(nn.Sequential(nn.Linear(3, 3), nn.SiLU()), (torch.randn(2, 3),), [executor])
+    assert re.search(r"= one_silu_\d+\(", str(thunder.last_traces(compiled)[-1]))
+
+
+def test_execution_transform_and_bad_registrations():
+    executor = extend.OperatorExecutor("rules")
+    executor.register_implementation(F.softplus, execution_transform=lambda x, beta=1.0, threshold=20.0: torch.log1p(
+        torch.exp(x)
+    ))
+    compiled = thunder.jit(lambda x: F.softplus(x), executors=[executor])
+    x = torch.randn(5)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), F.softplus(x))
+    assert units(compiled)[0].state == "trusted"
+    with pytest.raises(TypeError, match="takes one of"):
+        executor.register_implementation(F.relu)
+    with pytest.raises(TypeError, match="takes one of"):
+        executor.register_implementation(F.relu, F.relu, fn=F.relu)
+    with pytest.raises(TypeError, match="callable"):
+        executor.register_implementation(F.relu, fn=3)
+    with pytest.raises(ValueError, match="no importable name"):
+        executor.register_implementation(lambda x: x, fn=F.relu)
+
+
+def test_random_and_writing_operations_are_claimed_by_nobody():
+    executor = extend.OperatorExecutor("greedy")
+    executor.register_implementation(F.dropout, fn=lambda *a, **k: pytest.fail("it ran"))
+    compiled = thunder.jit(lambda x: F.dropout(x, 0.5, True), executors=[executor])
+    torch.manual_seed(0)
+    ours = compiled(torch.ones(20))
+    torch.manual_seed(0)
+    assert torch.equal(ours, F.dropout(torch.ones(20), 0.5, True))
+
+
+# ---- operators of the user ----
+
+
+def test_operator_in_fewer_than_thirty_lines():
+    @extend.op(name="scaled_silu_for_tests")
+    def scaled_silu(x: Tensor, scale: float) -> Tensor:
+        return F.silu(x * scale)
+
+    @scaled_silu.meta
+    def _(x, scale):
+        return torch.empty_like(x)
+
+    @scaled_silu.backward
+    def _(ctx, grad):
+        x, scale = ctx.inputs
+        s = torch.sigmoid(x * scale)
+        return grad * scale * (s * (1 + x * scale * (1 - s)))
+
+    scaled_silu.check(torch.randn(4, requires_grad=True), 2.0)
+
+    def program(x):
+        return scaled_silu(x * 2, 3.0).sum()
+
+    compiled = thunder.jit(program)
+    for _ in range(2):
+        x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        compiled(x).backward()
+        F.silu(y * 2 * 3.0).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    assert "torch.ops.thunder_user.scaled_silu_for_tests.default" in str(thunder.last_traces(compiled)[0])
+    assert thunder.compile_stats(compiled).fallbacks == 0
+
+
+def test_operator_that_writes_says_so():
+    @extend.op(name="fill_for_tests", mutates=["x"])
+    def fill(x: Tensor, value: float) -> None:
+        x.fill_(value)
+
+    fill.meta(lambda x, value: None)
+
+    def program(x):
+        y = x * 1
+        fill(y, 3.0)
+        return y + 1
+
+    compiled = thunder.jit(program)
+    torch.testing.assert_close(compiled(torch.zeros(3)), torch.full((3,), 4.0))
+    with pytest.raises(TypeError, match="no backward"):
+        fill.backward(lambda ctx: None)
+
+
+@pytest.mark.parametrize(
+    ("fn", "meta", "backward", "message"),
+    [
+        (lambda x: x * 2, lambda x: x.new_empty(3), None, r"shape torch.Size\(\[2\]\).*\[3\]"),
+        (lambda x: x.double(), lambda x: torch.empty_like(x), None, "dtype torch.float64.*torch.float32"),
+        (lambda x: (x.zero_(), x * 2)[1], lambda x: torch.empty_like(x), None, "writes to 'x': say mutates"),
+        (lambda x: x, lambda x: torch.empty_like(x), None, "returns 'x' or a view of it"),
+        (lambda x: x * 2, lambda x: torch.empty_like(x), lambda ctx, g: g, "does not agree with numerical"),
+        (lambda x: x * 2, lambda x: torch.empty_like(x), lambda ctx, g: (g, g), "gave 2 gradients for 1 tensor"),
+    ],
+)
+def test_check_finds_what_is_wrong_with_an_operator(fn, meta, backward, message):
+    names = iter(range(1000))
+    name = f"wrong_for_tests_{abs(hash(message)) % 10**8}_{next(names)}"
+    executor = extend.OperatorExecutor("checks")
+    operator = executor.register_operator(name, meta=meta, fn=lambda x: fn(x), backward=backward)
+    x = torch.ones(2) if backward is None else torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=message):
+        operator.check(x)
+
+
+def test_operator_with_a_derivative_takes_the_place_of_torchs():
+    executor = extend.OperatorExecutor("derives")
+    ran = []
+
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        ran.append(1)
+        return F.gelu(x)
+
+    def backward(ctx, grad):
+        return torch.ops.aten.gelu_backward(grad, ctx.inputs[0])
+
+    operator = executor.register_operator("gelu", like=F.gelu, fn=gelu, backward=backward)
+    executor.register_implementation(F.gelu, operator, checker=lambda x, approximate="none": approximate == "none")
+    compiled = check(blocks(), (torch.randn(4, 16),), [executor])
+    assert ran and re.search(r"= derives_gelu_\d+\(", str(thunder.last_traces(compiled)[-1]))
+    assert thunder.compile_stats(compiled).fallbacks == 0
+
+
+# ---- regions ----
+
+
+def test_equal_regions_are_built_once():
+    executor = Interpreter()
+    executor.support_all(but=[F.linear])
+    with torch.no_grad():
+        compiled = thunder.jit(blocks(6), executors=[executor])
+        compiled(torch.randn(4, 16))
+    assert len(executor.regions) == 4  # the first norm, gelu, residual with norm, the last residual
+    assert len(units(compiled)) == 13
+    check(blocks(6), (torch.randn(4, 16),), [executor])
+
+
+def test_regions_are_convex():
+    """What lies between two operations of a region belongs to it, or they are two regions."""
+    executor = Interpreter()
+    for op in (torch.sin, torch.add, torch.mul):
+        executor.register_supported(op)
+
+    def program(x):
+        a = torch.sin(x)
+        b = torch.cos(a)  # nobody's
+        return torch.add(a, b), torch.mul(a, 2), torch.sin(torch.mul(b, a))
+
+    compiled = thunder.jit(program, executors=[executor])
+    x = torch.randn(4)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), program(x))
+    calls = [region.operations() for region in executor.regions]
+    assert sorted(map(len, calls)) == [2, 3], calls
+
+
+def test_regions_keep_the_order_of_writes_and_random_numbers():
+    executor = Interpreter()
+    executor.support_all()
+    buffer = torch.zeros(4)
+
+    def program(x, y):
+        a = x * 2
+        y[:2] = a[:2]
+        b = torch.rand(4) + y
+        y.add_(b)
+        c = torch.rand(4) * y
+        return a + b, c, y * 3
+
+    compiled = thunder.jit(program, executors=[executor])
+    for _ in range(3):
+        x, y, z = torch.randn(4), buffer.clone(), buffer.clone()
+        torch.manual_seed(1)
+        ours = compiled(x, y)
+        torch.manual_seed(1)
+        torch.testing.assert_close(ours, program(x, z))
+        torch.testing.assert_close(y, z)
+
+
+def test_region_that_cannot_be_built_is_reported_once_and_runs_on_torch():
+    class Failing(extend.FusionExecutor):
+        def fuse(self, region):
+            raise RuntimeError("no code for this")
+
+    executor = Failing("failing")
+    executor.support_all(but=[F.linear])
+    model, x = blocks(1), torch.randn(4, 16)
+    compiled = thunder.jit(model, executors=[executor])
+    with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), model(x))
+    texts = [str(w.message) for w in seen]
+    assert len(texts) == 3 and all("RuntimeError: no code for this" in t for t in texts)  # three different regions
+
+
+def test_background_builds_are_swapped_in():
+    executor = Interpreter("slow_builder", background=True)
+    executor.support_all(but=[F.linear])
+    model, x = blocks(2), torch.randn(4, 16)
+    compiled = thunder.jit(model, executors=[executor])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        assert {u.state for u in units(compiled)} == {"building"}
+        assert extend.wait_for_builds(60)
+        assert {u.state for u in units(compiled)} == {"new"}
+        torch.testing.assert_close(compiled(x), model(x))
+        assert {u.state for u in units(compiled)} == {"trusted"}
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_blocking_tier_builds_before_the_first_run():
+    executor = Interpreter("slow_builder_2", background=True)
+    executor.support_all(but=[F.linear])
+    compiled = thunder.jit(blocks(2), executors=[executor], tier="block")
+    with torch.no_grad():
+        compiled(torch.randn(4, 16))
+    assert {u.state for u in units(compiled)} == {"trusted"}
+
+
+def test_a_long_build_is_announced(monkeypatch, capfd):
+    class Slow(Interpreter):
+        def fuse(self, region):
+            import time
+
+            time.sleep(0.3)
+            return super().fuse(region)
+
+    monkeypatch.setattr(build, "_PATIENCE", 0.05)
+    executor = Slow("sleepy")
+    executor.support_all()
+    thunder.jit(lambda x: x.sin() + 1, executors=[executor], tier="block")(torch.randn(3))
+    assert "thunder: sleepy builds a region" in capfd.readouterr().err
+
+
+def test_fuel_bounds_how_many_units_are_claimed():
+    executor = extend.OperatorExecutor("fuelled")
+    executor.register_implementation(F.gelu, fn=F.gelu)
+    compiled = thunder.jit(blocks(5), executors=[executor], fuel=2)
+    with torch.no_grad():
+        compiled(torch.randn(4, 16))
+    assert len(units(compiled)) == 2
+    with pytest.raises(ValueError, match="fuel"):
+        thunder.jit(blocks(), fuel=-1)
+
+
+# ---- wrong kernels ----
+
+WRONG = {
+    "numbers": (lambda x, approximate="none": F.relu(x), "is off by"),
+    "dtype": (lambda x, approximate="none": F.gelu(x).double(), "has dtype torch.float64 where torch gives"),
+    "shape": (lambda x, approximate="none": F.gelu(x)[..., :1], "has shape"),
+    "strides": (lambda x, approximate="none": F.gelu(x).t().contiguous().t(), "has strides"),
+    "writes": (lambda x, approximate="none": (F.gelu(x), x.zero_())[0], "wrote to its input 0"),
+    "nan": (lambda x, approximate="none": F.gelu(x) / 0 * 0, "NaN"),
+    "error": (lambda x, approximate="none": 1 / 0, "raised ZeroDivisionError"),
+    "no tensor": (lambda x, approximate="none": 3.0, "is a float and no tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_kernel_is_reported_and_replaced(kind):
+    fn, message = WRONG[kind]
+    executor = extend.OperatorExecutor("wrong")
+    executor.register_implementation(F.gelu, fn=fn)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.GELU()), torch.randn(3, 4)
+    compiled = thunder.jit(model, executors=[executor])
+
+    def calls():
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(compiled(x), model(x))
+
+    text = only_warning(calls)
+    assert message in text and "executor 'wrong'" in text and "torch.nn.functional.gelu" in text
+    assert units(compiled)[0].state == "refused" and message in units(compiled)[0].reason
+
+
+def test_wrong_backward_kernel_is_reported_and_replaced():
+    executor = extend.OperatorExecutor("wrong_backward")
+    executor.register_implementation(
+        "torch.ops.aten.gelu_backward.default", fn=lambda g, x, approximate="none": g * 2
+    )
+    text = only_warning(lambda: check(nn.Sequential(nn.Linear(4, 6), nn.GELU()), (torch.randn(3, 4),), [executor]))
+    assert "gelu_backward" in text
+
+
+def test_wrong_gradient_of_an_operator_is_reported_and_the_operator_left_out():
+    executor = extend.OperatorExecutor("wrong_gradient")
+
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        return F.gelu(x)
+
+    operator = executor.register_operator("gelu", like=F.gelu, fn=gelu, backward=lambda ctx, g: g * 2)
+    executor.register_implementation(F.gelu, operator)
+    compiled = None
+
+    def run():
+        nonlocal compiled
+        compiled = check(blocks(), (torch.randn(4, 16),), [executor])
+
+    text = only_warning(run)
+    assert "its gradient for input 0 is off by" in text
+    assert "torch.nn.functional.gelu" in str(thunder.last_traces(compiled)[-1])
+
+
+def test_wrong_region_is_reported_once_for_all_equal_ones():
+    class Wrong(Interpreter):
+        def fuse(self, region):
+            right = super().fuse(region)
+            return lambda *args: tuple(t * 1.5 for t in right(*args))
+
+    executor = Wrong("wrong_region")
+    for op in (F.gelu, torch.mul):
+        executor.register_supported(op)
+    text = only_warning(lambda: check(blocks(4), (torch.randn(4, 16),), [executor]) and None)
+    assert "is off by" in text
+
+
+def test_verification_can_be_switched_off_or_always_on():
+    ran = []
+
+    def sometimes(x, approximate="none"):
+        ran.append(1)
+        return F.gelu(x) if len(ran) < 3 else F.relu(x)
+
+    executor = extend.OperatorExecutor("sometimes")
+    executor.register_implementation(F.gelu, fn=sometimes)
+    x = torch.randn(8)
+    always = thunder.jit(lambda x: F.gelu(x), executors=[executor], verify="always")
+    text = only_warning(lambda: [torch.testing.assert_close(always(x), F.gelu(x)) for _ in range(4)])
+    assert "is off by" in text
+    off = thunder.jit(lambda x: F.gelu(x), executors=[executor], verify="off")
+    assert torch.equal(off(x), F.relu(x))
+    with pytest.raises(ValueError, match="verify must be one of"):
+        thunder.jit(lambda x: x, verify="maybe")
+
+
+def test_small_differences_of_rounding_are_no_fault():
+    executor = extend.OperatorExecutor("rounds")
+    executor.register_implementation(F.gelu, fn=lambda x, approximate="none": F.gelu(x.double()).float())
+    compiled = thunder.jit(lambda x: F.gelu(x), executors=[executor])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(torch.randn(100))
+    assert units(compiled)[0].state == "trusted"

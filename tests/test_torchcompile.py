@@ -1,0 +1,111 @@
+"""The torchcompile executor: regions through Inductor."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import thunder
+from tests.test_executors import blocks, check, units
+from thunder.executors.torchcompile import TorchCompileExecutor, torchcompile_executor
+
+pytestmark = pytest.mark.filterwarnings("error::thunder.ThunderWarning")
+
+
+def test_the_line_of_the_requirements():
+    model = blocks(2)
+    exc_list = [thunder.extend.get_executor("torchcompile"), *thunder.get_always_executors()]
+    jmodel = thunder.jit(model, executors=exc_list)
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(jmodel(x), model(x))
+        assert thunder.extend.wait_for_builds(300)
+        for _ in range(2):
+            torch.testing.assert_close(jmodel(x), model(x))
+    assert {u.state for u in units(jmodel)} == {"trusted"}
+    assert "torchcompile_0(" in str(thunder.last_traces(jmodel)[-1])
+
+
+def test_forward_and_backward_run_through_inductor():
+    compiled = check(blocks(3), (torch.randn(4, 16),), ["torchcompile"], tier="block")
+    assert {u.state for u in units(compiled)} == {"trusted"}
+    assert "torchcompile_" in str(thunder.last_backward_traces(compiled)[-1])
+
+
+def test_layers_of_a_transformer_are_built_once():
+    from tests.harness.third_party import import_litgpt
+
+    litgpt = import_litgpt()
+
+    def gpt(layers):
+        config = litgpt.Config.from_name(
+            "pythia-14m", n_layer=layers, n_embd=32, n_head=4, block_size=16, padded_vocab_size=64, intermediate_size=64
+        )
+        return litgpt.GPT(config).eval()
+
+    tokens = torch.randint(0, 64, (1, 16))
+    executor = TorchCompileExecutor("torchcompile_counted")
+    with torch.no_grad():
+        for layers in (4, 8):
+            model = gpt(layers)
+            compiled = thunder.jit(model, executors=[executor], tier="block")
+            torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+            if layers == 4:
+                built = len(executor._built)
+        assert len(executor._built) == built <= 4
+    assert len(units(compiled)) >= 8
+
+
+def test_results_have_eagers_strides():
+    """Some decompositions lay results out otherwise than the kernels that they stand for."""
+
+    def program(x):
+        y = x.transpose(1, 2)
+        return torch.cat((y * 2, y[..., 4:]), dim=-1), (y + 1).sin()
+
+    x = torch.randn(2, 3, 5, 4)
+    compiled = thunder.jit(program, executors=["torchcompile"], tier="block")
+    for _ in range(2):
+        for ours, theirs in zip(compiled(x), program(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+            assert ours.stride() == theirs.stride()
+
+
+def test_dropout_is_eagers():
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.Dropout(0.5), nn.GELU(), nn.LayerNorm(8))
+    compiled = thunder.jit(model, executors=["torchcompile"], tier="block")
+    x = torch.randn(4, 8)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        ours = compiled(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(ours, model(x))
+
+
+def test_one_kernel_alone_is_left_to_torch():
+    compiled = thunder.jit(lambda x: x.sin().view(2, 2).t(), executors=["torchcompile"], tier="block")
+    compiled(torch.randn(4))
+    assert units(compiled) == []
+    (reason,) = {reason for _, _, reason in compiled._thunder_claims.declines}
+    assert "nothing to fuse" in reason
+
+
+def test_torch_compile_first_is_an_error_that_says_what_to_write():
+    with pytest.raises(TypeError, match=r"executors=\[thunder.extend.get_executor\('torchcompile'\)"):
+        thunder.jit(torch.compile(blocks(1)))
+
+
+def test_it_is_registered():
+    assert thunder.extend.get_executor("torchcompile") is torchcompile_executor
+    assert torchcompile_executor not in thunder.get_default_executors()
+
+
+@pytest.mark.gpu
+def test_on_cuda():
+    model = blocks(3).cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", thunder.ThunderWarning)
+        check(model, (torch.randn(4, 16, device="cuda"),), ["torchcompile"], tier="block")

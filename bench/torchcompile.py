@@ -126,7 +126,8 @@ def cold_seconds(how: str, layers: int, train: bool, device: str) -> float:
 def cold_rows(device: str, layers: int) -> None:
     """First calls."""
     ours, theirs = (cold_seconds(how, layers, True, device) for how in ("block", "torch.compile"))
-    print(f"cold first step, GPT of {layers} layers   {ours / theirs:6.3f} x torch.compile ({ours:.1f} s, {theirs:.1f} s)")
+    seconds = f"({ours:.1f} s, {theirs:.1f} s)"
+    print(f"cold first step, GPT of {layers} layers   {ours / theirs:6.3f} x torch.compile {seconds}")
     first = {how: [cold_seconds(how, layers, False, device) for _ in range(5)] for how in ("background", "torch")}
     ours, theirs = (statistics.median(first[how]) for how in ("background", "torch"))
     spread = ", ".join(f"{how} {min(t) * 1e3:.1f}..{max(t) * 1e3:.1f} ms" for how, t in first.items())
@@ -155,7 +156,8 @@ def turns(label: str, model: torch.nn.Module, arguments: tuple, options: argpars
         ours, theirs = times["thunder"].minimum, times["torch.compile"].minimum
         what = "training step" if train else "forward"
         detail = "; ".join(f"{name} {t}" for name, t in times.items())
-        print(f"{label + ', ' + what:38} {ours / theirs:6.3f} x torch.compile, {ours / times['eager'].minimum:.3f} x eager")
+        beside = f"{ours / theirs:6.3f} x torch.compile, {ours / times['eager'].minimum:.3f} x eager"
+        print(f"{label + ', ' + what:38} {beside}")
         print(f"{'':38} {detail}")
 
 

@@ -1,5 +1,6 @@
 /* thunder._C: making the module state and tearing it down. */
 #include "callable.h"
+#include "capture.h"
 #include "derive.h"
 #include "region.h"
 
@@ -297,6 +298,12 @@ static PyObject *derived_only(PyObject *module, PyObject *on) {
     return PyBool_FromLong(was);
 }
 
+static PyObject *function_kind(PyObject *module, PyObject *function) {
+    static const char *const names[] = {"", "record", "query", "data", "grad", "skip", "refuse", "check"};
+    const thx_func *f = thx_func_find(PyModule_GetState(module), function);
+    return f ? PyUnicode_FromString(names[f->kind]) : NULL;
+}
+
 static PyObject *is_capturing(PyObject *module, PyObject *unused) {
     (void)unused;
     thx *x = PyModule_GetState(module);
@@ -315,6 +322,9 @@ static PyMethodDef functions[] = {
      "NotImplemented when the function is not catalogued."},
     {"operator_key", thx_operator_key, METH_O,
      "operator_key(dotted) -> str: under which executors find an operator: its name in the catalogue, or itself."},
+    {"function_kind", function_kind, METH_O,
+     "function_kind(function) -> str: what a capture does with a torch function: \"record\" it, \"data\": it asks for "
+     "values, \"refuse\", ..."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},
 };

@@ -3,6 +3,8 @@
 
 #include "callable.h"
 
+#include <time.h>
+
 typedef struct unit_data {
     thx_instr_data head;
     thx_region *region; /* owned */
@@ -153,13 +155,21 @@ static int run_and_compare(th_frame *f, const unit_data *d) {
     return rc;
 }
 
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 static int run_unit(th_frame *f, const th_instr *instr) {
     const unit_data *d = instr->data;
     thx_region *r = d->region;
     r->runs++;
     if (r->state == THX_REGION_TRUSTED) {
         PyObject *implementation = Py_NewRef(r->implementation);
+        uint64_t start = now_ns();
         int rc = thx_call_run(f, d->call, implementation);
+        r->nanoseconds += now_ns() - start;
         Py_DECREF(implementation);
         return rc;
     }
@@ -374,6 +384,8 @@ static PyMemberDef region_members[] = {
     {"reason", T_OBJECT, offsetof(thx_region, reason), READONLY, "Why torch runs it, or None."},
     {"fused", T_BOOL, offsetof(thx_region, fused), READONLY, "Several operations, or one alone."},
     {"runs", T_ULONGLONG, offsetof(thx_region, runs), READONLY, "How often it was run, by whomever."},
+    {"nanoseconds", T_ULONGLONG, offsetof(thx_region, nanoseconds), READONLY,
+     "How long its implementation ran in all, as the host sees it, once trusted."},
     {"reference_runs", T_ULONGLONG, offsetof(thx_region, reference_runs), READONLY, "How often torch ran it."},
     {NULL, 0, 0, 0, NULL},
 };

@@ -31,7 +31,7 @@ typedef struct thx_region { /* Python object: thunder._C.Region */
     thx_program reference;    /* the body on torch; lowered at its first run */
     uint8_t state;
     bool fused, always; /* always: compared at every run */
-    uint64_t runs, reference_runs;
+    uint64_t runs, reference_runs, nanoseconds; /* of the implementation, all its trusted runs together */
 } thx_region;
 
 /* judge(region, before, after, expected, results, error) -> bool: does what it computed pass? All but error are lists

@@ -97,7 +97,7 @@ def test_registered_executor_is_found_by_name(registered):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(LookupError, match="no executor is called 'torchcompil'.*Did you mean 'torchcompile'"):
+    with pytest.raises(LookupError, match=r"no executor is called 'torchcompil'.*Did you mean 'torchcompile'"):
         thunder.jit(lambda x: x, executors=["torchcompil"])
 
 

@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import _kernels, executors, extend  # noqa: F401  (traces name the kernels)
+from thunder import _kernels, examine, executors, extend  # noqa: F401  (traces name the kernels)
 from thunder._api import (
     CompileStats,
     cache_hits,
@@ -17,8 +17,10 @@ from thunder._api import (
     last_compile_options,
     last_traces,
 )
+from thunder._bisect import bisect
 from thunder._C import Trace
 from thunder._errors import CaptureError, ThunderError, ThunderWarning
+from thunder._explain import explain
 from thunder._grad import grad, value_and_grad
 from thunder._module import ThunderModule
 from thunder._warm import warm_up as _warm_up
@@ -41,11 +43,14 @@ __all__ = [
     "ThunderModule",
     "ThunderWarning",
     "Trace",
+    "bisect",
     "cache_hits",
     "cache_misses",
     "cache_option",
     "compile_stats",
+    "examine",
     "executors",
+    "explain",
     "extend",
     "get_all_executors",
     "get_always_executors",

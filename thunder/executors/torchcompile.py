@@ -21,7 +21,8 @@ CUT = 48  # operations: more than there are between two attentions of a transfor
 
 # Nothing to gain for a region of these alone: torch returns them without a kernel.
 _VIEWS = frozenset(
-    ["view", "reshape", "transpose", "t", "T", "mT", "permute", "expand", "expand_as", "unsqueeze", "squeeze", "flatten", "unflatten", "detach", "getitem", "chunk", "split", "narrow", "select", "unbind", "swapaxes", "movedim", "view_as", "size"]
+    {"view", "reshape", "transpose", "t", "T", "mT", "permute", "expand", "expand_as", "unsqueeze", "squeeze"}
+    | {"flatten", "unflatten", "detach", "__getitem__", "chunk", "split", "narrow", "select", "unbind", "swapaxes", "movedim"}
 )
 
 

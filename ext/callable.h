@@ -7,6 +7,7 @@
 #include "capture.h"
 #include "guards.h"
 #include "structure.h"
+#include "trace_object.h"
 
 enum {
     THX_EAGER_GRAD = 1,   /* it uses autograd in a way that is not compiled */
@@ -78,7 +79,6 @@ void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves
 int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
 int thx_callable_init(thx *x, PyObject *module);
-PyObject *thx_trace_object(thx *x, th_trace *t); /* py_trace.c: takes the trace */
 int thx_trace_init(thx *x, PyObject *module);
 
 #endif

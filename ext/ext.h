@@ -54,7 +54,7 @@ typedef struct thx {
     PyObject *torch, *torch_c, *functional;
     PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
         *NnModule, *NumpyGeneric, *MethodWrapper;
-    PyTypeObject *Callable, *Trace, *Observer, *Recorder, *Gradient, *Pending, *GradFn;
+    PyTypeObject *Callable, *Trace, *Proxy, *Symbol, *TraceCallable, *Observer, *Recorder, *Gradient, *Pending, *GradFn;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *dtype_objects[TH_DTYPE_COUNT];

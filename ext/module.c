@@ -1,6 +1,7 @@
 /* thunder._C: making the module state and tearing it down. */
 #include "callable.h"
 #include "derive.h"
+#include "trace_object.h"
 
 #include "base/env.h"
 
@@ -311,6 +312,8 @@ static PyMethodDef functions[] = {
     {"meta_rule", meta_rule, METH_VARARGS,
      "meta_rule(function, args, kwargs) -> list of results, None when declined, or "
      "NotImplemented when the function is not catalogued."},
+    {"opaque_call", (PyCFunction)(void (*)(void))thx_opaque_call, METH_VARARGS | METH_KEYWORDS,
+     "opaque_call(function, args, like): see thunder.transforms.opaque_call."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},
 };

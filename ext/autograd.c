@@ -12,6 +12,7 @@
 
 #include "ambient.h"
 #include "lower.h"
+#include "transform.h"
 
 #include <string.h>
 
@@ -207,13 +208,18 @@ static int find_stale(thx_gradient *g, const th_trace *forward) {
     return 0;
 }
 
-static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, th_trace **forward) {
+static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, PyObject *transform,
+                         th_trace **forward) {
     th_halves halves;
     if (keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks) < 0 ||
         thx_check(x, th_grad_split(joint, remat, &halves)) < 0)
         return -1;
     if (x->verify &&
         (thx_check(x, th_trace_verify(halves.forward)) < 0 || thx_check(x, th_trace_verify(halves.backward)) < 0)) {
+        th_halves_fini(x->ctx, &halves);
+        return -1;
+    }
+    if (transform && thx_transform_halves(x, transform, &halves, joint->nresults + joint->nmutated) < 0) {
         th_halves_fini(x->ctx, &halves);
         return -1;
     }
@@ -258,11 +264,11 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     return rc;
 }
 
-thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, th_trace **forward) {
+thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *transform, th_trace **forward) {
     thx_gradient *g = (thx_gradient *)x->Gradient->tp_alloc(x->Gradient, 0);
     if (!g) return NULL;
     g->x = x;
-    if (gradient_init(x, g, joint, remat, forward) < 0) {
+    if (gradient_init(x, g, joint, remat, transform, forward) < 0) {
         Py_DECREF((PyObject *)g);
         return NULL;
     }

@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import _kernels, extend  # noqa: F401  (traces name the kernels)
+from thunder import _kernels, extend, transforms  # noqa: F401  (traces name the kernels)
 from thunder._api import (
     CompileStats,
     cache_hits,
@@ -16,9 +16,10 @@ from thunder._api import (
     last_backward_traces,
     last_compile_options,
     last_traces,
+    list_transforms,
 )
-from thunder._C import Trace
-from thunder._errors import CaptureError, ThunderError, ThunderWarning
+from thunder._C import BoundSymbol, TensorProxy, Trace
+from thunder._errors import CaptureError, ThunderError, ThunderWarning, TransformError
 from thunder._grad import grad, value_and_grad
 from thunder._module import ThunderModule
 from thunder._warm import warm_up as _warm_up
@@ -29,18 +30,23 @@ from thunder.extend import (
     get_executor,
     pytorch_executor,
 )
+from thunder.transforms import Transform
 
 __version__ = "0.1.0"
 
 _warm_up()
 
 __all__ = [
+    "BoundSymbol",
     "CaptureError",
     "CompileStats",
+    "TensorProxy",
     "ThunderError",
     "ThunderModule",
     "ThunderWarning",
     "Trace",
+    "Transform",
+    "TransformError",
     "cache_hits",
     "cache_misses",
     "cache_option",
@@ -55,6 +61,8 @@ __all__ = [
     "last_backward_traces",
     "last_compile_options",
     "last_traces",
+    "list_transforms",
     "pytorch_executor",
+    "transforms",
     "value_and_grad",
 ]

@@ -188,8 +188,7 @@ PyObject *thx_refuse_original(thx_callable_object *c, const char *why) {
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     if (!why) PyErr_Fetch(&type, &value, &trace);
     PyObject *text = why ? PyUnicode_FromString(why) : value ? PyObject_Str(value) : Py_NewRef(Py_None);
-    if (text)
-        PyErr_Format(c->x->CaptureError, "%U; without compilation the transforms would be left out", text);
+    if (text) PyErr_Format(c->x->CaptureError, "%U; without compilation the transforms would be left out", text);
     Py_XDECREF(text);
     Py_XDECREF(type);
     Py_XDECREF(value);
@@ -323,7 +322,8 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     int modes = thx_ambient_read(x, &ambient);
     if (modes < 0) return NULL;
     if (modes) {
-        if (!c->warned_modes && (c->warned_modes = true, tell(c, "modes", NULL) < 0)) return NULL;
+        if (!c->needs_transform && !c->warned_modes && (c->warned_modes = true, tell(c, "modes", NULL) < 0))
+            return NULL;
         c->fallbacks++;
         return call_original(c, args, nargsf, kwnames);
     }
@@ -362,7 +362,8 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 /* ---- the type ---- */
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"fn", "module", "cache", "fallback_eager", "on_event", "remat", "transform", "needs_transform", NULL};
+    static char *names[] = {"fn",        "module",          "cache", "fallback_eager", "on_event", "remat",
+                            "transform", "needs_transform", NULL};
     PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None;
     int cache = 0, fallback = 0, remat = TH_REMAT_AUTO, needs = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipOiOp", names, &fn, &module, &cache, &fallback, &on_event,

@@ -62,7 +62,7 @@ typedef struct thx_callable_object {
     PyObject *fn, *module, *weakrefs, *dict;
     PyObject *transform; /* what calls the user's transforms: transform.h; or NULL */
     PyObject *on_event;  /* Python callable for rare things: warnings, fallback decisions */
-    thx_entry *entries; /* most recent first */
+    thx_entry *entries;  /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint8_t cache; /* 0 constant values, 1 no caching, 2 same input */
     uint8_t remat; /* th_remat */

@@ -19,9 +19,9 @@
 typedef struct edit {
     thx *x;
     thx_py_trace *from;
-    th_trace *t;    /* the copy that becomes the new trace */
-    th__rewrite w;  /* of t */
-    uint64_t *ids;  /* by operation of t */
+    th_trace *t;   /* the copy that becomes the new trace */
+    th__rewrite w; /* of t */
+    uint64_t *ids; /* by operation of t */
     uint32_t nids, cap_ids;
     thx_excerpt e;
     th_val *pasted; /* by value of the excerpt: the value of t */
@@ -69,9 +69,7 @@ static int copy_op(edit *k, th_opref o) {
     return add_id(k, k->from->ids[o]);
 }
 
-static int rewrite_begin(edit *k) {
-    return thx_check(k->x, th__rewrite_begin(&k->w, k->t)) < 0 ? -1 : add_id(k, 0);
-}
+static int rewrite_begin(edit *k) { return thx_check(k->x, th__rewrite_begin(&k->w, k->t)) < 0 ? -1 : add_id(k, 0); }
 
 static void fini(edit *k) {
     if (k->w.ops) th__rewrite_end(&k->w, TH_EINVAL);
@@ -89,7 +87,8 @@ static PyObject *finish(edit *k, PyObject *result) {
     if (status == TH_OK) status = th_trace_verify(t);
     if (status != TH_OK) {
         if (status != TH_EVERIFY) return thx_raise(x, status);
-        return PyErr_Format(PyExc_ValueError, "this edit leaves a trace that cannot run: %s", th_ctx_error(x->ctx)->text);
+        return PyErr_Format(PyExc_ValueError, "this edit leaves a trace that cannot run: %s",
+                            th_ctx_error(x->ctx)->text);
     }
     thx_lineage *line = k->from->line;
     if (line->next_name < t->next_name) line->next_name = t->next_name;
@@ -484,6 +483,44 @@ PyObject *thx_edit_replace_uses(PyObject *trace, PyObject *args) {
 
 /* ---- the border of the trace ---- */
 
+typedef struct user_search {
+    th_val value;
+    bool found;
+} user_search;
+
+static void find_value(void *user, th_val *v) { ((user_search *)user)->found |= ((user_search *)user)->value == *v; }
+
+static bool uses(th_trace *t, th_opref o, th_val value) {
+    user_search s = {value, false};
+    if (t->ops[o].kind != TH_OP_DEL) th_op_each_use(t, o, find_value, &s);
+    return s.found;
+}
+
+static bool is_written(const th_trace *t, th_val value) {
+    uint32_t alias = t->values[value].alias;
+    for (th_opref o = 1; o < t->nops; o++)
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
+            th_val written = t->kids[t->ops[o].writes + i];
+            if (written == value || (alias && t->values[written].alias == alias)) return true;
+        }
+    return false;
+}
+
+/* The operation after which a value is what it is in the end and used no more: memory can go as early as that. */
+static th_opref last_use(th_trace *t, th_val value) {
+    th_opref last = is_written(t, value) ? t->nops - 1 : t->values[value].def;
+    for (th_opref o = last + 1; o < t->nops; o++)
+        if (uses(t, o, value)) last = o;
+    return last;
+}
+
+/* The operation before which an input is first needed; the number of operations where none uses it. */
+static th_opref first_use(th_trace *t, th_val value) {
+    th_opref first = 1;
+    while (!is_written(t, value) && first < t->nops && !uses(t, first, value)) first++;
+    return first;
+}
+
 static int map_output(edit *k, Py_ssize_t index) {
     const th_trace *t = k->from->t;
     const th_node_data *d = &t->nodes[t->result];
@@ -506,9 +543,10 @@ static int map_output(edit *k, Py_ssize_t index) {
     Py_XDECREF(args);
     Py_XDECREF(fake);
     if (rc < 0 || rewrite_begin(k) < 0) return -1;
+    th_opref at = last_use(k->from->t, old);
+    if (!at && paste(k) < 0) return -1;
     for (th_opref o = 1; o < k->w.nops; o++)
-        if (copy_op(k, o) < 0) return -1;
-    if (paste(k) < 0) return -1;
+        if (copy_op(k, o) < 0 || (o == at && paste(k) < 0)) return -1;
     if (!thx_is_tensor(k->x, k->e.result)) {
         PyErr_Format(PyExc_ValueError, "the function must return a tensor, not %.100s", Py_TYPE(k->e.result)->tp_name);
         return -1;
@@ -569,11 +607,15 @@ static int map_input(edit *k, PyObject *proxy, PyObject *like) {
     int rc = record(k, args, NULL);
     Py_XDECREF(args);
     Py_XDECREF(fake);
-    if (rc < 0 || rewrite_begin(k) < 0 || paste(k) < 0) return -1;
+    if (rc < 0 || rewrite_begin(k) < 0) return -1;
+    th_opref at = first_use(k->from->t, input);
+    for (th_opref o = 1; o < at; o++)
+        if (copy_op(k, o) < 0) return -1;
+    if (paste(k) < 0) return -1;
     t->values[input].type = was; /* what must be met */
     rc = replace_value(k, input, k->e.result, false);
     t->values[input].type = th_type_set_grad(t->ctx, now, grad);
-    for (th_opref o = 1; rc == 0 && o < k->w.nops; o++) rc = copy_op(k, o);
+    for (th_opref o = at; rc == 0 && o < k->w.nops; o++) rc = copy_op(k, o);
     return rc;
 }
 

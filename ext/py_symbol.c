@@ -161,8 +161,9 @@ static PyType_Slot proxy_slots[] = {
     {Py_tp_hash, proxy_hash},
     {Py_tp_methods, proxy_methods},
     {Py_tp_getset, proxy_getset},
-    {Py_tp_doc, "A value of a trace: what is known about a tensor before the program runs. Equal when the name is, within "
-                "a trace and those made from it by edits."},
+    {Py_tp_doc,
+     "A value of a trace: what is known about a tensor before the program runs. Equal when the name is, within "
+     "a trace and those made from it by edits."},
     {0, NULL},
 };
 static PyType_Spec proxy_spec = {"thunder._C.TensorProxy", sizeof(thx_proxy), 0,
@@ -342,8 +343,9 @@ static PyType_Slot symbol_slots[] = {
     {Py_tp_richcompare, symbol_compare},
     {Py_tp_hash, symbol_hash},
     {Py_tp_getset, symbol_getset},
-    {Py_tp_doc, "One operation of a trace. It serves as an address in every trace made from this one by edits, as long as "
-                "the operation is there."},
+    {Py_tp_doc,
+     "One operation of a trace. It serves as an address in every trace made from this one by edits, as long as "
+     "the operation is there."},
     {0, NULL},
 };
 static PyType_Spec symbol_spec = {"thunder._C.BoundSymbol", sizeof(thx_symbol), 0,

@@ -191,7 +191,8 @@ static PyMethodDef trace_methods[] = {
      "python_callable() -> callable\n\nRuns the trace on real tensors, one positional argument for each input, without "
      "gradients. At a call: TypeError or ValueError for an argument that is not what the input's type says."},
     {"replace", (PyCFunction)thx_edit_replace, METH_VARARGS,
-     "replace(symbol, fn) -> Trace\n\nfn, a function of torch code, is recorded with the operation's arguments; what it "
+     "replace(symbol, fn) -> Trace\n\nfn, a function of torch code, is recorded with the operation's arguments; what "
+     "it "
      "returns replaces the operation's results: the same structure, and for each the same shape, strides, dtype and "
      "device. A real tensor that it returns or uses becomes a constant.\n\nRaises ValueError: the operation is not in "
      "this trace, or the results differ."},
@@ -206,10 +207,13 @@ static PyMethodDef trace_methods[] = {
      "replace_uses(old, new) -> Trace\n\nEvery operation after the definition of new, and the result, use new instead "
      "of old. Raises ValueError: their types differ."},
     {"map_output", (PyCFunction)thx_edit_map_output, METH_VARARGS,
-     "map_output(index, fn) -> Trace\n\nThe trace returns fn of what it returned at that place. The type may change."},
+     "map_output(index, fn) -> Trace\n\nThe trace returns fn of what it returned at that place, computed after its "
+     "last use. "
+     "The type may change."},
     {"map_input", (PyCFunction)thx_edit_map_input, METH_VARARGS,
      "map_input(proxy, fn, like=None) -> Trace\n\nThe input comes with the type of like, a proxy or a tensor, and "
-     "fn(input) serves everything that used it: same shape, strides, dtype and device as the input had."},
+     "fn(input), computed before the first use, serves everything that used it: same shape, strides, dtype and device "
+     "as the input had."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot trace_slots[] = {

@@ -155,7 +155,8 @@ static PyObject *record_opaque(thx_recorder *r, PyObject *function, PyObject *ar
                      .args = args,
                      .outs = outs,
                      .outs_list = PyTuple_Check(result),
-                     .effects = TH_FX_STATE};
+                     .effects = TH_FX_STATE,
+                     .marks = outs ? 0 : TH_MARK_NO_GRAD}; /* without results there is nothing to differentiate */
     Py_XDECREF(name);
     if (thx_emit(r, &op) < 0) Py_CLEAR(result);
     return result;

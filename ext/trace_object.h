@@ -1,8 +1,8 @@
 /* Traces as Python objects, seen by the rooms that read, edit, run and transform them.
  *
- * A user's trace never changes: an edit makes a new one. All traces made from one another by edits are a lineage. Within
- * it an operation is known by a number and a value by its name, so that what was found in one trace can be looked up in
- * the next.
+ * A user's trace never changes: an edit makes a new one. All traces made from one another by edits are a lineage.
+ * Within it an operation is known by a number and a value by its name, so that what was found in one trace can be
+ * looked up in the next.
  */
 #ifndef THUNDER_TRACE_OBJECT_H
 #define THUNDER_TRACE_OBJECT_H
@@ -31,7 +31,7 @@ typedef struct thx_proxy { /* a value of a trace */
     th_typeref type;
 } thx_proxy;
 
-typedef struct thx_symbol { /* an operation of a trace */
+typedef struct thx_symbol {            /* an operation of a trace */
     PyObject_HEAD thx_py_trace *trace; /* owned */
     th_opref op;
     uint64_t id;
@@ -44,7 +44,7 @@ thx_py_trace *thx_as_trace(thx *x, PyObject *o); /* borrowed; NULL with TypeErro
 
 /* ---- py_symbol.c ---- */
 PyObject *thx_proxy_new(thx_py_trace *o, th_val value);
-th_val thx_proxy_find(const thx_py_trace *o, PyObject *proxy);    /* 0 with ValueError or TypeError */
+th_val thx_proxy_find(const thx_py_trace *o, PyObject *proxy);     /* 0 with ValueError or TypeError */
 th_opref thx_symbol_find(const thx_py_trace *o, PyObject *symbol); /* likewise */
 PyObject *thx_trace_symbols(PyObject *trace, void *unused);
 PyObject *thx_trace_inputs(PyObject *trace, void *unused);

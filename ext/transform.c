@@ -195,8 +195,7 @@ static int match_saved(thx *x, th_halves *h, uint32_t nresults) {
         if (thx_check(x, th_type_print(x->ctx, plain_type(f, v), given, sizeof given)) < 0 ||
             thx_check(x, th_type_print(x->ctx, plain_type(b, w), expected, sizeof expected)) < 0)
             return -1;
-        PyErr_Format(PyExc_ValueError,
-                     "the forward trace saves %s as \"%s\"; the backward trace expects it as \"%s\"",
+        PyErr_Format(PyExc_ValueError, "the forward trace saves %s as \"%s\"; the backward trace expects it as \"%s\"",
                      th_str_get(x->ctx, f->values[v].name), given, expected);
         return -1;
     }

@@ -142,8 +142,8 @@ class ThunderModule(torch.nn.Module):
 
         Args:
             name: dotted name of a parameter or buffer that is there.
-            tensor: an ``nn.Parameter``, or for a buffer a tensor; shape, dtype and device are free. A plain tensor in the
-                place of a parameter becomes a buffer of that name.
+            tensor: an ``nn.Parameter``, or for a buffer a tensor; shape, dtype and device are free. A plain tensor in
+                the place of a parameter becomes a buffer of that name.
 
         Raises:
             AttributeError: there is no parameter or buffer of that name.
@@ -152,12 +152,13 @@ class ThunderModule(torch.nn.Module):
         owner = self._thunder_model.get_submodule(prefix)
         if leaf not in owner._parameters and leaf not in owner._buffers:
             raise AttributeError(f"{type(owner).__name__} {prefix!r} has no parameter or buffer {leaf!r}")
-        owner._parameters.pop(leaf, None)
-        owner._buffers.pop(leaf, None)
-        if isinstance(tensor, torch.nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        else:
-            owner.register_buffer(leaf, tensor)
+        place = owner._parameters if isinstance(tensor, torch.nn.Parameter) else owner._buffers
+        if leaf in place:
+            place[leaf] = tensor  # keeps the order, and whether a buffer is persistent
+            return
+        delattr(owner, leaf)
+        register = owner.register_parameter if place is owner._parameters else owner.register_buffer
+        register(leaf, tensor)
 
     def original_state_dict(self) -> dict[str, Any]:
         """A state dict for the module as it was before the transforms; each transform reverses what it did.

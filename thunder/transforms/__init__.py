@@ -1,7 +1,7 @@
 """Transforms: programs and modules changed between the user's code and what runs.
 
-A transform is a subclass of :class:`Transform`. ``thunder.jit(model, transforms=[...])`` calls its hooks: first those on
-modules, then, at each compile, those on traces. docs/transforms.md is the guide.
+A transform is a subclass of :class:`Transform`. ``thunder.jit(model, transforms=[...])`` calls its hooks: first those
+on modules, then, at each compile, those on traces. docs/transforms.md is the guide.
 """
 
 from thunder.transforms._base import Transform, opaque_call

@@ -27,8 +27,8 @@ class Transform:
         """Change the module, once, before the first compile.
 
         ``model`` is the compiled module; it works on a copy of the user's module tree that shares its tensors, so
-        ``model.override(name, tensor)``, ``register_parameter`` on a submodule and the like leave the original as it is.
-        Values written into a tensor are written for both.
+        ``model.override(name, tensor)``, ``register_parameter`` on a submodule and the like leave the original as it
+        is. Values written into a tensor are written for both.
         """
 
     def transform_state_dict_for_submodule(
@@ -52,8 +52,9 @@ class Transform:
 
         Args:
             trace: the program. Parameters, buffers and constants are inputs beside the arguments.
-            info: ``tensors``, a dict from the proxies of those inputs to the tensors; ``names``, a dict from the proxies
-                of parameters and buffers to their dotted names; ``module``, the compiled module, or None for a function.
+            info: ``tensors``, a dict from the proxies of those inputs to the tensors; ``names``, a dict from the
+                proxies of parameters and buffers to their dotted names; ``module``, the compiled module, or None for a
+                function. Later versions may add others, so overrides take ``**info``.
 
         Returns:
             The trace or an edit of it. Tensors that edits bring along are read like any other: parameters of the module
@@ -91,7 +92,8 @@ def opaque_call(function: Callable[..., Any], *args: Any, like: Any = None) -> A
             shape, strides, dtype and device that the result will have.
 
     Returns:
-        Tensors of the form of ``like``, or ``None``.
+        Tensors of the form of ``like``, or ``None``. In ``transform_trace`` such a result is differentiated as far as
+        torch's autograd can follow the function.
 
     Raises:
         RuntimeError: inside a function that ``thunder.jit`` captures.
@@ -164,7 +166,7 @@ def trace_hook(transforms: Sequence[Transform], module: Callable[[], Any]) -> Ca
 
 
 def check_borders(transform: Transform, hook: str, given: _C.Trace, made: _C.Trace) -> None:
-    """Is one trace made from the other by edits?
+    """Is one trace made from the other by edits? They keep the inputs and the number of results.
 
     Raises:
         TransformError: it is not.

@@ -9,6 +9,8 @@ import thunder
 from tests.jit_checks import no_grad, nothing_leaks  # noqa: F401  (autouse fixtures)
 from thunder.transforms import opaque_call
 
+close = torch.testing.assert_close  # torch's kernels round by how memory happens to be aligned
+
 X, W = torch.randn(4, 5), torch.randn(5, 6)
 
 
@@ -110,7 +112,8 @@ def test_proxies_of_one_edit_are_not_taken_for_those_of_another(trace):
 def test_python_callable_computes_what_the_program_computes(trace):
     product, total = run(trace, X, W)
     expected = program(X, W)
-    assert torch.equal(product, expected[0]) and torch.equal(total, expected[1]["total"])
+    close(product, expected[0])
+    close(total, expected[1]["total"])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,8 @@ def test_replace_records_torch_code_in_the_place_of_an_operation(trace):
     assert edited.operations()[1:4] == ["torch.Tensor.mul", "torch.sigmoid", "torch.Tensor.mul"]
     y = quick_gelu(X @ W, None)
     product, total = run(edited, X, W)
-    assert torch.equal(product, y[:2] * y[2:]) and torch.equal(total, y.sum())
+    close(product, y[:2] * y[2:])
+    close(total, y.sum())
     assert thunder.Trace(str(edited)) == edited
     assert {s.line for s in edited.bound_symbols[1:4]} == {symbol(trace, "gelu").line}
 
@@ -172,22 +176,22 @@ def test_edits_can_follow_a_list_of_symbols_made_before(trace):
     for s in trace.bound_symbols:
         edited = edited.replace(s, lambda *args, sym=s.sym, **kwargs: sym(*args, **kwargs))
     assert edited.run_passes("lifetime") == trace and edited is not trace
-    assert torch.equal(run(edited, X, W)[0], run(trace, X, W)[0])
+    close(run(edited, X, W)[0], run(trace, X, W)[0])
 
 
 def test_replace_several_results(trace):
     edited = trace.replace(symbol(trace, "chunk"), lambda y, n: (y[:2] + 1, y[2:]))
     y = torch.nn.functional.gelu(X @ W, approximate="tanh")
-    assert torch.equal(run(edited, X, W)[0], (y[:2] + 1) * y[2:])
+    close(run(edited, X, W)[0], (y[:2] + 1) * y[2:])
 
 
 def test_tensors_that_the_function_brings_along_are_constants(trace):
     bias, whole = torch.randn(6), torch.randn(4, 6)
     added = trace.replace(symbol(trace, "gelu"), lambda x, **_: x + bias)
     y = X @ W + bias
-    assert torch.equal(run(added, X, W)[0], y[:2] * y[2:])
+    close(run(added, X, W)[0], y[:2] * y[2:])
     folded = trace.replace(symbol(trace, "gelu"), lambda x, **_: whole)
-    assert torch.equal(run(folded, X, W)[1], whole.sum())
+    close(run(folded, X, W)[1], whole.sum())
     assert any(v is whole for v in folded.namespace().values())
 
 
@@ -238,7 +242,7 @@ def test_an_exception_of_the_function_reaches_the_user_and_leaves_nothing(trace)
         trace.replace(symbol(trace, "gelu"), fails)
     with pytest.raises(thunder.CaptureError, match="depends on the values"):
         trace.replace(symbol(trace, "gelu"), lambda x, **_: x * x.sum().item())
-    assert torch.equal(run(trace, X, W)[0], program(X, W)[0])
+    close(run(trace, X, W)[0], program(X, W)[0])
 
 
 def test_a_trace_is_not_edited_inside_a_capture(trace):
@@ -260,7 +264,7 @@ def test_insert_and_replace_uses(trace):
     assert edited.edit_result.shape == (4, 6) and trace.edit_result is None
     edited = edited.replace_uses(gelu.output, edited.edit_result)
     y = 2 * torch.nn.functional.gelu(X @ W, approximate="tanh")
-    assert torch.equal(run(edited, X, W)[1], y.sum())
+    close(run(edited, X, W)[1], y.sum())
     assert thunder.Trace(str(edited)) == edited
 
 
@@ -306,7 +310,8 @@ def test_map_output_and_map_input_may_change_types(trace):
     edited = trace.map_output(1, lambda s: s.double()).map_input(trace.inputs[0], lambda x: x.float(), X.double())
     assert [i.dtype for i in edited.inputs] == [torch.float64, torch.float32]
     _, total = run(edited, X.double(), W)
-    assert total.dtype == torch.float64 and torch.equal(total.float(), program(X, W)[1]["total"])
+    assert total.dtype == torch.float64
+    close(total.float(), program(X, W)[1]["total"])
     with pytest.raises(ValueError, match="no result 2"):
         trace.map_output(2, torch.relu)
     with pytest.raises(ValueError, match="t1 is no input"):
@@ -349,7 +354,7 @@ def test_opaque_calls_with_results(trace):
 
     chunk = symbol(trace, "chunk")
     edited = trace.replace(chunk, lambda y, n: opaque_call(swapped, *y.chunk(n), like=chunk.output))
-    assert torch.equal(run(edited, X, W)[0], program(X, W)[0])
+    close(run(edited, X, W)[0], program(X, W)[0])
     with pytest.raises(TypeError, match="like holds a int"):
         trace.replace(chunk, lambda y, n: opaque_call(swapped, y, y, like=(3, 4)))
 

@@ -230,12 +230,24 @@ static int paste(edit *k) {
     return 0;
 }
 
+/* The tensor with data that a fake stands for, where it is one that the function brought along or made; borrowed. NULL
+ * without an exception: it stands for a value. */
+static PyObject *brought_along(edit *k, PyObject *tensor) {
+    if (!thx_is_fake(k->x, tensor)) return tensor;
+    thx_cell *cell = thx_recorder_cell(k->e.r, tensor);
+    for (uint32_t i = 0; cell && i < k->e.r->nroots; i++)
+        if (k->e.r->roots[i].value == cell->value) return k->e.r->roots[i].real;
+    return NULL;
+}
+
 /* What a tensor that the function returned is in the trace: a value, or a constant's node. */
 static int outside(edit *k, PyObject *tensor, th_val *value, th_node *constant, th_typeref *type) {
     thx *x = k->x;
     thx_meta meta;
+    PyObject *real = brought_along(k, tensor);
     *value = *constant = 0;
-    if (!thx_is_fake(x, tensor)) {
+    if (real) {
+        tensor = real;
         if (thx_read_meta(x, tensor, false, &meta) < 0) return -1;
         *constant = th_node_opaque(k->t, "constant", tensor);
         *type = th_type_set_grad(x->ctx, thx_meta_type(x, &meta), false);
@@ -377,9 +389,10 @@ static int insert(edit *k, PyObject *symbol, bool after, PyObject *arguments) {
 /* What the function returned, with proxies for fakes. */
 static PyObject *with_proxies(edit *k, thx_py_trace *made, PyObject *o) {
     if (thx_is_tensor(k->x, o)) {
-        thx_cell *cell = thx_is_fake(k->x, o) ? thx_recorder_cell(k->e.r, o) : NULL;
-        if (cell) return thx_proxy_new(made, k->pasted[cell->value]);
-        return PyErr_Occurred() ? NULL : Py_NewRef(o);
+        PyObject *real = brought_along(k, o);
+        if (real) return Py_NewRef(real);
+        thx_cell *cell = thx_recorder_cell(k->e.r, o);
+        return cell ? thx_proxy_new(made, k->pasted[cell->value]) : NULL;
     }
     if (!PyTuple_CheckExact(o) && !PyList_CheckExact(o)) return Py_NewRef(o);
     PyObject *tuple = PyTuple_New(PySequence_Fast_GET_SIZE(o));

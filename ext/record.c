@@ -42,6 +42,13 @@ static PyObject *fake_inside(thx_excerpt *e, th_val inside) {
     return PyErr_Format(PyExc_SystemError, "an input of the recorded code is lost");
 }
 
+/* Whether a value of the trace will require grad is not decided yet: where gradients are on, whatever can may. So a
+ * torch.no_grad() in the code leaves its mark, and an autograd.Function is kept whole. */
+static th_typeref may_require_grad(const thx_excerpt *e, th_typeref type) {
+    char class_ = th_dtype_get((th_dtype)th_type_get(e->x->ctx, type)->dtype)->class_;
+    return th_type_set_grad(e->x->ctx, type, (class_ == 'f' || class_ == 'c') && thx_grad_mode(e->x) == 1);
+}
+
 PyObject *thx_excerpt_value(void *excerpt, th_val value) {
     thx_excerpt *e = excerpt;
     const th_value *v = &e->of->values[value];
@@ -49,7 +56,7 @@ PyObject *thx_excerpt_value(void *excerpt, th_val value) {
         return PyErr_Format(PyExc_ValueError, "%s is no tensor: code for an edit cannot use it",
                             th_str_get(e->x->ctx, v->name));
     if (e->inside[value]) return fake_inside(e, e->inside[value]);
-    th_typeref type = th_type_set_grad(e->x->ctx, v->type, false);
+    th_typeref type = may_require_grad(e, v->type);
     th_val inside = th_trace_input(e->r->t, v->name, type);
     PyObject *fake = inside ? thx_fake(e->x, type) : NULL;
     if (!fake) return PyErr_Occurred() ? NULL : PyErr_NoMemory();

@@ -574,3 +574,95 @@ def test_an_opaque_call_on_the_program_is_kept_through_the_passes(net, x):
     with torch.no_grad():
         compiled(x)
     assert len(seen) == 2 and math.isclose(seen[0], F.gelu(net.up(x)).abs().max().item(), rel_tol=1e-5)
+
+
+# ---- what recorded code may do ----
+
+
+class Act(thunder.Transform):
+    """Any function in the place of gelu."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def transform_trace(self, trace, **info):
+        for symbol in trace.bound_symbols:
+            if symbol.name == "torch.nn.functional.gelu":
+                trace = trace.replace(symbol, lambda y, *args, **kwargs: self.fn(y))
+        return trace
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad * ctx.saved_tensors[0]
+
+
+def without_gradients_inside(y):
+    with torch.no_grad():
+        factor = y.square()
+    return y * factor
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda y: y.clone().mul_(2).sub_(1),
+        lambda y: y.add_(1),
+        lambda y: F.dropout(y, 0.5),
+        lambda y: y[torch.tensor([2, 0, 1])],
+        lambda y: y + torch.tensor([1.0, 2.0] * 4),
+        lambda y: y if torch.ones(()).item() else -y,
+        lambda y: y * y.detach(),
+        lambda y: Tripled.apply(y),
+        without_gradients_inside,
+    ],
+    ids=["fresh in place", "in place", "random", "index", "data", "branch", "detach", "function", "no_grad"],
+)
+def test_recorded_code_means_what_it_means_in_eager(fn, x):
+    compiled = thunder.jit(lambda x: F.gelu(x * 2) + 1, transforms=[Act(fn)])
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.manual_seed(0)
+    y = compiled(ours)
+    torch.manual_seed(0)
+    expected = fn(theirs * 2) + 1
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), ours), torch.autograd.grad(expected.sum(), theirs))
+
+
+def test_a_result_made_of_data_alone_is_a_constant(x):
+    compiled = thunder.jit(lambda x: F.gelu(x) + 1, transforms=[Act(lambda y: torch.tensor([[1.0] * 8] * 3))])
+    torch.testing.assert_close(compiled(x), torch.full((3, 8), 2.0))
+
+
+def test_programs_that_write_to_their_inputs_are_transformed(x):
+    def writes(x, total):
+        x.mul_(2)
+        y = F.gelu(x)
+        total.add_(y.sum())
+        return y, x
+
+    ours, theirs = (x.clone(), torch.zeros(())), (x.clone(), torch.zeros(()))
+    y, same = thunder.jit(writes, transforms=[Act(F.silu)])(*ours)
+    theirs[0].mul_(2)
+    theirs[1].add_(F.silu(theirs[0]).sum())
+    torch.testing.assert_close((y, *ours), (F.silu(theirs[0]), *theirs))
+    assert same is ours[0]
+
+
+def test_modules_with_state_and_randomness_are_transformed(x):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 2))
+    eager = copy.deepcopy(model)
+    eager[2] = nn.SiLU()
+    compiled = thunder.jit(model, transforms=[Act(F.silu)])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ours = gradients(compiled, x)
+        torch.manual_seed(seed)
+        assert_gradients(ours, gradients(eager, x))
+    torch.testing.assert_close(dict(model.state_dict()), dict(eager.state_dict()))

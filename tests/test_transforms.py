@@ -118,10 +118,15 @@ def test_a_changed_program_is_differentiated_as_changed(net, x):
 
 
 def test_functions_are_transformed_too(x):
-    recording = Recording()
-    compiled = thunder.jit(lambda x: F.gelu(x) + 1, transforms=[Silu(), recording])
+    class Seen(thunder.Transform):
+        def transform_trace(self, trace, **info):
+            self.info = info
+            return trace
+
+    seen = Seen()
+    compiled = thunder.jit(lambda x: F.gelu(x) + 1, transforms=[Silu(), seen])
     torch.testing.assert_close(compiled(x), F.silu(x) + 1)
-    assert recording.info["module"] is None
+    assert seen.info == {"module": None, "names": {}, "tensors": {}}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -274,8 +279,27 @@ def test_halves_that_disagree_are_refused(net, x):
             first = len(trace.output) - len(trace.saved)
             return trace.map_output(first, lambda t: t.double()) if kind == "forward" else trace
 
-    with pytest.raises(ValueError, match=r"forward trace saves .*f64.*; the backward trace expects it as .*f32"):
+    with pytest.raises(thunder.TransformError, match=r"Bad\(\): the forward trace saves .*f64.*expects .*f32"):
         thunder.jit(net, transforms=[Bad()])(x)
+
+
+def test_results_keep_their_types_once_differentiated(net, x):
+    class Bad(thunder.Transform):
+        def transform_trace_post_optimization(self, trace, *, kind):
+            return trace.map_output(0, lambda t: t.double()) if kind == "forward" else trace
+
+    with pytest.raises(thunder.TransformError, match=r"Bad\(\).* must keep the types of the results"):
+        thunder.jit(net, transforms=[Bad()])(x)
+
+
+def test_what_changes_modules_wants_one_that_can_be_copied(net):
+    with pytest.raises(
+        TypeError, match=r"LoRA\(r=2.*\) changes modules: pass thunder.jit the nn.Module, not a function"
+    ):
+        thunder.jit(lambda x: net(x), transforms=[LoRA(2)])
+    net.lock = __import__("threading").Lock()
+    with pytest.raises(thunder.TransformError, match="Net cannot be copied: TypeError"):
+        thunder.jit(net, transforms=[LoRA(2)])
 
 
 def test_a_program_that_needs_its_transforms_never_runs_as_the_original(net, x):
@@ -424,6 +448,14 @@ def test_lora_keeps_tied_weights_tied():
     compiled = thunder.jit(net, transforms=[LoRA(1)])
     torch.testing.assert_close(compiled(ids), net(ids))
     assert compiled.head.weight is compiled.emb.weight and not compiled.emb.weight.requires_grad
+
+
+def test_one_lora_serves_several_modules(net, x):
+    transform, other = LoRA(2, 3.0), nn.Sequential(nn.Linear(8, 2))
+    first, second = thunder.jit(net, transforms=[transform]), thunder.jit(other, transforms=[transform])
+    second(x)
+    first.down.lora_b.data.normal_()
+    torch.testing.assert_close(first(x), EagerLoRA(net, first, 1.5)(x))
 
 
 def test_lora_wants_a_rank():

@@ -55,7 +55,7 @@ def jit(
 
     Raises:
         TypeError: ``fn`` cannot be compiled (a class, a generator function, a coroutine function, something that went
-            through ``torch.compile``), or an option is unknown.
+            through ``torch.compile``), an option is unknown, or a transform changes modules and ``fn`` is none.
         ValueError: an option has an unknown value.
         thunder.TransformError: a transform failed; also at a call.
         thunder.CaptureError: at a call, when the program cannot be captured.
@@ -75,7 +75,9 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> An
     """What jit returns, from checked settings. transformed: the transforms have changed this module already."""
     transforms, cache, fallback = settings["transforms"], settings["cache"], settings["fallback"]
     is_module = isinstance(fn, torch.nn.Module)
-    changing = [t for t in transforms if is_module and overrides(t, "transform_module")]
+    changing = [t for t in transforms if overrides(t, "transform_module")]
+    if changing and not is_module:
+        raise TypeError(f"{changing[0]!r} changes modules: pass thunder.jit the nn.Module, not a {type(fn).__name__}")
     if changing and not transformed:
         fn = copied_tree(fn)
     result: list[Any] = []  # the hooks are told the compiled module

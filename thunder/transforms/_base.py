@@ -138,9 +138,19 @@ def overrides(transform: Transform, hook: str) -> bool:
 
 
 def copied_tree(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module tree with the same tensors in it."""
+    """A copy of a module tree with the same parameters and buffers in it.
+
+    Raises:
+        TransformError: it cannot be copied.
+    """
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except Exception as error:
+        raise TransformError(
+            f"transforms that change modules work on a copy of the module tree, and {type(model).__name__} cannot be "
+            f"copied: {type(error).__name__}: {error}"
+        ) from error
 
 
 def trace_hook(transforms: Sequence[Transform], module: Callable[[], Any]) -> Callable[..., _C.Trace] | None:
@@ -149,6 +159,8 @@ def trace_hook(transforms: Sequence[Transform], module: Callable[[], Any]) -> Ca
     final = [t for t in transforms if overrides(t, "transform_trace_post_optimization")]
     if not program and not final:
         return None
+
+    saved: list[tuple[Any, ...]] = []  # by the forward trace
 
     def call(stage: str, trace: _C.Trace, tensors: Any, names: Any) -> _C.Trace:
         for transform in program if stage == "program" else final:
@@ -159,17 +171,44 @@ def trace_hook(transforms: Sequence[Transform], module: Callable[[], Any]) -> Ca
             given, trace = trace, run_hook(transform, hook, trace, **info)
             if not isinstance(trace, _C.Trace):
                 raise TransformError(f"{transform!r}.{hook} must return a Trace, not {type(trace).__name__}")
-            check_borders(transform, hook, given, trace)
+            check_borders(transform, hook, stage, given, trace)
+        if stage == "forward":
+            saved[:] = trace.saved
+        elif stage == "backward":
+            check_saved(final, saved, trace.saved)
         return trace
 
     return call
 
 
-def check_borders(transform: Transform, hook: str, given: _C.Trace, made: _C.Trace) -> None:
+def _layout(proxy: _C.TensorProxy | None) -> Any:
+    return proxy and (proxy.dtype, proxy.device, proxy.shape, proxy.stride())
+
+
+def _results(trace: _C.Trace) -> list[Any]:
+    output = trace.output if isinstance(trace.output, tuple) else (trace.output,)
+    return [_layout(proxy) for proxy in output[: len(output) - len(trace.saved)]]
+
+
+def check_borders(transform: Transform, hook: str, stage: str, given: _C.Trace, made: _C.Trace) -> None:
     """Is one trace made from the other by edits? They keep the inputs and the number of results.
 
     Raises:
-        TransformError: it is not.
+        TransformError: it is not; or the types of results differ where the program was differentiated already.
     """
     if given.inputs != made.inputs:
         raise TransformError(f"{transform!r}.{hook} must return an edit of the trace that it was given")
+    if stage == "forward" and _results(given) != _results(made):
+        raise TransformError(f"{transform!r}.{hook} must keep the types of the results of the forward trace")
+
+
+def check_saved(transforms: Sequence[Transform], out: Sequence[Any], back: Sequence[Any]) -> None:
+    """Does the backward trace expect what the forward one saves?
+
+    Raises:
+        TransformError: it does not.
+    """
+    for left, came in zip(out, back, strict=True):
+        if _layout(left) != _layout(came):
+            names = ", ".join(map(repr, transforms))
+            raise TransformError(f"{names}: the forward trace saves {left!r}, the backward trace expects {came!r}")

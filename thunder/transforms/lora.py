@@ -30,33 +30,30 @@ class LoRA(Transform):
         if r < 1:
             raise ValueError(f"r must be at least 1, not {r}")
         self.r, self.alpha = r, alpha
-        self.names: list[str] = []
 
     def __repr__(self) -> str:
         return f"LoRA(r={self.r}, alpha={self.alpha})"
 
     def transform_module(self, model: ThunderModule) -> None:
         """Freeze what is there, add the new parameters."""
-        self.names = []
         frozen: dict[int, torch.nn.Parameter] = {}  # a tied parameter stays one
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             frozen.setdefault(id(parameter), torch.nn.Parameter(parameter.detach(), requires_grad=False))
             model.override(name, frozen[id(parameter)])
-        for name, module in model.named_modules():
+        for module in model.modules():
             if not isinstance(module, torch.nn.Linear):
                 continue
             a = torch.empty(self.r, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
             torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             module.register_parameter("lora_a", torch.nn.Parameter(a))
             module.register_parameter("lora_b", torch.nn.Parameter(a.new_zeros(module.out_features, self.r)))
-            self.names.append(name)
 
     def transform_state_dict_for_submodule(
         self, model: ThunderModule, submodule_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
         """The original's weights, with the new parameters as they are now."""
-        if submodule_name in self.names:
-            linear = model.get_submodule(submodule_name)
+        linear = model.get_submodule(submodule_name)
+        if _is_extended(linear):
             state_dict.update(lora_a=linear.lora_a.detach(), lora_b=linear.lora_b.detach())
         return state_dict
 
@@ -64,7 +61,7 @@ class LoRA(Transform):
         self, model: ThunderModule, submodule_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
         """The merged weight: what the original needs to compute the same."""
-        if submodule_name in self.names:
+        if _is_extended(model.get_submodule(submodule_name)):
             update = state_dict.pop("lora_b") @ state_dict.pop("lora_a")
             state_dict["weight"] = state_dict["weight"] + self.alpha / self.r * update
         return state_dict
@@ -74,9 +71,9 @@ class LoRA(Transform):
         model, names = info["module"], info["names"]
         for symbol in trace.bound_symbols:
             weight = names.get(symbol.args[1]) if symbol.name == "torch.nn.functional.linear" else None
-            owner = weight.removesuffix("weight").removesuffix(".") if weight else None
-            if owner in self.names:
-                trace = trace.replace(symbol, self._updated(symbol.sym, model.get_submodule(owner)))
+            owner = model.get_submodule(weight.removesuffix("weight").removesuffix(".")) if weight else None
+            if owner is not None and _is_extended(owner):
+                trace = trace.replace(symbol, self._updated(symbol.sym, owner))
         return trace
 
     def _updated(self, linear: Any, owner: torch.nn.Module) -> Any:
@@ -87,3 +84,7 @@ class LoRA(Transform):
             return linear(x, *args, **kwargs) + scale * update
 
         return with_update
+
+
+def _is_extended(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and "lora_a" in module._parameters

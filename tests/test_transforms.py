@@ -506,6 +506,21 @@ def test_small_tensors_stay(net, x):
     assert log == []
 
 
+@pytest.mark.parametrize(
+    ("layout", "moves"),
+    [
+        ("[4, 6]", True),
+        ("[4, 6]{1, 4}", True),
+        ("[4, 6]{12, 2}", False),
+        ("[4, 6]{0, 1}", False),
+        ("[1, 6]{9, 1}", True),
+    ],
+)
+def test_only_what_fills_its_memory_moves(layout, moves):
+    trace = thunder.Trace(f'def f(x: "cpu f32{layout}"):\n    return x\n')
+    assert OffloadSaved(min_bytes=0, devices=("cpu",))._moves(trace.inputs[0]) == moves
+
+
 def test_a_result_that_is_saved_too_is_given_to_the_user_as_it_is(x):
     log = []
     compiled = offloading(lambda x: x.exp(), log, min_bytes=0)

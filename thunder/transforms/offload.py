@@ -24,7 +24,8 @@ def _from_cpu(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class OffloadSaved(Transform):
     """Move what the forward pass saves to the CPU, and back before the backward pass uses it.
 
-    Inputs of the program (parameters, arguments) stay where they are: somebody else keeps them anyway.
+    Inputs of the program (parameters, arguments) stay where they are: somebody else keeps them anyway. So do tensors
+    with gaps or repetitions in memory (slices, expanded ones): moving them would not save what they take.
 
     Args:
         min_bytes: smaller tensors stay.
@@ -48,7 +49,8 @@ class OffloadSaved(Transform):
         return f"OffloadSaved(min_bytes={self.min_bytes}, devices={self.devices})"
 
     def _moves(self, proxy: _C.TensorProxy) -> bool:
-        return proxy.device.type in self.devices and proxy.numel() * proxy.dtype.itemsize >= self.min_bytes
+        large = proxy.numel() * proxy.dtype.itemsize >= max(self.min_bytes, 1)
+        return large and proxy.device.type in self.devices and _is_dense(proxy)
 
     def transform_trace_post_optimization(self, trace: _C.Trace, *, kind: str) -> _C.Trace:
         """Forward: save the copies. Backward: take the copies and bring them back first."""
@@ -72,6 +74,16 @@ class OffloadSaved(Transform):
             return opaque_call(self.from_cpu, tensor, proxy.device, like=proxy)
 
         return trace.map_input(proxy, back, home)
+
+
+def _is_dense(proxy: _C.TensorProxy) -> bool:
+    """Do its elements fill one stretch of memory, each place once?"""
+    reached = 1
+    for stride, size in sorted(zip(proxy.stride(), proxy.shape, strict=True)):
+        if size > 1 and stride != reached:
+            return False
+        reached *= size
+    return True
 
 
 def _on_cpu(tensor: torch.Tensor | _C.TensorProxy) -> torch.Tensor:

@@ -13,6 +13,7 @@
 #include "ambient.h"
 #include "lower.h"
 #include "region.h"
+#include "transform.h"
 
 #include <string.h>
 
@@ -208,7 +209,8 @@ static int find_stale(thx_gradient *g, const th_trace *forward) {
     return 0;
 }
 
-static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, PyObject *claims,
+static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, PyObject *transform,
+                         PyObject *claims,
                          th_trace **forward) {
     th_halves halves;
     if (keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks) < 0 ||
@@ -216,6 +218,10 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
         return -1;
     if (x->verify &&
         (thx_check(x, th_trace_verify(halves.forward)) < 0 || thx_check(x, th_trace_verify(halves.backward)) < 0)) {
+        th_halves_fini(x->ctx, &halves);
+        return -1;
+    }
+    if (transform && thx_transform_halves(x, transform, &halves, joint->nresults + joint->nmutated) < 0) {
         th_halves_fini(x->ctx, &halves);
         return -1;
     }
@@ -262,11 +268,12 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     return rc;
 }
 
-thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *claims, th_trace **forward) {
+thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *transform, PyObject *claims,
+                               th_trace **forward) {
     thx_gradient *g = (thx_gradient *)x->Gradient->tp_alloc(x->Gradient, 0);
     if (!g) return NULL;
     g->x = x;
-    if (gradient_init(x, g, joint, remat, claims, forward) < 0) {
+    if (gradient_init(x, g, joint, remat, transform, claims, forward) < 0) {
         Py_DECREF((PyObject *)g);
         return NULL;
     }

@@ -34,8 +34,10 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     PyObject *derived;   /* tuple: names of the operations whose derivative was derived */
 } thx_gradient;
 
-/* From a joint trace (consumed) to a gradient; *forward gets the forward trace. claims: see region.h, or NULL. */
-thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *claims, th_trace **forward);
+/* From a joint trace (consumed) to a gradient; *forward gets the forward trace. transform: see transform.h;
+ * claims: see region.h; or NULL. */
+thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *transform, PyObject *claims,
+                               th_trace **forward);
 
 /* One run forwards. The caller fills what is above the line and gets `slots` back with the results in them. */
 typedef struct thx_forward {

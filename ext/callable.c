@@ -184,7 +184,22 @@ static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leave
 
 /* ---- the call ---- */
 
+PyObject *thx_refuse_original(thx_callable_object *c, const char *why) {
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
+    if (!why) PyErr_Fetch(&type, &value, &trace);
+    PyObject *text = why ? PyUnicode_FromString(why) : value ? PyObject_Str(value) : Py_NewRef(Py_None);
+    if (text) PyErr_Format(c->x->CaptureError, "%U; without compilation the transforms would be left out", text);
+    Py_XDECREF(text);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return NULL;
+}
+
 static PyObject *call_original(thx_callable_object *c, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
+    if (c->needs_transform)
+        return thx_refuse_original(c, "this call cannot run compiled code: it is inside another capture, or another "
+                                      "thread captures, or a torch function or dispatch mode is active");
     return PyObject_Vectorcall(c->fn, args, nargsf, kwnames);
 }
 
@@ -315,7 +330,8 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     int modes = thx_ambient_read(x, &ambient);
     if (modes < 0) return NULL;
     if (modes) {
-        if (!c->warned_modes && (c->warned_modes = true, tell(c, "modes", NULL) < 0)) return NULL;
+        if (!c->needs_transform && !c->warned_modes && (c->warned_modes = true, tell(c, "modes", NULL) < 0))
+            return NULL;
         c->fallbacks++;
         return call_original(c, args, nargsf, kwnames);
     }
@@ -354,11 +370,12 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 /* ---- the type ---- */
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"fn", "module", "cache", "fallback_eager", "on_event", "remat", "claims", NULL};
-    PyObject *fn, *module = Py_None, *on_event = Py_None, *claims = Py_None;
-    int cache = 0, fallback = 0, remat = TH_REMAT_AUTO;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipOiO", names, &fn, &module, &cache, &fallback, &on_event,
-                                     &remat, &claims))
+    static char *names[] = {"fn",    "module",    "cache",           "fallback_eager", "on_event",
+                            "remat", "transform", "needs_transform", "claims",         NULL};
+    PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None;
+    int cache = 0, fallback = 0, remat = TH_REMAT_AUTO, needs = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipOiOpO", names, &fn, &module, &cache, &fallback, &on_event,
+                                     &remat, &transform, &needs, &claims))
         return NULL;
     thx_callable_object *c = (thx_callable_object *)type->tp_alloc(type, 0);
     if (!c) return NULL;
@@ -371,6 +388,8 @@ static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     c->cache = (uint8_t)cache;
     c->fallback_eager = fallback;
     c->remat = (uint8_t)remat;
+    c->transform = transform == Py_None ? NULL : Py_NewRef(transform);
+    c->needs_transform = needs;
     return (PyObject *)c;
 }
 
@@ -387,6 +406,7 @@ static int callable_clear(thx_callable_object *c) {
     Py_CLEAR(c->module);
     Py_CLEAR(c->on_event);
     Py_CLEAR(c->claims);
+    Py_CLEAR(c->transform);
     Py_CLEAR(c->dict);
     return 0;
 }
@@ -413,6 +433,7 @@ static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg)
     Py_VISIT(c->module);
     Py_VISIT(c->on_event);
     Py_VISIT(c->claims);
+    Py_VISIT(c->transform);
     Py_VISIT(c->dict);
     return 0;
 }
@@ -481,6 +502,10 @@ static PyObject *callable_traces(thx_callable_object *c, PyObject *unused) {
     PyObject *tuple = PyTuple_New(n);
     for (uint32_t i = 0; tuple && i < n; i++) {
         PyObject *o = trace_copy(c->x, e, all[i]);
+        if (o && e->gradient && i % 2 == 1) { /* the halves */
+            ((thx_py_trace *)o)->nsaved = e->gradient->nsaved;
+            ((thx_py_trace *)o)->backward = i == 3;
+        }
         if (!o)
             Py_CLEAR(tuple);
         else

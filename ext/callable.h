@@ -7,6 +7,7 @@
 #include "capture.h"
 #include "guards.h"
 #include "structure.h"
+#include "trace_object.h"
 
 enum {
     THX_EAGER_GRAD = 1,   /* it uses autograd in a way that is not compiled */
@@ -59,13 +60,15 @@ typedef struct thx_callable_object {
     PyObject_HEAD vectorcallfunc vectorcall;
     thx *x;
     PyObject *fn, *module, *weakrefs, *dict;
-    PyObject *on_event; /* Python callable for rare things: warnings, fallback decisions */
-    PyObject *claims;   /* what its executors claim: claim.c; NULL: torch runs everything */
-    thx_entry *entries; /* most recent first */
+    PyObject *transform; /* what calls the user's transforms: transform.h; or NULL */
+    PyObject *claims;    /* what its executors claim: claim.c; NULL: torch runs everything */
+    PyObject *on_event;  /* Python callable for rare things: warnings, fallback decisions */
+    thx_entry *entries;  /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint8_t cache; /* 0 constant values, 1 no caching, 2 same input */
     uint8_t remat; /* th_remat */
     bool fallback_eager;
+    bool needs_transform; /* the original computes something else: it is no way out */
     bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */
 } thx_callable_object;
@@ -78,9 +81,9 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
 int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
+/* Raise for a call that would have to run the original; NULL: for the pending exception. Always NULL. */
+PyObject *thx_refuse_original(thx_callable_object *c, const char *why);
 int thx_callable_init(thx *x, PyObject *module);
-PyObject *thx_trace_object(thx *x, th_trace *t);   /* py_trace.c: takes the trace */
-th_trace *thx_trace_copy(thx *x, PyObject *trace); /* NULL with an exception; opaque objects kept alive */
 int thx_trace_init(thx *x, PyObject *module);
 
 #endif

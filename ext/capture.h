@@ -58,6 +58,7 @@ typedef struct thx_recorder {
     PyObject *ties;         /* list of (hook or node, file, line), or NULL: tie.c (owned) */
     PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
     bool late;              /* while deriving: autograd runs backwards */
+    bool editing;           /* records a function for an edit of a trace: record.c */
     bool deriving;          /* records what autograd does for one operation: derive.c */
     bool inference;         /* inference mode of the caller */
     bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */

@@ -36,14 +36,13 @@ static PyObject *fake_of(void *user, th_val v) {
 }
 
 static PyObject *key_of(const asking *a, const th_op *op, const th_trace *t) {
-    if (op->callee_opaque) return PyUnicode_FromString(th_str_get(t->ctx, t->opaques[op->callee_opaque].name));
     const th_opdef *def = th_catalog_find(a->x->catalog, op->callee);
     return PyUnicode_FromString(def ? def->name : th_str_get(t->ctx, op->callee));
 }
 
 /* What executor i answers to `method`; NULL with an exception. */
 static PyObject *put(asking *a, const char *method, const th_trace *t, const th_op *op, Py_ssize_t i, PyObject *known) {
-    const char *name = th_str_get(t->ctx, op->callee_opaque ? t->opaques[op->callee_opaque].name : op->callee);
+    const char *name = th_str_get(t->ctx, op->callee);
     PyObject *args = thx_from_node(a->x, t, op->args, fake_of, a), *kwargs = NULL, *answer = NULL;
     if (args) kwargs = op->kwargs ? thx_from_node(a->x, t, op->kwargs, fake_of, a) : PyDict_New();
     if (kwargs) answer = PyObject_CallMethod(a->claims, method, "nOsOO", i, known, name, args, kwargs);
@@ -65,15 +64,10 @@ static bool is_ours(const th_trace *t, const th_op *op) { /* checks of data, hoo
     return !op->callee_opaque && strncmp(th_str_get(t->ctx, op->callee), "thunder._kernels.", 17) == 0;
 }
 
-static bool is_region(const asking *a, const th_trace *t, const th_op *op) {
-    PyObject *callee = op->callee_opaque ? t->opaques[op->callee_opaque].object : NULL;
-    return callee && Py_TYPE(callee) == a->x->Region;
-}
-
 static th_status ask(void *user, th_trace *t, th_opref o, th_claim *claim) {
     asking *a = user;
     const th_op *op = &t->ops[o];
-    if (is_ours(t, op) || is_region(a, t, op)) return TH_OK;
+    if (op->callee_opaque || is_ours(t, op)) return TH_OK; /* a Python object is nobody's operator */
     PyObject *key = key_of(a, op, t);
     if (!key) return TH_ERUN;
     th_status status = TH_OK;
@@ -177,7 +171,7 @@ int thx_claim_operators(thx *x, PyObject *claims, th_trace *t) {
     if (!any || asking_init(&a, x, claims, t, "joint") < 0) return -1;
     int rc = 0;
     for (th_opref o = 1; o < t->nops && rc >= 0; o++)
-        if (t->ops[o].kind == TH_OP_CALL && !t->ops[o].effects && !is_ours(t, &t->ops[o]))
+        if (t->ops[o].kind == TH_OP_CALL && !t->ops[o].callee_opaque && !t->ops[o].effects && !is_ours(t, &t->ops[o]))
             rc = replace_one(&a, t, &t->ops[o]);
     asking_fini(&a);
     return rc < 0 ? -1 : 0;

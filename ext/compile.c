@@ -3,6 +3,7 @@
 
 #include "derive.h"
 #include "region.h"
+#include "transform.h"
 
 #include <string.h>
 #include <time.h>
@@ -383,7 +384,9 @@ static int differentiate(compile *k) {
         th_fuel fuel = {.left = -1};
         th_trace *forward = NULL;
         rc = thx_check(x, th_pipeline_run(joint.t, "noop,cse,dce", &fuel, x->verify, NULL, NULL));
-        if (rc == 0 && !(e->gradient = thx_gradient_new(x, &joint, k->c->remat, k->c->claims, &forward))) rc = -1;
+        if (rc == 0 &&
+            !(e->gradient = thx_gradient_new(x, &joint, k->c->remat, k->c->transform, k->c->claims, &forward)))
+            rc = -1;
         if (rc == 0) {
             th_trace_free(e->main.t);
             e->main.t = forward;
@@ -394,6 +397,25 @@ static int differentiate(compile *k) {
     return rc;
 }
 
+static const char functional[] = "functionalize,noop,fold,cse,dce"; /* what comes before differentiation */
+
+/* What the user's transforms make of the program may require grad where the captured one did not. */
+static int transform(compile *k, bool *grad) {
+    th_fuel fuel = {.left = -1};
+    th_trace **t = &k->e->main.t;
+    if (thx_transform_program(k->x, k->c->transform, k->r, t) < 0) return -1;
+    for (uint32_t i = 0; i < k->r->nroots; i++) *grad |= k->r->roots[i].requires_grad && thx_grad_mode(k->x) == 1;
+    const char *passes = k->x->passes ? k->x->passes : functional;
+    return thx_check(k->x, th_pipeline_run(*t, passes, &fuel, k->x->verify, between_passes, k));
+}
+
+/* The last step of a program without gradients. */
+static int finish_inference(compile *k) {
+    th_fuel fuel = {.left = -1};
+    if (k->c->transform) return thx_transform_inference(k->x, k->c->transform, &k->e->main.t);
+    return thx_check(k->x, th_pipeline_run(k->e->main.t, "lifetime", &fuel, k->x->verify, NULL, NULL));
+}
+
 static int run_passes(compile *k) {
     thx_entry *e = k->e;
     if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0 || note_told(k) < 0) return -1;
@@ -401,11 +423,12 @@ static int run_passes(compile *k) {
     k->r->t = NULL;
     bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
-    const char *passes = grad && !k->x->passes ? "functionalize,noop,fold,cse,dce" : k->x->passes;
+    bool more = grad || k->c->transform;
+    const char *passes = more && !k->x->passes ? functional : k->x->passes;
     if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, k->x->verify, between_passes, k)) < 0) return -1;
-    if (!grad) return 0;
-    if (differentiate(k) < 0) return -1;
-    return e->gradient ? 0 : thx_check(k->x, th_pipeline_run(e->main.t, "lifetime", &fuel, k->x->verify, NULL, NULL));
+    if (k->c->transform && transform(k, &grad) < 0) return -1;
+    if (grad && differentiate(k) < 0) return -1;
+    return more && !e->gradient ? finish_inference(k) : 0;
 }
 
 thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args,
@@ -454,7 +477,8 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     bool leaves = k.r && k.r->leaves; /* models that do this (wav2vec2) also draw which layers run: eager, as ever */
     Py_XDECREF((PyObject *)k.r);
     if (collecting) PyGC_Enable();
-    if (rc < 0 && k.e->guards && !k.e->eager) {
+    if (rc < 0 && c->needs_transform && PyErr_ExceptionMatches(x->GradNeeded)) thx_refuse_original(c, NULL);
+    if (rc < 0 && k.e->guards && !k.e->eager && !c->needs_transform) {
         if (PyErr_ExceptionMatches(x->GradNeeded) || (leaves && PyErr_ExceptionMatches(x->CaptureError)))
             k.e->eager = THX_EAGER_GRAD;
         else if (PyErr_ExceptionMatches(x->CaptureError) && c->fallback_eager)

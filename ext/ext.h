@@ -54,7 +54,8 @@ typedef struct thx {
     PyObject *torch, *torch_c, *functional;
     PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
         *NnModule, *NumpyGeneric, *MethodWrapper;
-    PyTypeObject *Callable, *Trace, *Observer, *Recorder, *Gradient, *Pending, *GradFn, *Region;
+    PyTypeObject *Callable, *Trace, *Proxy, *Symbol, *TraceCallable, *Observer, *Recorder, *Gradient, *Pending, *GradFn,
+        *Region;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *StaleProgram;               /* internal: a run found out that its program has to be made anew */

@@ -3,6 +3,7 @@
 #include "capture.h"
 #include "derive.h"
 #include "region.h"
+#include "trace_object.h"
 
 #include "base/env.h"
 
@@ -325,6 +326,8 @@ static PyMethodDef functions[] = {
     {"function_kind", function_kind, METH_O,
      "function_kind(function) -> str: what a capture does with a torch function: \"record\" it, \"data\": it asks for "
      "values, \"refuse\", ..."},
+    {"opaque_call", (PyCFunction)(void (*)(void))thx_opaque_call, METH_VARARGS | METH_KEYWORDS,
+     "opaque_call(function, args, like): see thunder.transforms.opaque_call."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},
 };

@@ -1,12 +1,11 @@
 /* Traces as Python objects: text in, text out, passes. */
 #include "callable.h"
 
+#include "trace_object.h"
+
 #include <string.h>
 
-typedef struct trace_object {
-    PyObject_HEAD thx *x;
-    th_trace *t;
-} trace_object;
+typedef thx_py_trace trace_object;
 
 PyObject *thx_trace_object(thx *x, th_trace *t) {
     trace_object *o = (trace_object *)x->Trace->tp_alloc(x->Trace, 0);
@@ -19,16 +18,30 @@ PyObject *thx_trace_object(thx *x, th_trace *t) {
     return (PyObject *)o;
 }
 
-th_trace *thx_trace_copy(thx *x, PyObject *trace) {
-    th_trace *copy = NULL;
-    if (!PyObject_TypeCheck(trace, x->Trace))
-        return PyErr_Format(PyExc_TypeError, "a thunder.Trace is needed, not %s", Py_TYPE(trace)->tp_name), NULL;
-    return thx_check(x, th_trace_clone(((trace_object *)trace)->t, &copy)) < 0 ? NULL : copy;
+thx_py_trace *thx_as_trace(thx *x, PyObject *o) {
+    if (Py_IS_TYPE(o, x->Trace)) return (trace_object *)o;
+    PyErr_Format(PyExc_TypeError, "expected a thunder.Trace, not %.100s", Py_TYPE(o)->tp_name);
+    return NULL;
+}
+
+int thx_trace_number(thx_py_trace *o) {
+    if (!o->line) {
+        o->line = PyMem_Calloc(1, sizeof *o->line);
+        if (!o->line) return PyErr_NoMemory(), -1;
+        o->line->refs = o->line->next_id = 1;
+    }
+    if (o->ids) return 0;
+    o->ids = PyMem_Calloc(o->t->nops, sizeof *o->ids);
+    for (th_opref op = 1; o->ids && op < o->t->nops; op++) o->ids[op] = o->line->next_id++;
+    return o->ids ? 0 : (PyErr_NoMemory(), -1);
 }
 
 static void trace_dealloc(trace_object *o) {
     PyTypeObject *type = Py_TYPE(o);
     th_trace_free(o->t);
+    PyMem_Free(o->ids);
+    Py_XDECREF(o->edit_result);
+    if (o->line && --o->line->refs == 0) PyMem_Free(o->line);
     type->tp_free((PyObject *)o);
     Py_DECREF(type);
 }
@@ -149,46 +162,22 @@ static PyObject *trace_operations(trace_object *o, PyObject *unused) {
     return list;
 }
 
-static PyObject *sizes_tuple(const int64_t *sizes, uint32_t n) {
-    PyObject *tuple = PyTuple_New(n);
-    for (uint32_t i = 0; tuple && i < n; i++) {
-        PyObject *size = PyLong_FromLongLong(sizes[i]);
-        if (size)
-            PyTuple_SET_ITEM(tuple, i, size);
-        else
-            Py_CLEAR(tuple);
-    }
-    return tuple;
-}
-
-static PyObject *describe_value(trace_object *o, th_val v) {
-    const th_type *t = th_type_get(o->x->ctx, o->t->values[v].type);
-    if (t->kind != TH_TYPE_TENSOR) Py_RETURN_NONE;
-    return Py_BuildValue("NNON", sizes_tuple(t->shape, t->ndim), sizes_tuple(t->stride, t->ndim),
-                         o->x->dtype_objects[t->dtype], thx_device_object(o->x, t->device));
-}
-
-static PyObject *trace_signature(trace_object *o, PyObject *unused) {
+static PyObject *trace_edit_result(trace_object *o, void *unused) {
     (void)unused;
-    const th_node_data *result = &o->t->nodes[o->t->result];
-    PyObject *inputs = PyList_New(0), *results = PyList_New(0);
-    for (uint32_t i = 0; inputs && i < o->t->ninputs; i++) {
-        PyObject *item = describe_value(o, o->t->inputs[i]);
-        if (!item || PyList_Append(inputs, item) < 0) Py_CLEAR(inputs);
-        Py_XDECREF(item);
-    }
-    for (uint32_t i = 0; results && result->kind == TH_N_TUPLE && i < result->count; i++) {
-        const th_node_data *d = &o->t->nodes[o->t->kids[result->u.kids + i]];
-        PyObject *item = d->kind == TH_N_VALUE ? describe_value(o, d->u.ref) : Py_NewRef(Py_None);
-        if (!item || PyList_Append(results, item) < 0) Py_CLEAR(results);
-        Py_XDECREF(item);
-    }
-    if (inputs && results) return Py_BuildValue("NN", inputs, results);
-    Py_XDECREF(inputs);
-    Py_XDECREF(results);
-    return NULL;
+    return Py_NewRef(o->edit_result ? o->edit_result : Py_None);
 }
 
+static PyGetSetDef trace_getset[] = {
+    {"bound_symbols", thx_trace_symbols, NULL, "Its operations in order: a list of BoundSymbol.", NULL},
+    {"inputs", thx_trace_inputs, NULL, "Its inputs in order: a tuple of TensorProxy.", NULL},
+    {"output", thx_trace_output, NULL, "What it returns: proxies, nested.", NULL},
+    {"saved", thx_trace_saved, NULL,
+     "What a forward trace saves for the backward one: the last of its results, or the first inputs of the backward.",
+     NULL},
+    {"edit_result", (getter)trace_edit_result, NULL,
+     "What the function of the edit that made this trace returned, in proxies of this trace; else None.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
 static PyMethodDef trace_methods[] = {
     {"run_passes", (PyCFunction)trace_passes, METH_VARARGS,
      "run_passes(names=None, fuel=-1) -> Trace\n\nA new trace after the comma-separated passes (None: the default "
@@ -197,9 +186,34 @@ static PyMethodDef trace_methods[] = {
      "This trace and what each pass of the pipeline makes of it: a list."},
     {"namespace", (PyCFunction)trace_namespace, METH_NOARGS,
      "The names that the printed text needs to run with exec(): torch, and foreign Python objects."},
-    {"signature", (PyCFunction)trace_signature, METH_NOARGS,
-     "signature() -> (inputs, results): (shape, strides, dtype, device) of each that is a tensor, None of the others."},
     {"operations", (PyCFunction)trace_operations, METH_NOARGS, "The dotted names of the operations, in order."},
+    {"python_callable", thx_trace_callable, METH_NOARGS,
+     "python_callable() -> callable\n\nRuns the trace on real tensors, one positional argument for each input, without "
+     "gradients. At a call: TypeError or ValueError for an argument that is not what the input's type says."},
+    {"replace", (PyCFunction)thx_edit_replace, METH_VARARGS,
+     "replace(symbol, fn) -> Trace\n\nfn, a function of torch code, is recorded with the operation's arguments; what "
+     "it "
+     "returns replaces the operation's results: the same structure, and for each the same shape, strides, dtype and "
+     "device. A real tensor that it returns or uses becomes a constant.\n\nRaises ValueError: the operation is not in "
+     "this trace, or the results differ."},
+    {"insert_before", (PyCFunction)thx_edit_insert_before, METH_VARARGS,
+     "insert_before(symbol, fn, *args) -> Trace\n\nfn(*args) is recorded before the operation, or at the start where "
+     "symbol is None. args may hold proxies; edit_result of the new trace has what fn returned."},
+    {"insert_after", (PyCFunction)thx_edit_insert_after, METH_VARARGS,
+     "insert_after(symbol, fn, *args) -> Trace\n\nThe same after the operation, or at the end where symbol is None."},
+    {"remove", (PyCFunction)thx_edit_remove, METH_O,
+     "remove(symbol) -> Trace\n\nWithout the operation. Raises ValueError: something uses its results."},
+    {"replace_uses", (PyCFunction)thx_edit_replace_uses, METH_VARARGS,
+     "replace_uses(old, new) -> Trace\n\nEvery operation after the definition of new, and the result, use new instead "
+     "of old. Raises ValueError: their types differ."},
+    {"map_output", (PyCFunction)thx_edit_map_output, METH_VARARGS,
+     "map_output(index, fn) -> Trace\n\nThe trace returns fn of what it returned at that place, computed after its "
+     "last use. "
+     "The type may change."},
+    {"map_input", (PyCFunction)thx_edit_map_input, METH_VARARGS,
+     "map_input(proxy, fn, like=None) -> Trace\n\nThe input comes with the type of like, a proxy or a tensor, and "
+     "fn(input), computed before the first use, serves everything that used it: same shape, strides, dtype and device "
+     "as the input had."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot trace_slots[] = {
@@ -210,6 +224,7 @@ static PyType_Slot trace_slots[] = {
     {Py_tp_richcompare, trace_equal},
     {Py_tp_hash, trace_hash},
     {Py_tp_methods, trace_methods},
+    {Py_tp_getset, trace_getset},
     {Py_tp_doc, "Trace(text)\n\nA program as a flat list of operations. str() gives the text, "
                 "which is valid Python and which Trace() reads."},
     {0, NULL},
@@ -218,5 +233,8 @@ static PyType_Spec trace_spec = {"thunder._C.Trace", sizeof(trace_object), 0, Py
 
 int thx_trace_init(thx *x, PyObject *module) {
     x->Trace = (PyTypeObject *)PyType_FromModuleAndSpec(module, &trace_spec, NULL);
-    return x->Trace && PyModule_AddObjectRef(module, "Trace", (PyObject *)x->Trace) == 0 ? 0 : -1;
+    return x->Trace && PyModule_AddObjectRef(module, "Trace", (PyObject *)x->Trace) == 0 &&
+                   thx_symbol_init(x, module) == 0 && thx_run_trace_init(x, module) == 0
+               ? 0
+               : -1;
 }

@@ -1,7 +1,7 @@
 /* Units that executors have claimed: see region.h. */
 #include "region.h"
 
-#include "callable.h"
+#include "trace_object.h"
 
 #include <time.h>
 
@@ -337,8 +337,9 @@ static PyObject *region_refuse(thx_region *r, PyObject *reason) {
 
 /* Torch's side of the comparison is another trace, of the same inputs and results. */
 static PyObject *region_compare_with(thx_region *r, PyObject *trace) {
-    th_trace *copy = thx_trace_copy(r->x, trace);
-    if (!copy) return NULL;
+    thx_py_trace *given = thx_as_trace(r->x, trace);
+    th_trace *copy = NULL;
+    if (!given || thx_check(r->x, th_trace_clone(given->t, &copy)) < 0) return NULL;
     if (copy->ninputs != r->reference.t->ninputs ||
         copy->nodes[copy->result].count != r->reference.t->nodes[r->reference.t->result].count) {
         th_trace_free(copy);

@@ -351,8 +351,12 @@ def test_bad_option_values_name_the_known_ones():
         thunder.jit(lambda a: a, executors=[3])
     with pytest.raises(TypeError, match="executors"):
         thunder.jit(lambda a: a, executors="torch")
-    with pytest.raises(NotImplementedError, match="transforms"):
+    with pytest.raises(TypeError, match=r"transforms must be thunder\.Transform objects, not object"):
         thunder.jit(lambda a: a, transforms=[object()])
+    with pytest.raises(TypeError, match=r"write NvtxRanges\(\)"):
+        thunder.jit(lambda a: a, transforms=[thunder.transforms.NvtxRanges])
+    with pytest.raises(TypeError, match=r"write transforms=\[LoRA\(r=8"):
+        thunder.jit(lambda a: a, transforms=thunder.transforms.LoRA())
 
 
 def test_decorator_with_a_bad_option_raises_at_the_decorator():

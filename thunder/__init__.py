@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import _kernels, examine, executors, extend  # noqa: F401  (traces name the kernels)
+from thunder import _kernels, examine, executors, extend, transforms  # noqa: F401  (traces name the kernels)
 from thunder._api import (
     CompileStats,
     cache_hits,
@@ -16,10 +16,11 @@ from thunder._api import (
     last_backward_traces,
     last_compile_options,
     last_traces,
+    list_transforms,
 )
 from thunder._bisect import bisect
-from thunder._C import Trace
-from thunder._errors import CaptureError, ThunderError, ThunderWarning
+from thunder._C import BoundSymbol, TensorProxy, Trace
+from thunder._errors import CaptureError, ThunderError, ThunderWarning, TransformError
 from thunder._explain import explain
 from thunder._grad import grad, value_and_grad
 from thunder._module import ThunderModule
@@ -31,18 +32,23 @@ from thunder.extend import (
     get_executor,
     pytorch_executor,
 )
+from thunder.transforms import Transform
 
 __version__ = "0.1.0"
 
 _warm_up()
 
 __all__ = [
+    "BoundSymbol",
     "CaptureError",
     "CompileStats",
+    "TensorProxy",
     "ThunderError",
     "ThunderModule",
     "ThunderWarning",
     "Trace",
+    "Transform",
+    "TransformError",
     "bisect",
     "cache_hits",
     "cache_misses",
@@ -61,6 +67,8 @@ __all__ = [
     "last_backward_traces",
     "last_compile_options",
     "last_traces",
+    "list_transforms",
     "pytorch_executor",
+    "transforms",
     "value_and_grad",
 ]

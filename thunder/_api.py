@@ -16,6 +16,7 @@ from thunder._errors import ThunderWarning
 from thunder._module import ThunderModule
 from thunder.extend import Executor, resolve_executors
 from thunder.extend.claims import TIERS, VERIFY, make_claims
+from thunder.transforms._base import check_transforms, copied_tree, overrides, run_hook, trace_hook
 
 _CACHE_OPTIONS = {"constant values": 0, "no caching": 1, "same input": 2}
 _FALLBACKS = ("error", "eager")
@@ -41,7 +42,8 @@ def jit(
     Args:
         fn: a function, method or other callable of PyTorch code, or an ``nn.Module``. Left out: a decorator.
         executors: executors or their names, in order of priority; ``None`` takes the default ones.
-        transforms: transforms to apply, in order.
+        transforms: ``thunder.Transform`` objects to apply, in order. Those that change modules get a copy of the module
+            tree that shares its tensors.
         cache: ``"constant values"`` compiles once for each set of argument structures, values of numbers and tensor
             metadata; ``"no caching"`` compiles at every call; ``"same input"`` compiles once and checks the arguments
             only, on the caller's word that nothing else changes.
@@ -61,8 +63,9 @@ def jit(
 
     Raises:
         TypeError: ``fn`` cannot be compiled (a class, a generator function, a coroutine function, something that went
-            through ``torch.compile``), or an option is unknown.
+            through ``torch.compile``), an option is unknown, or a transform changes modules and ``fn`` is none.
         ValueError: an option has an unknown value.
+        thunder.TransformError: a transform failed; also at a call.
         thunder.CaptureError: at a call, when the program cannot be captured.
     """
     settings = {
@@ -80,11 +83,24 @@ def jit(
     _check_options(settings, options)
     _check_target(fn)
     chosen = resolve_executors(executors)
-    if transforms:
-        raise NotImplementedError("transforms are not supported yet: pass transforms=None")
     settings["executors"] = chosen
+    settings["transforms"] = check_transforms(transforms)
+    return _compile(fn, settings)
+
+
+def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> Any:
+    """What jit returns, from checked settings. transformed: the transforms have changed this module already."""
+    transforms, cache, fallback = settings["transforms"], settings["cache"], settings["fallback"]
     is_module = isinstance(fn, torch.nn.Module)
-    claims = make_claims(chosen, verify=verify, tier=tier, fuel=fuel)
+    changing = [t for t in transforms if overrides(t, "transform_module")]
+    if changing and not is_module:
+        raise TypeError(f"{changing[0]!r} changes modules: pass thunder.jit the nn.Module, not a {type(fn).__name__}")
+    if changing and not transformed:
+        fn = copied_tree(fn)
+    result: list[Any] = []  # the hooks are told the compiled module
+    claims = make_claims(
+        settings["executors"], verify=settings["verify"], tier=settings["tier"], fuel=settings["fuel"]
+    )
     # A module is called through a plain function so that all of its hooks run during the capture.
     compiled = _C.Callable(
         fn,
@@ -92,13 +108,18 @@ def jit(
         cache=_CACHE_OPTIONS[cache],
         fallback_eager=fallback == "eager",
         on_event=_reporter(fn),
-        remat=_REMAT[remat],
+        remat=_REMAT[settings["remat"]],
+        transform=trace_hook(transforms, lambda: result[0] if is_module else None),
+        needs_transform=any(overrides(t, "transform_trace") for t in transforms),
         claims=claims,
     )
     compiled._thunder_settings = settings
     compiled._thunder_claims = claims
     if is_module:
-        return ThunderModule(fn, compiled)
+        result.append(ThunderModule(fn, compiled))
+        for transform in changing if not transformed else ():
+            run_hook(transform, "transform_module", result[0])
+        return result[0]
     _copy_identity(compiled, fn)
     return compiled
 
@@ -228,6 +249,11 @@ def cache_option(fn: Any) -> str:
 def last_compile_options(fn: Any) -> dict[str, Any]:
     """The options that ``fn`` was compiled with, defaults included."""
     return dict(_compiled(fn)._thunder_settings)
+
+
+def list_transforms(fn: Any) -> tuple[Any, ...]:
+    """The transforms that ``fn`` was compiled with, in order."""
+    return last_compile_options(fn)["transforms"]
 
 
 class CompileStats:

@@ -38,5 +38,9 @@ class CaptureError(ThunderError):
         return type(self), (self.file, self.line, self.function, self.construct, self.reason, self.fix)
 
 
+class TransformError(ThunderError):
+    """A hook of a transform failed; the text names the transform, the cause is its exception."""
+
+
 class ThunderWarning(UserWarning):
     """A compiled callable did something other than run its compiled code, and says what and where."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 from typing import Any
 
 
@@ -96,8 +95,7 @@ def explain(fn: Any) -> Explanation:
 
 def _unit(name: str, region: Any, kind: str) -> Unit:
     own = region.runs - region.reference_runs  # trusted runs
-    _, results = region.trace.signature()
-    size = sum(math.prod(shape) * dtype.itemsize for shape, _, dtype, _ in filter(None, results))
+    size = sum(p.numel() * p.dtype.itemsize for p in region.trace.output)
     return Unit(
         name,
         kind,

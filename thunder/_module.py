@@ -135,10 +135,78 @@ class ThunderModule(torch.nn.Module):
         """Load into the original module."""
         return self._thunder_model.load_state_dict(*args, **kwargs)
 
-    def _recompiled(self, model: torch.nn.Module) -> ThunderModule:
-        from thunder._api import jit
+    def override(self, name: str, tensor: torch.Tensor) -> None:
+        """Put another parameter or buffer in the place of one: for ``Transform.transform_module``.
 
-        return jit(model, **self._thunder_callable._thunder_settings)
+        A transform that changes modules gets a module tree of its own, so the user's module keeps its tensor.
+
+        Args:
+            name: dotted name of a parameter or buffer that is there.
+            tensor: an ``nn.Parameter``, or for a buffer a tensor; shape, dtype and device are free. A plain tensor in
+                the place of a parameter becomes a buffer of that name.
+
+        Raises:
+            AttributeError: there is no parameter or buffer of that name.
+        """
+        prefix, _, leaf = name.rpartition(".")
+        owner = self._thunder_model.get_submodule(prefix)
+        if leaf not in owner._parameters and leaf not in owner._buffers:
+            raise AttributeError(f"{type(owner).__name__} {prefix!r} has no parameter or buffer {leaf!r}")
+        place = owner._parameters if isinstance(tensor, torch.nn.Parameter) else owner._buffers
+        if leaf in place:
+            place[leaf] = tensor  # keeps the order, and whether a buffer is persistent
+            return
+        delattr(owner, leaf)
+        register = owner.register_parameter if place is owner._parameters else owner.register_buffer
+        register(leaf, tensor)
+
+    def original_state_dict(self) -> dict[str, Any]:
+        """A state dict for the module as it was before the transforms; each transform reverses what it did.
+
+        Tensors that no transform touches are those of the module. Without transforms it is ``state_dict()``.
+
+        Raises:
+            TransformError: a transform failed.
+        """
+        transforms = self._thunder_callable._thunder_settings["transforms"][::-1]
+        return self._through("reverse_transform_state_dict_for_submodule", transforms, dict(self.state_dict()))
+
+    def load_original_state_dict(
+        self, state_dict: dict[str, Any], strict: bool = True
+    ) -> torch.nn.modules.module._IncompatibleKeys:
+        """Load a state dict of the module as it was before the transforms; each transform turns it into what it needs.
+
+        Args:
+            state_dict: as the original's ``state_dict()`` gives it; it is not changed.
+            strict: as for ``load_state_dict``.
+
+        Raises:
+            TransformError: a transform failed.
+            RuntimeError: keys or shapes do not fit, as for ``load_state_dict``.
+        """
+        transforms = self._thunder_callable._thunder_settings["transforms"]
+        made = self._through("transform_state_dict_for_submodule", transforms, dict(state_dict))
+        return self._thunder_model.load_state_dict(made, strict)
+
+    def _through(self, hook: str, transforms: tuple[Any, ...], state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Each submodule's own part of a state dict through a hook of the transforms."""
+        from thunder.transforms._base import run_hook
+
+        for transform in transforms:
+            made: dict[str, Any] = {}
+            for name, _ in self._thunder_model.named_modules():
+                prefix = name + "." if name else ""
+                keys = [k for k in state_dict if k.startswith(prefix) and "." not in k[len(prefix) :]]
+                part = {k[len(prefix) :]: state_dict.pop(k) for k in keys}
+                part = run_hook(transform, hook, self, name, part)
+                made.update({prefix + key: value for key, value in part.items()})
+            state_dict = made | state_dict  # keys of no submodule are for load_state_dict to complain about
+        return state_dict
+
+    def _recompiled(self, model: torch.nn.Module) -> ThunderModule:
+        from thunder._api import _compile
+
+        return _compile(model, self._thunder_callable._thunder_settings, transformed=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThunderModule:
         result = self._recompiled(copy.deepcopy(self._thunder_model, memo))
@@ -155,6 +223,7 @@ class ThunderModule(torch.nn.Module):
 
 
 def _unpickle(model: torch.nn.Module, settings: dict[str, Any]) -> ThunderModule:
-    from thunder._api import jit
+    from thunder._api import _compile
+    from thunder.extend import resolve_executors
 
-    return jit(model, **settings)
+    return _compile(model, settings | {"executors": resolve_executors(settings["executors"])}, transformed=True)

@@ -21,8 +21,9 @@ CUT = 48  # operations: more than there are between two attentions of a transfor
 
 # Nothing to gain for a region of these alone: torch returns them without a kernel.
 _VIEWS = frozenset(
-    {"view", "reshape", "transpose", "t", "T", "mT", "permute", "expand", "expand_as", "unsqueeze", "squeeze"}
-    | {"flatten", "unflatten", "detach", "__getitem__", "chunk", "split", "narrow", "select", "unbind", "swapaxes", "movedim"}
+    {"view", "reshape", "transpose", "t", "T", "mT", "permute", "expand", "expand_as", "unsqueeze"}
+    | {"squeeze", "flatten", "unflatten", "detach", "__getitem__", "chunk", "split", "narrow", "select", "unbind"}
+    | {"swapaxes", "movedim"}
 )
 
 
@@ -58,11 +59,11 @@ class TorchCompileExecutor(FusionExecutor):
         kernels = [name for name in region.trace.operations() if name.rpartition(".")[2] not in _VIEWS]
         if len(kernels) < 2:
             return "one kernel or none: there is nothing to fuse"
-        for entry in region.trace.signature()[0]:
-            if entry is None:
+        for proxy in region.trace.inputs:
+            if proxy.dtype is None:
                 return "an input is no tensor"
-            if entry[3].type not in ("cpu", "cuda", "xpu", "mps"):
-                return f"Inductor generates no code for {entry[3].type}"
+            if proxy.device.type not in ("cpu", "cuda", "xpu", "mps"):
+                return f"Inductor generates no code for {proxy.device.type}"
         return True
 
     def fuse(self, region: Any) -> Callable:
@@ -111,14 +112,12 @@ def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor
     exec(str(trace), names)  # the text of a trace is a program
     body = names["region"]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs, results = trace.signature()
-
     def program(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(_laid_out(t, strides) for t, (_, strides, _, _) in zip(body(*tensors), results, strict=True))
+        return tuple(_laid_out(t, p.stride()) for t, p in zip(body(*tensors), trace.output, strict=True))
 
     with mode:
         fakes = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype, device in inputs
+            torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in trace.inputs
         ]
         graph = make_fx(program, decomposition_table=select_decomp_table())(*fakes)
     return mode, graph, fakes

@@ -1,11 +1,11 @@
 """`python bench/torchcompile.py`: the torchcompile executor beside torch.compile.
 
-    cold         first training step, each in a fresh process with an empty cache of Inductor's
-    background   first call with tier="background", against the first call with the torch executor alone
-    steady       training step and forward at moderate width, taking turns in one run
-    host         a tiny program: the time is what surrounds the kernels
+cold         first training step, each in a fresh process with an empty cache of Inductor's
+background   first call with tier="background", against the first call with the torch executor alone
+steady       training step and forward at moderate width, taking turns in one run
+host         a tiny program: the time is what surrounds the kernels
 
-    python bench/torchcompile.py [--device cuda] [--seconds S] [--skip-cold]
+python bench/torchcompile.py [--device cuda] [--seconds S] [--skip-cold]
 """
 
 from __future__ import annotations

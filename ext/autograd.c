@@ -210,8 +210,7 @@ static int find_stale(thx_gradient *g, const th_trace *forward) {
 }
 
 static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, PyObject *transform,
-                         PyObject *claims,
-                         th_trace **forward) {
+                         PyObject *claims, th_trace **forward) {
     th_halves halves;
     if (keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks) < 0 ||
         thx_check(x, th_grad_split(joint, remat, &halves)) < 0)

@@ -314,9 +314,9 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
 /* ---- the user's line ---- */
 
 static bool is_torch_file(const char *path) { /* torch's and our own: not what a user calls a line */
-    static const char *const parts[] = {"/torch/",           "/thunder/_",         "/thunder/extend/",
-                                        "/thunder/examine/", "/thunder/executors/", "<string>",
-                                        "<frozen",           NULL};
+    static const char *const parts[] = {
+        "/torch/", "/thunder/_", "/thunder/extend/", "/thunder/examine/", "/thunder/executors/", "<string>",
+        "<frozen", NULL};
     for (int i = 0; parts[i]; i++)
         if (strstr(path, parts[i])) return true;
     return false;

@@ -30,7 +30,7 @@ typedef struct thx_region { /* Python object: thunder._C.Region */
     PyObject *judge;          /* callable: see thx_region_new */
     thx_program reference;    /* the body on torch; lowered at its first run */
     uint8_t state;
-    bool fused, always; /* always: compared at every run */
+    bool fused, always;                         /* always: compared at every run */
     uint64_t runs, reference_runs, nanoseconds; /* of the implementation, all its trusted runs together */
 } thx_region;
 

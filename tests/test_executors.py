@@ -251,9 +251,9 @@ def test_single_op_executor():
 
 def test_execution_transform_and_bad_registrations():
     executor = extend.OperatorExecutor("rules")
-    executor.register_implementation(F.softplus, execution_transform=lambda x, beta=1.0, threshold=20.0: torch.log1p(
-        torch.exp(x)
-    ))
+    executor.register_implementation(
+        F.softplus, execution_transform=lambda x, beta=1.0, threshold=20.0: torch.log1p(torch.exp(x))
+    )
     compiled = thunder.jit(lambda x: F.softplus(x), executors=[executor])
     x = torch.randn(5)
     for _ in range(2):
@@ -527,9 +527,7 @@ def test_wrong_kernel_is_reported_and_replaced(kind):
 
 def test_wrong_backward_kernel_is_reported_and_replaced():
     executor = extend.OperatorExecutor("wrong_backward")
-    executor.register_implementation(
-        "torch.ops.aten.gelu_backward.default", fn=lambda g, x, approximate="none": g * 2
-    )
+    executor.register_implementation("torch.ops.aten.gelu_backward.default", fn=lambda g, x, approximate="none": g * 2)
     text = only_warning(lambda: check(nn.Sequential(nn.Linear(4, 6), nn.GELU()), (torch.randn(3, 4),), [executor]))
     assert "gelu_backward" in text
 

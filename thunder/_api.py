@@ -98,9 +98,7 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> An
     if changing and not transformed:
         fn = copied_tree(fn)
     result: list[Any] = []  # the hooks are told the compiled module
-    claims = make_claims(
-        settings["executors"], verify=settings["verify"], tier=settings["tier"], fuel=settings["fuel"]
-    )
+    claims = make_claims(settings["executors"], verify=settings["verify"], tier=settings["tier"], fuel=settings["fuel"])
     # A module is called through a plain function so that all of its hooks run during the capture.
     compiled = _C.Callable(
         fn,

@@ -23,6 +23,7 @@ typedef struct claimer {
     th_opref *seen;                    /* by value: the operation of some executor that made or used it last */
     uint32_t *need;                    /* by value: the level that its users need it at */
     th_opref *last;                    /* by value: the last operation of the region that uses it */
+    uint8_t *groups;                   /* flags of th__groups */
     bool *escapes;                     /* by value: used outside its unit, or returned */
     /* ---- of the walks ---- */
     uint32_t at, owner, nlive;
@@ -343,9 +344,29 @@ static void drop_dels(th_trace *t) {
     for (th_opref o = 1; o < n; o++) th__node_define(t, t->ops[o].outs, o);
 }
 
+static void test_group(void *user, th_val *v) {
+    claimer *c = user;
+    c->found |= (c->groups[th__group_of(c->t, *v)] & TH__GROUP_WRITTEN) != 0;
+}
+
+/* Memory that nobody has written yet: there is nothing to compare, and it is there to be written to. */
+static bool is_uninitialised(const th_trace *t, const th_op *op) {
+    const char *name = op->callee_opaque ? "" : th_str_get(t->ctx, op->callee);
+    return strstr(name, ".empty") || strstr(name, ".new_empty");
+}
+
+/* What is written to later has to be memory of its own, which the results of a region need not be. */
+static bool is_free(claimer *c, th_opref o) {
+    const th_op *op = &c->t->ops[o];
+    c->found = op->effects || op->nwrites || is_uninitialised(c->t, op);
+    th_op_each_out(c->t, o, test_group, c);
+    return !c->found;
+}
+
 static th_status ask_all(claimer *c, bool *any) {
+    if (!(c->groups = th__groups(c->t, &c->scratch))) return TH_ENOMEM;
     for (th_opref o = 1; o < c->t->nops; o++) {
-        if (c->t->ops[o].effects || c->t->ops[o].nwrites) continue;
+        if (!is_free(c, o)) continue;
         TRY(c->options->ask(c->options->user, c->t, o, &c->claims[o]));
         if (!c->claims[o].owner) c->claims[o] = (th_claim){0};
         *any |= c->claims[o].owner != 0;
@@ -385,8 +406,8 @@ th_status th_claim_run(th_trace *t, const th_claim_options *options) {
     c.map = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.map);
     c.ins = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.ins);
     c.outs = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.outs);
-    bool ready = c.claims && c.level && c.unit && c.next && c.reads && c.writes && c.seen && c.need && c.last && c.escapes &&
-                 c.map && c.ins && c.outs;
+    bool ready = c.claims && c.level && c.unit && c.next && c.reads && c.writes && c.seen && c.need && c.last &&
+                 c.escapes && c.map && c.ins && c.outs;
     th_status status = ready ? run(&c) : th_ctx_error(t->ctx)->status;
     th__scratch_fini(&c.scratch);
     return status;

@@ -112,13 +112,12 @@ def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor
     exec(str(trace), names)  # the text of a trace is a program
     body = names["region"]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+
     def program(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(_laid_out(t, p.stride()) for t, p in zip(body(*tensors), trace.output, strict=True))
 
     with mode:
-        fakes = [
-            torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in trace.inputs
-        ]
+        fakes = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in trace.inputs]
         graph = make_fx(program, decomposition_table=select_decomp_table())(*fakes)
     return mode, graph, fakes
 

@@ -10,6 +10,7 @@
  * None bind(i, region, kind) -> name of the unit, or None: declined after all judge       see thx_region_new The key of
  * an operator is its catalogue name, or the dotted name where the catalogue has none; "*" stands for all.
  */
+#include "native.h"
 #include "region.h"
 
 #include "thunder/claim.h"
@@ -21,7 +22,7 @@ typedef struct asking {
     const th_trace *t;
     PyObject **fakes; /* by value; made when first needed (owned) */
     uint32_t nfakes;
-    PyObject *star;
+    PyObject *star, *native; /* names */
     char hint[96];
 } asking;
 
@@ -51,9 +52,25 @@ static PyObject *put(asking *a, const char *method, const th_trace *t, const th_
     return answer;
 }
 
+/* A C executor looks at the operation itself. */
+static int ask_native(asking *a, th_trace *t, const th_op *op, Py_ssize_t i, thx_native_operator *o) {
+    char reason[240];
+    void *data = NULL;
+    int rc = thx_native_claim(o, t, (th_opref)(op - t->ops), &data, reason, sizeof reason);
+    thx_native_release(o, data);
+    if (rc != 0) return rc;
+    PyObject *done = PyObject_CallMethod(a->claims, "declined", "nss", i, th_str_get(t->ctx, op->callee), reason);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 /* 0, 1, 2 as `ask` answers; -1 with an exception. */
 static int ask_one(asking *a, const th_trace *t, const th_op *op, Py_ssize_t i, PyObject *known) {
     if (known == Py_True) return 2;
+    PyObject *native = PyObject_GetAttr(known, a->native);
+    if (!native) return -1;
+    Py_DECREF(native); /* what it is kept by lives on */
+    if (Py_TYPE(native) == a->x->NativeOperator) return ask_native(a, (th_trace *)t, op, i, (thx_native_operator *)native);
     PyObject *answer = put(a, "ask", t, op, i, known);
     int rc = answer ? (int)PyLong_AsLong(answer) : -1;
     Py_XDECREF(answer);
@@ -114,6 +131,7 @@ static void asking_fini(asking *a) {
     Py_XDECREF(a->cuts);
     Py_XDECREF(a->judge);
     Py_XDECREF(a->star);
+    Py_XDECREF(a->native);
 }
 
 static int asking_init(asking *a, thx *x, PyObject *claims, const th_trace *t, const char *kind) {
@@ -122,7 +140,8 @@ static int asking_init(asking *a, thx *x, PyObject *claims, const th_trace *t, c
     a->cuts = a->tables ? PyObject_GetAttrString(claims, "cuts") : NULL;
     a->judge = a->cuts ? PyObject_GetAttrString(claims, "judge") : NULL;
     a->star = a->judge ? PyUnicode_FromString("*") : NULL;
-    a->fakes = a->star ? PyMem_Calloc(t->nvalues, sizeof *a->fakes) : NULL;
+    a->native = a->star ? PyUnicode_InternFromString("native") : NULL;
+    a->fakes = a->native ? PyMem_Calloc(t->nvalues, sizeof *a->fakes) : NULL;
     if (a->fakes) return 0;
     if (!PyErr_Occurred()) PyErr_NoMemory();
     asking_fini(a);

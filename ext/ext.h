@@ -55,7 +55,7 @@ typedef struct thx {
     PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
         *NnModule, *NumpyGeneric, *MethodWrapper;
     PyTypeObject *Callable, *Trace, *Proxy, *Symbol, *TraceCallable, *Observer, *Recorder, *Gradient, *Pending, *GradFn,
-        *Region;
+        *Region, *NativeOperator, *NativeKernel;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *StaleProgram;               /* internal: a run found out that its program has to be made anew */

@@ -2,6 +2,7 @@
 #include "callable.h"
 #include "capture.h"
 #include "derive.h"
+#include "native.h"
 #include "region.h"
 #include "trace_object.h"
 
@@ -321,6 +322,8 @@ static PyMethodDef functions[] = {
     {"meta_rule", meta_rule, METH_VARARGS,
      "meta_rule(function, args, kwargs) -> list of results, None when declined, or "
      "NotImplemented when the function is not catalogued."},
+    {"load_native", thx_native_load, METH_O,
+     "load_native(path) -> (name, version, operators): open a shared object that is an executor."},
     {"operator_key", thx_operator_key, METH_O,
      "operator_key(dotted) -> str: under which executors find an operator: its name in the catalogue, or itself."},
     {"function_kind", function_kind, METH_O,
@@ -373,7 +376,7 @@ static int module_exec(PyObject *module) {
         load_errors(x) < 0 || load_library(x) < 0 || load_module_dicts(x) < 0 ||
         thx_abi_init(&x->abi, x->ctx, x->torch) < 0 || thx_fake_init(x, module) < 0 ||
         thx_recorder_init(x, module) < 0 || thx_trace_init(x, module) < 0 || thx_autograd_init(x, module) < 0 ||
-        thx_region_init(x, module) < 0 || thx_custom_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 ||
+        thx_region_init(x, module) < 0 || thx_native_init(x, module) < 0 || thx_custom_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 ||
         thx_callable_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x);

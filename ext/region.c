@@ -1,6 +1,7 @@
 /* Units that executors have claimed: see region.h. */
 #include "region.h"
 
+#include "native.h"
 #include "trace_object.h"
 
 #include <time.h>
@@ -161,16 +162,34 @@ static uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+/* A kernel of a C executor: from slot to slot, with no call of Python in between. */
+static int run_native(th_frame *f, const unit_data *d, const thx_native_kernel *kernel) {
+    th_slot *few[32], **at = d->nins + d->nouts <= 32 ? few : PyMem_Malloc((d->nins + d->nouts) * sizeof *at);
+    if (!at) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < d->nins + d->nouts; i++) at[i] = &f->slots[d->slots[i]];
+    int rc = thx_native_run(f->user, kernel, at, d->nins, at + d->nins);
+    if (at != few) PyMem_Free(at);
+    return rc;
+}
+
+static int run_implementation(th_frame *f, const unit_data *d) {
+    thx *x = f->user;
+    PyObject *implementation = Py_NewRef(d->region->implementation);
+    int rc = Py_TYPE(implementation) == x->NativeKernel && x->abi.on
+                 ? run_native(f, d, (const thx_native_kernel *)implementation)
+                 : thx_call_run(f, d->call, implementation);
+    Py_DECREF(implementation);
+    return rc;
+}
+
 static int run_unit(th_frame *f, const th_instr *instr) {
     const unit_data *d = instr->data;
     thx_region *r = d->region;
     r->runs++;
     if (r->state == THX_REGION_TRUSTED) {
-        PyObject *implementation = Py_NewRef(r->implementation);
         uint64_t start = now_ns();
-        int rc = thx_call_run(f, d->call, implementation);
+        int rc = run_implementation(f, d);
         r->nanoseconds += now_ns() - start;
-        Py_DECREF(implementation);
         return rc;
     }
     return r->state == THX_REGION_NEW ? run_and_compare(f, d) : run_reference(f, d);

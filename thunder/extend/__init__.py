@@ -2,6 +2,7 @@
 
 from thunder.extend.build import wait_for_builds
 from thunder.extend.executor import Executor, FusionExecutor, OperatorExecutor, single_op_executor
+from thunder.extend.native import NativeExecutor, load_executor
 from thunder.extend.operator import Context, Operator, op
 from thunder.extend.registry import (
     add_always_executor,
@@ -26,6 +27,7 @@ __all__ = [
     "Context",
     "Executor",
     "FusionExecutor",
+    "NativeExecutor",
     "Operator",
     "OperatorExecutor",
     "add_always_executor",
@@ -36,6 +38,7 @@ __all__ = [
     "get_always_executors",
     "get_default_executors",
     "get_executor",
+    "load_executor",
     "op",
     "python_executor",
     "pytorch_executor",

@@ -57,6 +57,10 @@ class Claims:
             return 0
         return 2 if isinstance(executor, FusionExecutor) else 1
 
+    def declined(self, i: int, name: str, reason: str) -> None:
+        """A C executor said no."""
+        self.declines[self.executors[i].name, name, reason] += 1
+
     def ask_operator(self, i: int, known: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """The operator with its own derivative that takes the place of this call: its dotted name."""
         operator = getattr(known, "operator", None)
@@ -79,14 +83,17 @@ class Claims:
                 return None
             label = executor.name
         else:
-            label = f"{executor.name}_{self._bind_operator(i, region)}"
+            operator = self._bind_operator(i, region)
+            if operator is None:
+                return None
+            label = f"{executor.name}_{operator}"
         number = self._numbers[label]
         self._numbers[label] += 1
         name = f"{label}_{number}"
         self._units.append((name, weakref.ref(region), kind))
         return name
 
-    def _bind_operator(self, i: int, region: Any) -> str:
+    def _bind_operator(self, i: int, region: Any) -> str | None:
         (callee,) = region.trace.operations()
         known = self.tables[i].get(_C.operator_key(callee)) or self.tables[i].get("*")
         origin = self._origins.get(callee)
@@ -95,7 +102,11 @@ class Claims:
             region.key = _C.operator_key(origin)
             region.origin_trace = _C.Trace(str(region.trace).replace(f"{callee}(", f"{origin}("))
             region._compare_with(region.origin_trace)
-        self._install(region, known.fn)
+        implementation = known.fn if known.native is None else known.native.bind(region.trace)
+        if isinstance(implementation, str):
+            self.declined(i, callee, implementation)
+            return None
+        self._install(region, implementation)
         return callee.removesuffix(".default").rpartition(".")[2]
 
     def _bind_fused(self, executor: FusionExecutor, region: Any) -> bool:

@@ -23,11 +23,13 @@ class Implementation:
         fn: called like the operator; ``None`` where a fusion executor takes it into a region.
         checker: called like the operator, with tensors that have no data; see ``register_implementation``.
         operator: with a derivative of its own, which takes the operator's place before differentiation.
+        native: of a C executor, a ``thunder._C.NativeOperator``, which gives a kernel for each call.
     """
 
     fn: Callable | None
     checker: Checker | None = None
     operator: Operator | None = None
+    native: Any = None
 
 
 class Executor:

@@ -54,7 +54,7 @@ typedef struct thx {
     PyObject *torch, *torch_c, *functional;
     PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
         *NnModule, *NumpyGeneric, *MethodWrapper;
-    PyTypeObject *Callable, *Trace, *Observer, *Recorder, *Gradient, *Pending, *GradFn;
+    PyTypeObject *Callable, *Trace, *Observer, *Recorder, *Gradient, *Pending, *GradFn, *CudaKernel;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *dtype_objects[TH_DTYPE_COUNT];
@@ -95,10 +95,11 @@ typedef struct thx {
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];
-    uint32_t facts;     /* TH_FACT_*: what meta rules may rely on */
-    const char *passes; /* the pipeline; NULL: the default one */
-    bool verify;        /* check every trace after every pass: THUNDER_VERIFY=1 */
-    char *library;      /* folder of Python's own library; owned, NULL: unknown */
+    uint32_t facts;        /* TH_FACT_*: what meta rules may rely on */
+    const char *passes;    /* the pipeline; NULL: the default one */
+    bool verify;           /* check every trace after every pass: THUNDER_VERIFY=1 */
+    struct thx_cuda *cuda; /* cuda.c: NULL until the first kernel is built */
+    char *library;         /* folder of Python's own library; owned, NULL: unknown */
 } thx;
 
 /* ---- raise.c: the only room that turns a core error into an exception ---- */

@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from thunder._errors import KernelCompileError  # noqa: F401
+from thunder.extend.cuda import cuda_kernel  # noqa: F401
+from thunder.extend.triton import triton_kernel  # noqa: F401
+
 
 class Executor:
     """Somebody who can run operations. ``torch`` and ``python`` are built in; both are always on.

@@ -8,7 +8,7 @@ from typing import Any
 
 from thunder import _C
 from thunder._errors import KernelCompileError
-from thunder.extend.signature import find_signature, parse_signature
+from thunder.extend.signature import Parameter, find_signature, parse_signature
 from thunder.extend.toolkit import find_headers, find_nvrtc
 
 Extent = int | Sequence[int]
@@ -53,6 +53,19 @@ def _check_block(block: Extent) -> tuple[int, ...]:
     return sizes
 
 
+def _parameters(source: str, name: str, signature: str | None) -> tuple[Parameter, ...]:
+    if signature is None:
+        return parse_signature(find_signature(source, name))
+    given = parse_signature(signature)
+    try:
+        declared = len(parse_signature(find_signature(source, name)))
+    except ValueError:  # made by a macro, or of types that the user's signature describes otherwise
+        return given
+    if declared != len(given):
+        raise ValueError(f"the signature of {name!r} has {len(given)} parameters, the source declares {declared}")
+    return given
+
+
 def cuda_kernel(
     source: str,
     name: str,
@@ -95,7 +108,7 @@ def cuda_kernel(
         raise TypeError("cuda_kernel needs a grid: sizes, or a function of the call's arguments")
     if shared < 0:
         raise ValueError(f"shared={shared}: a number of bytes")
-    parameters = parse_signature(find_signature(source, name) if signature is None else signature)
+    parameters = _parameters(source, name, signature)
     sizes, options = _check_block(block), tuple(options)
     images: dict[int, tuple[bytes, str]] = {}
 

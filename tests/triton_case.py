@@ -16,3 +16,13 @@ def scaled(x, out, n, alpha, m: tl.int64, BLOCK: tl.constexpr, EVEN: tl.constexp
 @triton.jit
 def broken(x):
     tl.store(x, undefined_name)  # noqa: F821
+
+
+@triton.jit
+def by_descriptor(x, out, rows, columns, BLOCK: tl.constexpr):
+    """out = x + 1, through tensor descriptors made on the device, which live in scratch memory."""
+    source = tl.make_tensor_descriptor(x, shape=[rows, columns], strides=[columns, 1], block_shape=[BLOCK, BLOCK])
+    target = tl.make_tensor_descriptor(out, shape=[rows, columns], strides=[columns, 1], block_shape=[BLOCK, BLOCK])
+    row = tl.program_id(0) * BLOCK
+    column = tl.program_id(1) * BLOCK
+    target.store([row, column], source.load([row, column]) + 1)

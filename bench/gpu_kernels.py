@@ -1,9 +1,9 @@
-"""`python bench/gpu_kernels.py`: launches of single kernels, and our Triton kernels, beside torch and Triton, in one run.
+"""`python bench/gpu_kernels.py`: single launches, and our Triton kernels, beside torch and Triton, in one run.
 
 Host cost: time to enqueue one tiny launch, 200 in a row, the GPU never waited for. Device time: forward and backward
 between two events, inputs larger than the cache. Candidates take turns; each row gives the ratio of the medians to the
-first candidate, the quartiles, and for device times the time that the memory traffic alone takes at this card's measured
-copy speed.
+first candidate, the quartiles, and for device times the time that the memory traffic alone takes at the copy speed
+measured on this card.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _host(call: Callable[[], object]) -> float:
 def _device(call: Callable[[], object]) -> float:
     """Microseconds of the GPU for one call; three are enqueued, so that the host is ahead."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(10_000_000)
     start.record()
     for _ in range(3):
         call()
@@ -71,7 +71,9 @@ def _table(title: str, candidates: dict[str, Callable[[], object]], measure: Cal
         print(f"  {name:34} {median / base:6.3f} x   {median:8.2f} us (quartiles {lower:.2f}..{upper:.2f})")
 
 
-def _peak(call: Callable[[], object]) -> float:
+def _peak(call: Callable[[], object], leaf: torch.Tensor) -> float:
+    """MiB that a call takes on top of its inputs."""
+    leaf.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -89,8 +91,6 @@ def _copy_speed() -> float:
 
 def launches() -> None:
     """Host cost of one launch."""
-    import triton
-
     from bench.gpu_kernels_triton import add
 
     x, y, out = (torch.ones(1024, device="cuda") for _ in range(3))
@@ -98,7 +98,7 @@ def launches() -> None:
     fixed = cuda_kernel(ADD, "add", grid=4)
     asked = cuda_kernel(ADD, "add", grid=lambda x, y, out, n: -(-n // 256))
     bound = triton_kernel(add, 4, BLOCK=256)
-    bound_asked = triton_kernel(add, lambda meta: triton.cdiv(meta["n"], meta["BLOCK"]), BLOCK=256)
+    bound_asked = triton_kernel(add, lambda meta: -(-meta["n"] // meta["BLOCK"]), BLOCK=256)
     _table(
         "host time of one launch: out = x + y, 1024 float32",
         {
@@ -145,8 +145,7 @@ def cross_entropy(rows: int, classes: int, speed: float) -> None:
     }
     floor = 3 * logits.numel() * logits.element_size() / speed * 1e6
     _table(f"cross entropy {rows} x {classes} bf16, forward and backward", candidates, _device, floor)
-    logits.grad = None
-    print("  peak memory: " + ", ".join(f"{name} {_peak(call):.0f} MiB" for name, call in candidates.items()))
+    print("  peak memory: " + ", ".join(f"{name} {_peak(call, logits):.0f} MiB" for name, call in candidates.items()))
 
 
 def rms_norm(rows: int, width: int, speed: float) -> None:

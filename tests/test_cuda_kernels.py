@@ -327,13 +327,15 @@ print(error(thunder.jit(f), x))
 def test_importing_thunder_opens_no_library_of_cudas():
     script = """
 import sys, torch
-before = set(sys.modules)
+def seen():
+    maps = open("/proc/self/maps").read()
+    return [name for name in ("libcuda.so", "libnvrtc.so") if name in maps] + ["triton"] * ("triton" in sys.modules)
+before = seen()
 import thunder
-maps = open("/proc/self/maps").read()
-print("libcuda.so" in maps, "libnvrtc" in maps, any(m.split(".")[0] == "triton" for m in set(sys.modules) - before))
+print(before == seen(), before, seen())
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split()[1:] == ["False", "False"]
+    assert run.stdout.startswith("True"), run.stdout
 
 
 # ---- compiling CUDA C ----

@@ -484,4 +484,5 @@ def test_our_kernels_say_why_they_cannot_serve():
     for answer in (cross_entropy_supported(x, labels), rms_norm_supported(x, (8,))):
         assert not answer[0]
         assert answer[1] in ("Triton is not installed", "input is on cpu, not on a CUDA device")
-    assert support.power_of_two(1) == 1 and support.power_of_two(5) == 8
+    assert [support.power_of_two(n) for n in (1, 5, 8)] == [1, 8, 8]
+    assert [support.warps_of_row(n) for n in (1, 1024, 65536)] == [1, 2, 16]

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from thunder._C import CudaKernel
-from thunder.executors.triton.support import power_of_two
+from thunder.executors.triton.support import power_of_two, warps_of_row
 from thunder.extend.triton import triton_kernel
 
 # ---- cross entropy ----
@@ -80,9 +80,9 @@ def _cross_entropy_backward(
 @functools.cache
 def cross_entropy_forward(classes: int) -> CudaKernel:
     """Takes (logits, labels, losses, logsumexps, stride, classes, ignore, rows)."""
-    block = min(power_of_two(classes), 8192)
+    block = min(power_of_two(classes), 16384)
     return triton_kernel(
-        _cross_entropy_forward, lambda meta: meta["rows"], num_warps=8 if block > 1024 else 4, BLOCK=block
+        _cross_entropy_forward, lambda meta: meta["rows"], num_warps=min(8, warps_of_row(block)), BLOCK=block
     )
 
 
@@ -157,24 +157,20 @@ def _sum_rows(xs, sums, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tl.store(sums + column, tl.sum(total, 0).to(sums.dtype.element_ty), mask=column < width)
 
 
-def _warps(block: int) -> int:
-    return max(1, min(16, block // 512))
-
-
 @functools.cache
 def rms_norm_forward(block: int) -> CudaKernel:
     """Takes (xs, weights, ys, rstds, width, eps, rows)."""
-    return triton_kernel(_rms_norm_forward, lambda meta: meta["rows"], num_warps=_warps(block), BLOCK=block)
+    return triton_kernel(_rms_norm_forward, lambda meta: meta["rows"], num_warps=warps_of_row(block), BLOCK=block)
 
 
 @functools.cache
 def rms_norm_backward(block: int) -> CudaKernel:
     """Takes (grads, xs, weights, rstds, dxs, partials, width, rows, programs)."""
-    return triton_kernel(_rms_norm_backward, lambda meta: meta["programs"], num_warps=_warps(block), BLOCK=block)
+    return triton_kernel(_rms_norm_backward, lambda meta: meta["programs"], num_warps=warps_of_row(block), BLOCK=block)
 
 
 @functools.cache
 def sum_rows() -> CudaKernel:
     """Takes (xs, sums, rows, width)."""
-    columns = 32
+    columns = 16
     return triton_kernel(_sum_rows, lambda meta: -(-meta["width"] // columns), ROWS=64, COLUMNS=columns)

@@ -11,10 +11,20 @@ from __future__ import annotations
 
 import torch
 
-from thunder.executors.triton.support import YES, Answer, multiprocessors, power_of_two, tensor_supported
+from thunder.executors.triton.support import (
+    YES,
+    Answer,
+    multiprocessors,
+    power_of_two,
+    tensor_supported,
+    warps_of_row,
+)
 
 MAX_WIDTH = 16384
 """Of a row, which one program holds in registers."""
+
+WARPS = 16
+"""Of the backward on each multiprocessor: enough to keep memory busy; more of them only make more partial sums."""
 
 
 def rms_norm_supported(
@@ -78,10 +88,11 @@ def rms_norm_backward(
     width = x.shape[-1]
     rows = x.numel() // width
     grad = grad.contiguous()
-    programs = min(rows, 2 * multiprocessors(x.device.index))
+    block = power_of_two(width)
+    programs = min(rows, multiprocessors(x.device.index) * max(1, WARPS // warps_of_row(block)))
     dx = torch.empty_like(x)
     partial = None if weight is None else torch.empty((programs, width), dtype=torch.float32, device=x.device)
-    kernels.rms_norm_backward(power_of_two(width))(grad, x, weight, rstd, dx, partial, width, rows, programs)
+    kernels.rms_norm_backward(block)(grad, x, weight, rstd, dx, partial, width, rows, programs)
     if weight is None:
         return dx, None
     dweight = torch.empty_like(weight)

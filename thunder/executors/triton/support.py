@@ -43,3 +43,8 @@ def multiprocessors(device: int) -> int:
 def power_of_two(n: int) -> int:
     """The least one that is not below `n`, which is positive."""
     return 1 << (n - 1).bit_length()
+
+
+def warps_of_row(block: int) -> int:
+    """Warps of a program that holds `block` elements of a row, 16 a thread."""
+    return max(1, min(16, block // 512))

@@ -23,6 +23,12 @@ static thx_cuda_variant *find_variant(thx_cuda_kernel *k, const thx_cuda_args *a
     return NULL;
 }
 
+static int check(thx_cuda_kernel *k, th_status status) { /* thx_check, with the kernel's name */
+    if (status == TH_OK || status == TH_ENOMEM) return thx_check(k->x, status);
+    PyErr_Format(PyExc_RuntimeError, "%U: %s", k->name, th_ctx_error(k->x->ctx)->text);
+    return -1;
+}
+
 /* What `build` answers: (image, entry, block, shared, passed, scratch), scratch one size per hidden pointer. */
 static int read_built(thx_cuda_kernel *k, PyObject *built, thx_cuda_variant *v) {
     thx *x = k->x;
@@ -44,7 +50,7 @@ static int read_built(thx_cuda_kernel *k, PyObject *built, thx_cuda_variant *v) 
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(scratch) && i < 2; i++, v->hidden++)
         v->scratch[i] = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(scratch, i));
     th_cuda *driver = PyErr_Occurred() ? NULL : thx_cuda_driver(x);
-    return driver ? thx_check(x, th_cuda_load(x->ctx, driver, v->device, image, entry, v->shared, &v->function)) : -1;
+    return driver ? check(k, th_cuda_load(x->ctx, driver, v->device, image, entry, v->shared, &v->function)) : -1;
 }
 
 static thx_cuda_variant *add_variant(thx_cuda_kernel *k, const thx_cuda_args *args) {
@@ -127,8 +133,7 @@ static int launch(thx_cuda_kernel *k, const thx_cuda_variant *v, thx_cuda_args *
             break;
     }
     int rc = PyErr_Occurred() ? -1 : thx_cuda_stream(k->x, v->device, &l->stream);
-    if (rc == 0)
-        rc = thx_check(k->x, th_cuda_launch_function(k->x->ctx, thx_cuda_driver(k->x), &v->function, l, params));
+    if (rc == 0) rc = check(k, th_cuda_launch_function(k->x->ctx, thx_cuda_driver(k->x), &v->function, l, params));
     Py_XDECREF(scratch[0]);
     Py_XDECREF(scratch[1]);
     return rc;

@@ -170,7 +170,7 @@ static int pack_tensor(thx_cuda_kernel *k, uint32_t i, PyObject *tensor, thx_cud
     if (f.device_type != k->device_type) return wrong_device(k, p, tensor, false);
     if (read < 0) return refuse(k, p, PyExc_ValueError, "a tensor without memory of its own");
     if (p->dtype != TH_DTYPE_NONE && p->dtype != f.dtype)
-        return refuse(k, p, PyExc_TypeError, "a %s tensor is expected, not %s", th_dtype_get(p->dtype)->torch_name,
+        return refuse(k, p, PyExc_TypeError, "a tensor of %s is expected, not %s", th_dtype_get(p->dtype)->torch_name,
                       f.dtype ? th_dtype_get(f.dtype)->torch_name : "one of this dtype");
     if (p->kind == THX_CUDA_AUTO && f.dtype == TH_DTYPE_NONE)
         return refuse(k, p, PyExc_TypeError, "tensors of this dtype are not supported");

@@ -136,7 +136,7 @@ def stub(tmp_path_factory):
         pytest.skip("no C compiler to build the driver's stand-in")
     folder = tmp_path_factory.mktemp("stub")
     library = folder / "libcuda_stub.so"
-    subprocess.run([cc, "-shared", "-fPIC", "-o", library, ROOT / "tests/cuda_stub.c"], check=True)
+    subprocess.run([cc, "-shared", "-fPIC", "-o", library, ROOT / "tests/c/cuda_stub.c"], check=True)
 
     def run(script, **env):
         log = folder / "log"
@@ -196,7 +196,7 @@ for at, bad in [(0, x.double()), (0, 3), (1, 2**31), (1, 1.5), (1, x), (2, -1), 
 print(error(kernel(["i32"]), 1))
 """)
     assert printed == [
-        "TypeError: k: parameter 'p0' (*float32): a float32 tensor is expected, not float64",
+        "TypeError: k: parameter 'p0' (*float32): a tensor of float32 is expected, not float64",
         "TypeError: k: parameter 'p0' (*float32): a tensor is expected, not int",
         "OverflowError: k: parameter 'p1' (i32): 2147483648 does not fit",
         "TypeError: k: parameter 'p1' (i32): an int is expected, not float",
@@ -282,7 +282,7 @@ print(error(kernel(["*"], block=(32, 64)), x))
 """)
     assert [line.split()[:3] for line in launches[1:2]] == [["attribute", "8", "100000"]]
     assert [line.split()[3] for line in (launches[0], launches[2])] == ["49152", "100000"]
-    assert printed[0] == "RuntimeError: 300000 bytes of shared memory: the device has 232448 a block"
+    assert printed[0] == "RuntimeError: k: 300000 bytes of shared memory: the device has 232448 a block"
     assert printed[1] == "ValueError: k: a block of 2048 threads; it may have 1 to 1024"
 
 
@@ -292,8 +292,8 @@ print(error(kernel(["*"], grid=13), x))
 print(error(kernel(["*"], entry="absent"), x))
 """)
     assert printed == [
-        "RuntimeError: launching the kernel: CUDA_ERROR_LAUNCH_FAILED (unspecified failure)",
-        "RuntimeError: absent: CUDA_ERROR_NOT_FOUND (?)",
+        "RuntimeError: k: launching the kernel: CUDA_ERROR_LAUNCH_FAILED (unspecified failure)",
+        "RuntimeError: k: no function absent in the code: CUDA_ERROR_NOT_FOUND (?)",
     ]
 
 
@@ -309,7 +309,7 @@ def test_the_road_without_torch_abi_packs_the_same(stub):
     script = 'kernel(["*float32", "i32"])(x, 3)\nprint(f"{x.data_ptr():016x}")\nprint(error(kernel(["*int8"]), x))'
     printed, launches = stub(script, THUNDER_TORCH_ABI="0")
     assert launches[0].endswith(f"{printed[0]} 00000003")
-    assert printed[1] == "TypeError: k: parameter 'p0' (*int8): a int8 tensor is expected, not float32"
+    assert printed[1] == "TypeError: k: parameter 'p0' (*int8): a tensor of int8 is expected, not float32"
 
 
 def test_a_kernel_inside_a_captured_function_is_refused(stub):

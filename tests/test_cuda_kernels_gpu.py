@@ -88,6 +88,21 @@ def test_a_thread_that_never_used_the_gpu_may_launch():
     assert not failures and out.eq(2.0).all()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_kernel_runs_where_its_tensors_are():
+    kernel = _add()
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        x, y, out = (torch.ones(1000, device=device) for _ in range(3))
+        kernel(x, y, out, 1000)
+        torch.cuda.synchronize(device)
+        assert out.eq(2.0).all()
+    assert torch.cuda.current_device() == 0
+    with pytest.raises(ValueError, match=r"parameter 'y'.*the tensor is on cuda:0, another device than the first"):
+        kernel(x, y.to("cuda:0"), out, 1000)
+    logits, labels = torch.randn(9, 100, device="cuda:1"), torch.arange(9, device="cuda:1")
+    torch.testing.assert_close(ours.cross_entropy(logits, labels)[0], F.cross_entropy(logits, labels))
+
+
 def test_scalars_of_every_type_arrive():
     source = """
     __global__ void put(double* out, bool a, int8_t b, uint16_t c, int d, unsigned e, int64_t f, uint64_t g, float h,

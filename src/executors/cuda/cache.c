@@ -57,7 +57,9 @@ static th_status make_key(th_ctx *ctx, const th_cuda_source *source, int version
         th__text_bytes(&text, source->options[i], strlen(source->options[i]) + 1);
     th__text_char(&text, '\0');
     th__text_z(&text, source->text);
-    return th__text_take(&text, key, size);
+    th_status status = th__text_take(&text, key, size);
+    th__text_fini(&text);
+    return status;
 }
 
 static void make_name(const char *key, size_t size, char *name, size_t room) {

@@ -8,6 +8,7 @@
 #include "base/ctx.h"
 #include "base/env.h"
 
+#include <stdio.h>
 #include <string.h>
 
 /* Values of the driver API, which never change. */
@@ -87,7 +88,9 @@ static th_status load_in_context(th_ctx *ctx, const th_cuda *cuda, int device, c
                                  uint32_t shared, void **function) {
     void *module = NULL;
     TRY(check(ctx, cuda, cuda->cuModuleLoadData(&module, image), "loading the kernel"));
-    th_status status = check(ctx, cuda, cuda->cuModuleGetFunction(function, module, entry), entry);
+    char doing[256];
+    snprintf(doing, sizeof doing, "no function %s in the code", entry);
+    th_status status = check(ctx, cuda, cuda->cuModuleGetFunction(function, module, entry), doing);
     if (status == TH_OK) status = allow_shared(ctx, cuda, device, *function, shared);
     if (status != TH_OK) cuda->cuModuleUnload(module); /* otherwise it stays: a CUDA graph may hold the function */
     return status;

@@ -89,6 +89,14 @@ def test_a_block_that_no_gpu_runs_is_refused_at_once(block):
         cuda_kernel(SOURCE, "add", grid=1, block=block)
 
 
+def test_an_impossible_amount_of_shared_memory_and_a_missing_grid_are_refused():
+    for shared in (-1, 2**32 + 16):
+        with pytest.raises(ValueError, match=r"below 2\*\*31"):
+            cuda_kernel(SOURCE, "add", grid=1, shared=shared)
+    with pytest.raises(TypeError, match="cuda_kernel needs a grid"):
+        cuda_kernel(SOURCE, "add")
+
+
 def test_more_than_64_parameters_are_refused():
     with pytest.raises(ValueError, match="wide has 65 parameters; at most 64 are supported"):
         cuda_kernel("", "wide", ", ".join(f"int a{i}" for i in range(65)), grid=1)

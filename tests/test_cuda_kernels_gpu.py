@@ -280,6 +280,13 @@ def test_rms_norm_equals_float64(shape, weighted, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rms_norm_has_torchs_default_epsilon(dtype):
+    x = torch.full((2, 64), 1e-3, device="cuda", dtype=dtype)
+    torch.testing.assert_close(ours.rms_norm(x)[0], F.rms_norm(x, (64,)))
+
+
+@needs_triton
 def test_our_kernels_are_deterministic():
     x, weight = torch.randn(5000, 1024, device="cuda"), torch.randn(1024, device="cuda")
     labels = torch.randint(0, 1024, (5000,), device="cuda")

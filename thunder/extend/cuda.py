@@ -106,8 +106,8 @@ def cuda_kernel(
     """
     if grid is None:
         raise TypeError("cuda_kernel needs a grid: sizes, or a function of the call's arguments")
-    if shared < 0:
-        raise ValueError(f"shared={shared}: a number of bytes")
+    if not 0 <= shared < 2**31:
+        raise ValueError(f"shared={shared}: a number of bytes below 2**31")
     parameters = _parameters(source, name, signature)
     sizes, options = _check_block(block), tuple(options)
     images: dict[int, tuple[bytes, str]] = {}

@@ -9,6 +9,7 @@
 
 static const uint32_t most_blocks[] = {INT32_MAX, 65535, 65535}, most_threads[] = {1024, 1024, 64};
 enum { MAX_THREADS = 1024 };
+enum { CPU = 0, CUDA = 1 }; /* torch's numbers of device types */
 
 /* ---- variants ---- */
 
@@ -132,7 +133,8 @@ static int launch(thx_cuda_kernel *k, const thx_cuda_variant *v, thx_cuda_args *
         if (v->scratch[i] && blocks && !(scratch[i] = take_scratch(k, v->scratch[i] * blocks, v->device, &hidden[i])))
             break;
     }
-    int rc = PyErr_Occurred() ? -1 : thx_cuda_stream(k->x, v->device, &l->stream);
+    l->stream = NULL;
+    int rc = PyErr_Occurred() ? -1 : k->device_type == CUDA ? thx_cuda_stream(k->x, v->device, &l->stream) : 0;
     if (rc == 0) rc = check(k, th_cuda_launch_function(k->x->ctx, thx_cuda_driver(k->x), &v->function, l, params));
     Py_XDECREF(scratch[0]);
     Py_XDECREF(scratch[1]);
@@ -176,7 +178,7 @@ static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     k->build = Py_NewRef(build);
     k->meta = meta == Py_None ? NULL : Py_NewRef(meta);
     k->defaults = Py_XNewRef(defaults);
-    k->device_type = strcmp(device, "cpu") == 0 ? 0 : 1; /* torch's numbers; "cpu" serves the tests */
+    k->device_type = strcmp(device, "cpu") == 0 ? CPU : CUDA; /* "cpu" serves the tests: no stream */
     if (PyCallable_Check(grid))
         k->grid = Py_NewRef(grid);
     else if (thx_cuda_read_extent(grid, "grid", most_blocks, k->fixed_grid) < 0)

@@ -70,7 +70,8 @@ static int ask_one(asking *a, const th_trace *t, const th_op *op, Py_ssize_t i, 
     PyObject *native = PyObject_GetAttr(known, a->native);
     if (!native) return -1;
     Py_DECREF(native); /* what it is kept by lives on */
-    if (Py_TYPE(native) == a->x->NativeOperator) return ask_native(a, (th_trace *)t, op, i, (thx_native_operator *)native);
+    if (Py_TYPE(native) == a->x->NativeOperator)
+        return ask_native(a, (th_trace *)t, op, i, (thx_native_operator *)native);
     PyObject *answer = put(a, "ask", t, op, i, known);
     int rc = answer ? (int)PyLong_AsLong(answer) : -1;
     Py_XDECREF(answer);

@@ -55,7 +55,7 @@ typedef struct thx {
     PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
         *NnModule, *NumpyGeneric, *MethodWrapper;
     PyTypeObject *Callable, *Trace, *Proxy, *Symbol, *TraceCallable, *Observer, *Recorder, *Gradient, *Pending, *GradFn,
-        *Region, *NativeOperator, *NativeKernel;
+        *Region, *NativeOperator, *NativeKernel, *CudaKernel;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *StaleProgram;               /* internal: a run found out that its program has to be made anew */
@@ -97,10 +97,11 @@ typedef struct thx {
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];
-    uint32_t facts;     /* TH_FACT_*: what meta rules may rely on */
-    const char *passes; /* the pipeline; NULL: the default one */
-    bool verify;        /* check every trace after every pass: THUNDER_VERIFY=1 */
-    char *library;      /* folder of Python's own library; owned, NULL: unknown */
+    uint32_t facts;        /* TH_FACT_*: what meta rules may rely on */
+    const char *passes;    /* the pipeline; NULL: the default one */
+    bool verify;           /* check every trace after every pass: THUNDER_VERIFY=1 */
+    struct thx_cuda *cuda; /* cuda.c: NULL until the first kernel is built */
+    char *library;         /* folder of Python's own library; owned, NULL: unknown */
 } thx;
 
 /* ---- raise.c: the only room that turns a core error into an exception ---- */

@@ -137,7 +137,7 @@ static void host_give(th_x_call *c, const char *dtype, const char *device, int32
         c->given[c->ngiven++] = type;
 }
 
-static const th_x_host host = {TH_EXECUTOR_ABI, sizeof host,  host_kind,     host_tensor,   host_integer, host_real,
+static const th_x_host host = {TH_EXECUTOR_ABI, sizeof host,   host_kind,     host_tensor, host_integer, host_real,
                                host_text,       host_integers, host_nresults, host_result, host_decline, host_give};
 
 static void call_init(th_x_call *c, thx *x, th_trace *t, const th_op *op) {
@@ -318,7 +318,8 @@ static PyObject *operator_meta(thx_native_operator *o, PyObject *args) {
     PyObject *list = op.args ? PyList_New(0) : NULL;
     th_x_call c = {.x = o->x, .t = b.t, .op = &op, .in_meta = true};
     if (list && (o->op->meta(&host, &c) < 0 || c.failed)) {
-        PyErr_Format(PyExc_RuntimeError, "%s: its shape rule failed%s%s", o->op->name, c.reason[0] ? ": " : "", c.reason);
+        PyErr_Format(PyExc_RuntimeError, "%s: its shape rule failed%s%s", o->op->name, c.reason[0] ? ": " : "",
+                     c.reason);
         Py_CLEAR(list);
     }
     for (uint32_t i = 0; list && i < c.ngiven; i++) {

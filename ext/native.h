@@ -13,7 +13,7 @@ typedef struct thx_native_operator { /* Python object: thunder._C.NativeOperator
     const th_x_operator *op;
 } thx_native_operator;
 
-typedef struct thx_native_kernel {                      /* Python object: thunder._C.NativeKernel: one claimed call */
+typedef struct thx_native_kernel { /* Python object: thunder._C.NativeKernel: one claimed call */
     PyObject_HEAD vectorcallfunc vectorcall;
     thx_native_operator *op; /* owned */
     void *data;              /* what claim made */

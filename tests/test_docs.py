@@ -54,6 +54,14 @@ def test_page_runs(page, printed, capsys):
     assert printed in capsys.readouterr().out
 
 
+def test_kernels_page_examples_run(capsys):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kernels.md").read_text(), re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        exec(compile(example, "kernels.md", "exec"), {"__name__": "kernels"})
+    assert capsys.readouterr().out == "tensor(2.)\n"
+
+
 def test_coverage_page_has_the_sections_that_the_tools_write(tmp_path):
     from tests.harness.report import COVERAGE, write_section
 

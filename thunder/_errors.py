@@ -44,3 +44,22 @@ class TransformError(ThunderError):
 
 class ThunderWarning(UserWarning):
     """A compiled callable did something other than run its compiled code, and says what and where."""
+
+
+class KernelCompileError(ThunderError):
+    """A GPU kernel's source does not compile.
+
+    Attributes:
+        kernel: its name.
+        log: what the compiler said, in full.
+        line: of the first error in the source, counted from 1; 0 when the log names none.
+    """
+
+    def __init__(self, kernel: str, log: str = "", line: int = 0, source: str = "") -> None:
+        self.kernel, self.log, self.line, self.source = kernel, log, line, source
+        lines = source.splitlines()
+        guilty = f", line {line}:\n    {lines[line - 1].strip()}" if 0 < line <= len(lines) else ":"
+        super().__init__(f"kernel {kernel!r} does not compile{guilty}\n{log.strip()}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.kernel, self.log, self.line, self.source)

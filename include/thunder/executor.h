@@ -19,7 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define TH_EXECUTOR_ABI 1
+#define TH_EXECUTOR_ABI    1
 #define TH_EXECUTOR_SYMBOL "thunder_executor"
 
 typedef struct th_x_type { /* of a tensor; shape and stride have ndim entries, strides count elements */
@@ -62,9 +62,10 @@ typedef struct th_x_host { /* what the compiler offers; valid during the call th
     const char *(*text)(const th_x_call *call, uint32_t parameter);             /* NULL: no TH_X_STR */
     /* How many ints; the first `capacity` of them go to values. -1: no TH_X_INTS. */
     int64_t (*integers)(const th_x_call *call, uint32_t parameter, int64_t *values, uint32_t capacity);
-    uint32_t (*nresults)(const th_x_call *call);                                /* 0 within meta */
+    uint32_t (*nresults)(const th_x_call *call); /* 0 within meta */
     bool (*result)(const th_x_call *call, uint32_t n, th_x_type *type);
-    /* Why a call is declined, for the user to read; returns 0, so that claim may `return host->decline(call, "...")`. */
+    /* Why a call is declined, for the user to read; returns 0, so that claim may `return host->decline(call, "...")`.
+     */
     int (*decline)(th_x_call *call, const char *reason);
     /* Within meta: the next result. stride NULL: row-major. */
     void (*give)(th_x_call *call, const char *dtype, const char *device, int32_t device_index, uint32_t ndim,

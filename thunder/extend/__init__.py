@@ -1,6 +1,8 @@
 """Executors: who runs the operations of a trace. The guide is docs/executors.md."""
 
+from thunder._errors import KernelCompileError
 from thunder.extend.build import wait_for_builds
+from thunder.extend.cuda import cuda_kernel
 from thunder.extend.executor import Executor, FusionExecutor, OperatorExecutor, single_op_executor
 from thunder.extend.native import NativeExecutor, load_executor
 from thunder.extend.operator import Context, Operator, op
@@ -22,17 +24,20 @@ from thunder.extend.registry import (
     set_always_executors,
     set_default_executors,
 )
+from thunder.extend.triton import triton_kernel
 
 __all__ = [
     "Context",
     "Executor",
     "FusionExecutor",
+    "KernelCompileError",
     "NativeExecutor",
     "Operator",
     "OperatorExecutor",
     "add_always_executor",
     "add_default_executor",
     "add_executor_lists",
+    "cuda_kernel",
     "deregister_executor",
     "get_all_executors",
     "get_always_executors",
@@ -49,5 +54,6 @@ __all__ = [
     "set_always_executors",
     "set_default_executors",
     "single_op_executor",
+    "triton_kernel",
     "wait_for_builds",
 ]

@@ -38,7 +38,7 @@ class NativeExecutor(OperatorExecutor):
         for op in operators:
             if op.derivative is not None:
                 if op.derivative not in by_name:
-                    raise ImportError(f"{self.path}: the derivative of {op.name} is {op.derivative}, which is not there")
+                    raise ImportError(f"{self.path}: it has no {op.derivative}, the derivative of {op.name}")
                 self._differentiate(op)
 
     def _define(self, op: Any) -> str:

@@ -17,7 +17,7 @@ STAMP := $(VENV)/.stamp
 CORE := build/core
 SANITIZE := build/sanitize
 
-C_FILES := $(wildcard src/*/*.[ch] src/executors/*/*.[ch] include/*/*.h ext/*.[ch] tools/*.c)
+C_FILES := $(wildcard src/*/*.[ch] src/executors/*/*.[ch] include/*/*.h ext/*.[ch] tools/*.c examples/*/*.[ch])
 TEST_C_FILES := $(wildcard tests/c/*.[ch] tests/fuzz/*.[ch])
 
 .DEFAULT_GOAL := help

@@ -84,23 +84,31 @@ def _meta(op: Any, *args: Any) -> Any:
 
 
 def _run(executor: NativeExecutor, op: Any, *args: Any) -> Any:
-    """A call outside compiled code: a trace of one operation, claimed and run."""
+    """A call outside compiled code; once more with contiguous arguments where their strides are not taken."""
+    kernel = _bind(executor, op, args)
+    if isinstance(kernel, str):
+        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        again = _bind(executor, op, args)
+        if isinstance(again, str):
+            raise RuntimeError(f"executor {executor.name!r} does not take this call of {op.name}: {again}")
+        kernel = again
+    return kernel(*args)
+
+
+def _bind(executor: NativeExecutor, op: Any, args: tuple) -> Any:
+    """The kernel for a call, from a trace of this one operation; or why there is none."""
     names = [f"a{i}" for i in range(len(args))]
     tensors = {n: a for n, a in zip(names, args, strict=True) if isinstance(a, Tensor)}
-    head = ", ".join(f'{n}: "{_annotation(t)}"' for n, t in tensors.items())
-    call = ", ".join(n if n in tensors else repr(a) for n, a in zip(names, args, strict=True))
-    results = [f"r{i}" for i in range(len(op.meta(args)))]
-    types = "".join(f'    {n}: "{_annotation(t)}"\n' for n, t in zip(results, op.meta(args), strict=True))
-    outs = ", ".join(results) + ("," if len(results) == 1 else "")
-    target = results[0] if len(results) == 1 else outs
-    text = (
-        f"def call({head}):\n{types}    {target} = torch.ops.thunder_{executor.name}.{op.name}.default({call})\n"
-        f"    return ({outs})\n"
-    )
-    kernel = op.bind(_C.Trace(text))
-    if isinstance(kernel, str):
-        raise RuntimeError(f"executor {executor.name!r} does not take this call of {op.name}: {kernel}")
-    return kernel(*args)
+    results = {f"r{i}": t for i, t in enumerate(op.meta(args))}
+    lines = [
+        "def call(" + ", ".join(f'{n}: "{_annotation(t)}"' for n, t in tensors.items()) + "):",
+        *(f'    {n}: "{_annotation(t)}"' for n, t in results.items()),
+        f"    {', '.join(results)} = torch.ops.thunder_{executor.name}.{op.name}.default("
+        + ", ".join(n if n in tensors else repr(a) for n, a in zip(names, args, strict=True))
+        + ")",
+        f"    return ({', '.join(results)},)",
+    ]
+    return op.bind(_C.Trace("\n".join(lines) + "\n"))
 
 
 def _annotation(t: Tensor) -> str:

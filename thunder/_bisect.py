@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from thunder.examine.inspect import _compare, _Run
+from thunder.examine.inspect import _compare, _Run, compiled_claims
 
 
 @dataclasses.dataclass
@@ -91,5 +91,5 @@ def bisect(fn: Any, *args: Any, executors: Sequence[Any], **kwargs: Any) -> Guil
 
 
 def _units(compiled: Any) -> list[tuple[str, Any, str]]:
-    claims = getattr(compiled, "_thunder_callable", compiled)._thunder_claims
+    claims = compiled_claims(compiled)
     return claims.units if claims is not None else []

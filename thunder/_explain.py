@@ -6,6 +6,8 @@ import collections
 import dataclasses
 from typing import Any
 
+from thunder.examine.inspect import compiled_claims
+
 
 @dataclasses.dataclass
 class Unit:
@@ -87,7 +89,7 @@ def explain(fn: Any) -> Explanation:
     import thunder
 
     stats = thunder.compile_stats(fn)
-    claims = getattr(fn, "_thunder_callable", fn)._thunder_claims
+    claims = compiled_claims(fn)
     units = [_unit(*entry) for entry in claims.units] if claims is not None else []
     declines = dict(claims.declines) if claims is not None else {}
     return Explanation(stats.calls, stats.cache_misses, stats.fallbacks, stats.entries, units, declines)

@@ -36,8 +36,22 @@ static PyObject *fake_of(void *user, th_val v) {
     return Py_XNewRef(a->fakes[v]);
 }
 
+/* The catalogue's entry; an overload torch.ops.aten.rsqrt.default is the operator torch.rsqrt. */
+static const th_opdef *operator_of(thx *x, th_str callee) {
+    static const char aten[] = "torch.ops.aten.";
+    const th_opdef *def = th_catalog_find(x->catalog, callee);
+    const char *name = th_str_get(x->ctx, callee), *end;
+    char dotted[96];
+    if (def || strncmp(name, aten, sizeof aten - 1) != 0) return def;
+    name += sizeof aten - 1;
+    if (!(end = strchr(name, '.')) || end - name > 80) return NULL;
+    snprintf(dotted, sizeof dotted, "torch.%.*s", (int)(end - name), name);
+    th_str base = th_intern_z(x->ctx, dotted);
+    return base ? th_catalog_find(x->catalog, base) : NULL;
+}
+
 static PyObject *key_of(const asking *a, const th_op *op, const th_trace *t) {
-    const th_opdef *def = th_catalog_find(a->x->catalog, op->callee);
+    const th_opdef *def = operator_of(a->x, op->callee);
     return PyUnicode_FromString(def ? def->name : th_str_get(t->ctx, op->callee));
 }
 
@@ -202,6 +216,6 @@ PyObject *thx_operator_key(PyObject *module, PyObject *dotted) {
     const char *text = PyUnicode_AsUTF8(dotted);
     th_str name = text ? th_intern_z(x->ctx, text) : 0;
     if (!name) return text ? thx_raise(x, TH_ENOMEM) : NULL;
-    const th_opdef *def = th_catalog_find(x->catalog, name);
+    const th_opdef *def = operator_of(x, name);
     return def ? PyUnicode_FromString(def->name) : Py_NewRef(dotted);
 }

@@ -493,6 +493,20 @@ def test_fuel_bounds_how_many_units_are_claimed():
         thunder.jit(blocks(), fuel=-1)
 
 
+def test_what_nobody_takes_is_taken_apart_and_offered_again():
+    executor = extend.OperatorExecutor("pieces", decompose=True)
+    executor.register_implementation(torch.rsqrt, fn=torch.rsqrt)
+    compiled = check(blocks(2), (torch.randn(4, 16),), [executor])
+    with torch.no_grad():
+        compiled(torch.randn(4, 16))
+    text = str(thunder.last_traces(compiled)[-1])
+    assert len(re.findall(r"= pieces_rsqrt_\d+\(", text)) == 2 and "layer_norm" not in text
+    assert "torch.nn.functional.gelu" in text  # none of its pieces is taken
+    whole = extend.OperatorExecutor("whole")
+    whole.register_implementation(torch.rsqrt, fn=torch.rsqrt)
+    assert "layer_norm" in str(thunder.last_traces(check(blocks(2), (torch.randn(4, 16),), [whole]))[-1])
+
+
 # ---- wrong kernels ----
 
 WRONG = {

@@ -16,6 +16,7 @@ from thunder._errors import ThunderWarning
 from thunder._module import ThunderModule
 from thunder.extend import Executor, resolve_executors
 from thunder.extend.claims import TIERS, VERIFY, make_claims
+from thunder.extend.decompose import decompositions
 from thunder.transforms._base import check_transforms, copied_tree, overrides, run_hook, trace_hook
 
 _CACHE_OPTIONS = {"constant values": 0, "no caching": 1, "same input": 2}
@@ -99,6 +100,7 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> An
         fn = copied_tree(fn)
     result: list[Any] = []  # the hooks are told the compiled module
     claims = make_claims(settings["executors"], verify=settings["verify"], tier=settings["tier"], fuel=settings["fuel"])
+    final = (*transforms, *decompositions(claims))
     # A module is called through a plain function so that all of its hooks run during the capture.
     compiled = _C.Callable(
         fn,
@@ -107,7 +109,7 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> An
         fallback_eager=fallback == "eager",
         on_event=_reporter(fn),
         remat=_REMAT[settings["remat"]],
-        transform=trace_hook(transforms, lambda: result[0] if is_module else None),
+        transform=trace_hook(final, lambda: result[0] if is_module else None),
         needs_transform=any(overrides(t, "transform_trace") for t in transforms),
         claims=claims,
     )

@@ -38,15 +38,17 @@ class Executor:
     Args:
         name: by which users name it; an identifier.
         version: of the library behind it, for reports.
+        decompose: an operation that nobody takes is taken apart where this executor takes one of its pieces.
     """
 
     cut = 0
 
-    def __init__(self, name: str, *, version: str | None = None) -> None:
+    def __init__(self, name: str, *, version: str | None = None, decompose: bool = False) -> None:
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"the name of an executor is an identifier, not {name!r}")
         self.name = name
         self.version = version
+        self.decompose = decompose
         self._table: dict[str, Any] = {}
 
     def __repr__(self) -> str:
@@ -183,14 +185,22 @@ class FusionExecutor(Executor):
     """Runs regions: several operations at once. Derive from it and write ``fuse``.
 
     Args:
-        name, version: as for ``Executor``.
+        name, version, decompose: as for ``Executor``.
         cut: a region ends where one value alone goes on, once it has that many operations: so the equal layers of a
             model become equal regions, which are built once. 0: never.
         background: ``fuse`` takes long: torch runs the region until it is built (``thunder.jit(tier="block")`` waits).
     """
 
-    def __init__(self, name: str, *, version: str | None = None, cut: int = 0, background: bool = False) -> None:
-        super().__init__(name, version=version)
+    def __init__(
+        self,
+        name: str,
+        *,
+        version: str | None = None,
+        decompose: bool = False,
+        cut: int = 0,
+        background: bool = False,
+    ) -> None:
+        super().__init__(name, version=version, decompose=decompose)
         self.cut = cut
         self.background = background
         self._built: dict[Any, Any] = {}

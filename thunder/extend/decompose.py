@@ -84,11 +84,27 @@ def _agrees(table: dict[str, Any], key: str, args: Any, kwargs: Any) -> bool:
     return known is True
 
 
+# Core operators of torch that are more than one step: taken apart last.
+_COMPOUND = frozenset(
+    ("native_layer_norm", "native_group_norm", "native_batch_norm", "_softmax", "_log_softmax", "gelu", "silu", "mish")
+    + ("elu", "softplus", "leaky_relu", "hardswish", "hardsigmoid", "addmm", "baddbmm", "addmv", "addcmul", "addcdiv")
+    + ("mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss_forward", "binary_cross_entropy")
+    + ("native_layer_norm_backward", "_softmax_backward_data", "_log_softmax_backward_data", "gelu_backward")
+    + ("silu_backward", "sigmoid_backward", "tanh_backward", "threshold_backward", "mse_loss_backward")
+)
+
+
 def _tables() -> list[dict[Any, Callable]]:
-    """Torch's decompositions: none but what autograd does not see, into the core operators, all."""
+    """Torch's decompositions: what autograd does not see; into the core operators; those that are compound too."""
     from torch._decomp import core_aten_decompositions, decomposition_table
 
-    return [{}, dict(core_aten_decompositions()), dict(decomposition_table)]
+    core = dict(core_aten_decompositions())
+    compound = {op: rule for op, rule in decomposition_table.items() if _base_name(op) in _COMPOUND}
+    return [{}, core, {**core, **compound}]
+
+
+def _base_name(op: Any) -> str:
+    return op.name().partition("::")[2].partition(".")[0] if isinstance(op, torch._ops.OpOverload) else ""
 
 
 def _graph(

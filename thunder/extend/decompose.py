@@ -86,11 +86,12 @@ def _agrees(table: dict[str, Any], key: str, args: Any, kwargs: Any) -> bool:
 
 # Core operators of torch that are more than one step: taken apart last.
 _COMPOUND = frozenset(
-    ("native_layer_norm", "native_group_norm", "native_batch_norm", "_softmax", "_log_softmax", "gelu", "silu", "mish")
-    + ("elu", "softplus", "leaky_relu", "hardswish", "hardsigmoid", "addmm", "baddbmm", "addmv", "addcmul", "addcdiv")
-    + ("mse_loss", "smooth_l1_loss", "huber_loss", "nll_loss_forward", "binary_cross_entropy")
-    + ("native_layer_norm_backward", "_softmax_backward_data", "_log_softmax_backward_data", "gelu_backward")
-    + ("silu_backward", "sigmoid_backward", "tanh_backward", "threshold_backward", "mse_loss_backward")
+    """
+    native_layer_norm native_group_norm native_batch_norm _softmax _log_softmax gelu silu mish elu softplus leaky_relu
+    hardswish hardsigmoid addmm baddbmm addmv addcmul addcdiv mse_loss smooth_l1_loss huber_loss nll_loss_forward
+    binary_cross_entropy native_layer_norm_backward _softmax_backward_data _log_softmax_backward_data gelu_backward
+    silu_backward sigmoid_backward tanh_backward threshold_backward mse_loss_backward
+    """.split()  # noqa: SIM905
 )
 
 

@@ -47,11 +47,13 @@ def judge(
             found = _gradient_differs(region, before)
     if not found:
         return True
-    if region.operator is not None:  # the backward is made for it: the program has to be made anew without it
-        region.claims.ban(region, found)
+    claims = region.claims()
+    if region.operator is not None and claims is not None:  # the backward is made for it: the program is made anew
+        claims.ban(region, found)
         raise _C.StaleProgram
     region.refuse(found)
-    region.claims.refused(region, found)
+    if claims is not None:
+        claims.refused(region, found)
     return False
 
 

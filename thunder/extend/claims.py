@@ -76,7 +76,7 @@ class Claims:
             if self.fuel <= 0:
                 return None
             self.fuel -= 1
-        region.claims = weakref.proxy(self)
+        region.claims = weakref.ref(self)
         region.operator = None
         if region.fused:
             if not self._bind_fused(executor, region):

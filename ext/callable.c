@@ -203,6 +203,13 @@ static PyObject *call_original(thx_callable_object *c, PyObject *const *args, si
     return PyObject_Vectorcall(c->fn, args, nargsf, kwnames);
 }
 
+/* A call of which a former one like it could not be captured, or not differentiated. */
+static PyObject *call_eager(thx_callable_object *c, const thx_entry *e, PyObject *const *args, size_t nargsf,
+                            PyObject *kwnames) {
+    PyObject *run = e->eager == THX_EAGER_REFUSED ? c->refused : c->fn;
+    return PyObject_Vectorcall(run, args, nargsf, kwnames);
+}
+
 static int tell(thx_callable_object *c, const char *event, PyObject *detail) {
     if (!c->on_event) return 0;
     PyObject *done = PyObject_CallFunction(c->on_event, "sO", event, detail ? detail : Py_None);
@@ -267,7 +274,7 @@ static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *co
         int told = tell_eager(c, e);
         keep(c, e);
         c->fallbacks++;
-        return told < 0 ? NULL : call_original(c, args, nargsf, kwnames);
+        return told < 0 ? NULL : call_eager(c, e, args, nargsf, kwnames);
     }
     thx_leaves leaves;
     thx_leaves_init(&leaves);
@@ -351,7 +358,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         if (e->eager) {
             thx_leaves_fini(&leaves);
             c->fallbacks++;
-            return call_original(c, args, nargsf, kwnames);
+            return call_eager(c, e, args, nargsf, kwnames);
         }
         c->hits++;
         e->hits++;
@@ -370,11 +377,11 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 /* ---- the type ---- */
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"fn",    "module",    "cache",           "fallback_eager", "on_event",
+    static char *names[] = {"fn",    "module",    "cache",           "refused", "on_event",
                             "remat", "transform", "needs_transform", "claims",         NULL};
-    PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None;
-    int cache = 0, fallback = 0, remat = TH_REMAT_AUTO, needs = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OipOiOpO", names, &fn, &module, &cache, &fallback, &on_event,
+    PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None, *refused = Py_None;
+    int cache = 0, remat = TH_REMAT_AUTO, needs = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOOiOpO", names, &fn, &module, &cache, &refused, &on_event,
                                      &remat, &transform, &needs, &claims))
         return NULL;
     thx_callable_object *c = (thx_callable_object *)type->tp_alloc(type, 0);
@@ -386,7 +393,7 @@ static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     c->on_event = on_event == Py_None ? NULL : Py_NewRef(on_event);
     c->claims = claims == Py_None ? NULL : Py_NewRef(claims);
     c->cache = (uint8_t)cache;
-    c->fallback_eager = fallback;
+    c->refused = refused == Py_None ? NULL : Py_NewRef(refused);
     c->remat = (uint8_t)remat;
     c->transform = transform == Py_None ? NULL : Py_NewRef(transform);
     c->needs_transform = needs;
@@ -406,6 +413,7 @@ static int callable_clear(thx_callable_object *c) {
     Py_CLEAR(c->module);
     Py_CLEAR(c->on_event);
     Py_CLEAR(c->claims);
+    Py_CLEAR(c->refused);
     Py_CLEAR(c->transform);
     Py_CLEAR(c->dict);
     return 0;
@@ -433,6 +441,7 @@ static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg)
     Py_VISIT(c->module);
     Py_VISIT(c->on_event);
     Py_VISIT(c->claims);
+    Py_VISIT(c->refused);
     Py_VISIT(c->transform);
     Py_VISIT(c->dict);
     return 0;

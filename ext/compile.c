@@ -481,7 +481,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     if (rc < 0 && k.e->guards && !k.e->eager && !c->needs_transform) {
         if (PyErr_ExceptionMatches(x->GradNeeded) || (leaves && PyErr_ExceptionMatches(x->CaptureError)))
             k.e->eager = THX_EAGER_GRAD;
-        else if (PyErr_ExceptionMatches(x->CaptureError) && c->fallback_eager)
+        else if (PyErr_ExceptionMatches(x->CaptureError) && c->refused)
             k.e->eager = THX_EAGER_REFUSED;
         if (k.e->eager) /* the exception stays set: the caller tells it once */
             return k.e;

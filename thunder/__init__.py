@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import _kernels, examine, executors, extend, transforms  # noqa: F401  (traces name the kernels)
+from thunder import _kernels, dynamo, examine, executors, extend, transforms  # noqa: F401  (traces name the kernels)
 from thunder._api import (
     CompileStats,
     cache_hits,
@@ -54,6 +54,7 @@ __all__ = [
     "cache_misses",
     "cache_option",
     "compile_stats",
+    "dynamo",
     "examine",
     "executors",
     "explain",

@@ -14,13 +14,15 @@ import torch
 from thunder import _C
 from thunder._errors import ThunderWarning
 from thunder._module import ThunderModule
+from thunder.dynamo import Fallback
 from thunder.extend import Executor, resolve_executors
 from thunder.extend.claims import TIERS, VERIFY, make_claims
 from thunder.extend.decompose import decompositions
 from thunder.transforms._base import check_transforms, copied_tree, overrides, run_hook, trace_hook
 
 _CACHE_OPTIONS = {"constant values": 0, "no caching": 1, "same input": 2}
-_FALLBACKS = ("error", "eager")
+_FALLBACKS = ("dynamo", "eager", "error")
+DEFAULT_FALLBACK = "dynamo"
 _REMAT = {"off": 0, "auto": 1, "max": 2}
 
 
@@ -31,7 +33,7 @@ def jit(
     executors: Sequence[Executor | str] | None = None,
     transforms: Sequence[Any] | None = None,
     cache: str = "constant values",
-    fallback: str = "error",
+    fallback: str | None = None,
     remat: str = "auto",
     verify: str = "first",
     tier: str = "background",
@@ -48,8 +50,9 @@ def jit(
         cache: ``"constant values"`` compiles once for each set of argument structures, values of numbers and tensor
             metadata; ``"no caching"`` compiles at every call; ``"same input"`` compiles once and checks the arguments
             only, on the caller's word that nothing else changes.
-        fallback: what to do with a callable that cannot be captured: ``"error"`` raises ``thunder.CaptureError``,
-            ``"eager"`` warns once and runs the original.
+        fallback: what to do with a callable that cannot be captured: ``"dynamo"``, the default, warns once and runs it
+            under ``torch.compile`` with thunder as its backend, which keeps Python's meaning by breaking the program
+            into graphs; ``"eager"`` warns once and runs the original; ``"error"`` raises ``thunder.CaptureError``.
         remat: what a training step saves for its backward pass: ``"off"`` what PyTorch's autograd would, ``"auto"``
             less where cheap operations can make a value again, ``"max"`` as little as possible.
         verify: when what another executor than torch computes is compared with torch: ``"first"`` at its first run,
@@ -73,7 +76,7 @@ def jit(
         "executors": executors,
         "transforms": transforms,
         "cache": cache,
-        "fallback": fallback,
+        "fallback": DEFAULT_FALLBACK if fallback is None else fallback,
         "remat": remat,
         "verify": verify,
         "tier": tier,
@@ -106,8 +109,8 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> An
         fn,
         module=fn if is_module else _bound_module(fn),
         cache=_CACHE_OPTIONS[cache],
-        fallback_eager=fallback == "eager",
-        on_event=_reporter(fn),
+        refused=_refused(fn, settings),
+        on_event=_reporter(fn, fallback),
         remat=_REMAT[settings["remat"]],
         transform=trace_hook(final, lambda: result[0] if is_module else None),
         needs_transform=any(overrides(t, "transform_trace") for t in transforms),
@@ -206,8 +209,19 @@ def _copy_identity(compiled: Any, fn: Any) -> None:
             compiled.__dict__[attribute] = value
 
 
-def _reporter(fn: Any) -> Callable[[str, Any], None]:
+def _refused(fn: Any, settings: dict[str, Any]) -> Callable | None:
+    """What runs the callable where it cannot be captured; None: nobody."""
+    if settings["fallback"] == "error":
+        return None
+    if settings["fallback"] == "eager":
+        return fn
+    passed_on = ("executors", "remat", "verify", "tier")
+    return Fallback(fn, {name: settings[name] for name in passed_on})
+
+
+def _reporter(fn: Any, fallback: str) -> Callable[[str, Any], None]:
     name = _name(fn)
+    how = "runs under torch.compile, in parts" if fallback == "dynamo" else "runs eager"
 
     def report(event: str, detail: Any) -> None:
         if event == "grad":
@@ -215,7 +229,7 @@ def _reporter(fn: Any) -> Callable[[str, Any], None]:
         elif event == "modes":
             text = f"{name}: a torch function or dispatch mode is active around the call, so it runs eager"
         else:
-            text = f"{name}: runs eager: {detail}"
+            text = f"{name}: {how}: {detail}"
         warnings.warn(text, ThunderWarning, stacklevel=2)
 
     return report

@@ -61,7 +61,7 @@ def bisect(fn: Any, *args: Any, executors: Sequence[Any], **kwargs: Any) -> Guil
         nonlocal tried
         tried += 1
         one = _Run(fn, args, kwargs, seed)
-        one.fn = thunder.jit(one.fn, **options)
+        one.fn = thunder.jit(one.fn, fallback="error", **options)
         with torch.random.fork_rng():
             one.run()
         return one, one.fn

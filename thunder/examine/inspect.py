@@ -73,7 +73,7 @@ class Examination:
         import thunder
 
         ours = _Run(self.fn, args, kwargs, seed)
-        ours.fn = compiled = thunder.jit(ours.fn, executors=self.executors, tier="block")
+        ours.fn = compiled = thunder.jit(ours.fn, executors=self.executors, tier="block", fallback="error")
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always", ThunderWarning)
             ours.run()

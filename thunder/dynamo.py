@@ -1,0 +1,54 @@
+"""Thunder under ``torch.compile``: Dynamo follows the Python, thunder compiles the graphs.
+
+::
+
+    compiled = torch.compile(model, backend=thunder.dynamo.backend)
+
+Dynamo breaks a program where values of tensors steer it or where it has effects, runs that part in Python, and hands
+over the graphs in between; each becomes a program of ``thunder.jit``. That is what ``thunder.jit(fallback="dynamo")``,
+the default, does with a callable that cannot be captured whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def backend(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable:
+    """A backend of ``torch.compile``.
+
+    Args:
+        graph: what Dynamo found, as a module of torch operations.
+        example_inputs: its inputs, not looked at.
+        options: of ``thunder.jit``, by ``functools.partial(thunder.dynamo.backend, executors=[...])``.
+    """
+    import thunder
+
+    _ = graph.code  # a lazy graph module writes its code when it is first used: not in the middle of a capture
+    return thunder.jit(graph, **{"fallback": "eager", **options})
+
+
+class Fallback:
+    """What runs a callable that cannot be captured: made at the first call."""
+
+    def __init__(self, fn: Callable, options: dict[str, Any]) -> None:
+        self.fn = fn
+        self.options = options
+        self.compiled: Callable | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        if self.compiled is None:
+            self.compiled = torch.compile(self._plain(), backend=self._backend)
+        return self.compiled(*args, **kwargs)
+
+    def _plain(self) -> Callable:
+        """A function: torch.compile would take a module to be another one."""
+        fn = self.fn
+        return (lambda *args, **kwargs: fn(*args, **kwargs)) if isinstance(fn, torch.nn.Module) else fn
+
+    def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable:
+        return backend(graph, example_inputs, **self.options)

@@ -111,6 +111,18 @@ void thx_custom_leave(thx *x);
 /* ---- pool.c ---- */
 PyObject *thx_pool_fake(thx_recorder *r, th_typeref type); /* for a value of our own rules: new reference */
 
+/* ---- purity.c: what a capture must not do, because later calls would not do it again ---- */
+typedef struct thx_purity { /* the profiler of Python that was set before */
+    Py_tracefunc before;
+    PyObject *argument;
+    PyObject *numpy; /* the state of numpy's global generator; NULL: numpy is not there */
+} thx_purity;
+void thx_purity_begin(thx_recorder *r, thx_purity *p);
+/* rc: of the run. -1 with an exception when it drew numbers from numpy's global generator, which is put back. */
+int thx_purity_end(thx_recorder *r, thx_purity *p);
+int thx_purity_init(thx *x);
+bool thx_is_torch_file(const char *path); /* torch's or our own: recorder.c */
+
 /* ---- random.c: seeding inside captured code ---- */
 int thx_random_begin(thx_recorder *r);
 int thx_random_before(thx_recorder *r); /* before a random operation is recorded, and at the end of a capture */

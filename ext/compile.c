@@ -200,6 +200,15 @@ static int find_identical(compile *k) {
     return 0;
 }
 
+static int refuse_iterators(compile *k) {
+    const char *kind = thx_guards_iterator(k->e->guards);
+    char text[120];
+    if (!kind) return 0;
+    snprintf(text, sizeof text, "an iterator (%.80s) from outside the function", kind);
+    return thx_capture_error(k->r, text, "each use moves it on, and where it is cannot be watched",
+                             "make it inside the function, or pass what it gives as an argument");
+}
+
 static int capture(compile *k) {
     thx *x = k->x;
     PyObject *params = thx_guards_params(x, k->e->guards);
@@ -211,10 +220,11 @@ static int capture(compile *k) {
     k->r = thx_recorder_new(x, params);
     Py_XDECREF(params);
     if (!k->r || build_fake_args(k) < 0) return -1;
-    int rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
+    int rc = refuse_iterators(k);
+    if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     if (rc < 0) PyErr_Fetch(&type, &value, &trace);
-    int undone = thx_guards_restore(k->e->guards, rc < 0 ? NULL : on_change, k);
+    int undone = thx_guards_restore(k->x, k->e->guards, rc < 0 ? NULL : on_change, k);
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);

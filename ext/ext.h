@@ -93,6 +93,9 @@ typedef struct thx {
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
     int dict_watcher;       /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *empty_set;    /* the copy of every set that is empty, for guards */
+    PyObject *impure;       /* dict: id of a C function -> (the function, why it is impure) */
+    PyTypeObject *generators[4]; /* whose methods draw random numbers that are not torch's; NULL at the end */
+    PyObject *read_environment;  /* code of os.environ[...] */
     PyObject *module_dicts; /* frozenset: the dictionaries that every nn.Module has */
     PyObject *watch_counts; /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;

@@ -104,6 +104,11 @@ void thx_guards_free(thx *x, thx_guards *g) {
         Py_DECREF(g->scopes.items[i].copy);
         Py_DECREF(g->scopes.items[i].absent);
     }
+    for (uint32_t i = 0; i < g->others.count; i++) {
+        Py_DECREF(g->others.items[i].object);
+        Py_DECREF(g->others.items[i].copy);
+        Py_XDECREF(g->others.items[i].name);
+    }
     for (uint32_t i = 0; i < g->modules.count; i++) Py_DECREF(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
@@ -117,6 +122,7 @@ void thx_guards_free(thx *x, thx_guards *g) {
     PyMem_Free(g->objects.items);
     PyMem_Free(g->cells.items);
     PyMem_Free(g->scopes.items);
+    PyMem_Free(g->others.items);
     PyMem_Free(g->modules.items);
     PyMem_Free(g->tensors.items);
     PyMem_Free(g->bounds.items);
@@ -147,6 +153,10 @@ int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg) {
         Py_VISIT(g->scopes.items[i].copy);
         Py_VISIT(g->scopes.items[i].absent);
     }
+    for (uint32_t i = 0; i < g->others.count; i++) {
+        Py_VISIT(g->others.items[i].object);
+        Py_VISIT(g->others.items[i].copy);
+    }
     for (uint32_t i = 0; i < g->modules.count; i++) Py_VISIT(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_VISIT(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
@@ -164,6 +174,8 @@ bool thx_guards_knows(const thx_guards *g, PyObject *o) {
         if (g->sequences.items[i].object == o) return true;
     for (uint32_t i = 0; i < g->objects.count; i++)
         if (g->objects.items[i].object == o) return true;
+    for (uint32_t i = 0; i < g->others.count; i++)
+        if (g->others.items[i].object == o) return true;
     return false;
 }
 
@@ -252,6 +264,7 @@ uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
     return g->bounds.count;
 }
 uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
+const char *thx_guards_iterator(const thx_guards *g) { return g->iterator ? g->iterator->tp_name : NULL; }
 const char *thx_guards_reason(const thx_guards *g) { return g->reason; }
 
 /* ---- checking ---- */
@@ -322,6 +335,13 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
         Py_XDECREF(text);
         return false;
     }
+    PyObject *key, *value;
+    Py_ssize_t place = 0;
+    for (Py_ssize_t at = 0; PyDict_Next(w->dict, &at, &key, &value); place++)
+        if (key != w->items[2 * place] && !thx_same_value(key, w->items[2 * place])) {
+            snprintf(g->reason, sizeof g->reason, "the order of a dictionary changed");
+            return false;
+        }
     w->tag = thx_watch_tag(w->dict);
     return true;
 }
@@ -372,6 +392,11 @@ int thx_guards_check(thx *x, thx_guards *g) {
         if (Py_TYPE(g->objects.items[i].object) != g->objects.items[i].type) {
             snprintf(g->reason, sizeof g->reason, "an object of type %.100s changed its class",
                      g->objects.items[i].type->tp_name);
+            return 0;
+        }
+    for (uint32_t i = 0; i < g->others.count; i++)
+        if (!thx_watch_other_holds(x, &g->others.items[i])) {
+            snprintf(g->reason, sizeof g->reason, "%s changed", thx_watch_other_text(&g->others.items[i]));
             return 0;
         }
     for (uint32_t i = 0; i < g->cells.count; i++)

@@ -12,6 +12,8 @@ thx_guards *thx_guards_new(thx *x, PyObject *roots);
 void thx_guards_free(thx *x, thx_guards *g);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
+/* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */
+const char *thx_guards_iterator(const thx_guards *g);
 const char *thx_guards_reason(const thx_guards *g);
 /* Parameters and buffers of the outermost modules. dict: id of a tensor -> (dict, key, dotted name); new reference. */
 PyObject *thx_guards_params(thx *x, const thx_guards *g);
@@ -31,7 +33,7 @@ uint64_t thx_guards_generation(const thx_guards *g); /* changes when a bound ten
  * differed (before or after NULL: absent), and of each list, set and cell (then key is None). changed NULL: put back
  * only. -1 when changed said so. */
 typedef int (*thx_change_fn)(void *user, PyObject *owner, PyObject *key, PyObject *before, PyObject *after);
-int thx_guards_restore(thx_guards *g, thx_change_fn changed, void *user);
+int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user);
 void thx_guards_fini(thx *x);
 
 #endif

@@ -11,7 +11,7 @@
 static bool is_leaf(thx *x, PyObject *o) {
     PyTypeObject *t = Py_TYPE(o);
     return o == Py_None || t == &PyBool_Type || t == &PyLong_Type || t == &PyFloat_Type || t == &PyUnicode_Type ||
-           t == &PyBytes_Type || PyType_Check(o) || PyCFunction_Check(o) || PyModule_Check(o) || t == x->Dtype ||
+           t == &PyBytes_Type || PyCFunction_Check(o) || PyModule_Check(o) || t == x->Dtype ||
            t == x->Device || t == x->Size || PyCode_Check(o);
 }
 
@@ -127,14 +127,35 @@ static int walk_sequence(walker *w, PyObject *o, int depth) {
     return 0;
 }
 
+static int walk_deque(walker *w, PyObject *o, int depth) {
+    if (PyObject_Size(o) > MAX_WATCHED) return 0;
+    if (thx_watch_other(w->x, w->g, WATCH_DEQUE, o, NULL) < 0) return -1;
+    PyObject *copy = w->g->others.items[w->g->others.count - 1].copy;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(copy); i++)
+        if (walk(w, PyTuple_GET_ITEM(copy, i), depth + 1) < 0) return -1;
+    return 0;
+}
+
+/* Arrays and bytes; large ones count as data. */
+static int walk_buffer(walker *w, PyObject *o) {
+    if (thx_watch_other(w->x, w->g, WATCH_BUFFER, o, NULL) == 0) return 0;
+    if (!PyErr_ExceptionMatches(PyExc_Exception)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
 /* ---- functions ---- */
 
-/* Code of Python's own library, of and of installed packages. */
+/* Of Python's own library, and of installed packages. */
+static bool is_library_file(thx *x, const char *file) {
+    return !file || strncmp(file, "<frozen", 7) == 0 || strstr(file, "/site-packages/") ||
+           strstr(file, "/dist-packages/") || (x->library && strncmp(file, x->library, strlen(x->library)) == 0);
+}
+
 static bool is_library(thx *x, PyObject *code) {
     const char *file = PyUnicode_AsUTF8(((PyCodeObject *)code)->co_filename);
     PyErr_Clear();
-    return !file || strncmp(file, "<frozen", 7) == 0 || strstr(file, "/site-packages/") ||
-           strstr(file, "/dist-packages/") || (x->library && strncmp(file, x->library, strlen(x->library)) == 0);
+    return is_library_file(x, file);
 }
 
 static watch_scope *scope_of(walker *w, PyObject *dict) {
@@ -160,10 +181,38 @@ static int walk_name(walker *w, PyObject *globals, PyObject *name, int depth) {
     return PyDict_SetItem(scope->copy, name, value) < 0 ? -1 : walk(w, value, depth + 1);
 }
 
+/* A module of the user's: config.scale. */
+static bool is_users_module(thx *x, PyObject *o) {
+    PyObject *dict = o && PyModule_Check(o) ? PyModule_GetDict(o) : NULL; /* borrowed */
+    if (!dict || o == x->torch) return false;
+    PyObject *file = PyDict_GetItemString(dict, "__file__");
+    if (!file) { /* made by hand, or built in */
+        PyObject *spec = PyDict_GetItemString(dict, "__spec__");
+        return !spec || spec == Py_None;
+    }
+    const char *path = PyUnicode_Check(file) ? PyUnicode_AsUTF8(file) : NULL;
+    PyErr_Clear();
+    return path && !is_library_file(x, path);
+}
+
+/* What code names of a module that it can reach. */
+static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
+    if (!is_users_module(w->x, module)) return 0;
+    PyObject *dict = PyModule_GetDict(module);
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(code->co_names, i);
+        if (PyDict_Contains(dict, name) == 1) rc = walk_name(w, dict, name, depth);
+    }
+    return rc;
+}
+
 static int walk_code(walker *w, PyCodeObject *code, PyObject *globals, int depth) {
     int rc = 0;
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
         rc = walk_name(w, globals, PyTuple_GET_ITEM(code->co_names, i), depth);
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
+        rc = walk_module_names(w, PyDict_GetItemWithError(globals, PyTuple_GET_ITEM(code->co_names, i)), code, depth);
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_consts); i++) {
         PyObject *inner = PyTuple_GET_ITEM(code->co_consts, i);
         if (PyCode_Check(inner)) rc = walk_code(w, (PyCodeObject *)inner, globals, depth);
@@ -184,12 +233,15 @@ static int walk_cell(walker *w, PyObject *cell, int depth) {
 static int walk_function(walker *w, PyObject *function, int depth) {
     PyObject *code = PyFunction_GET_CODE(function), *closure = PyFunction_GET_CLOSURE(function);
     PyObject *parts[] = {PyFunction_GET_DEFAULTS(function), PyFunction_GET_KW_DEFAULTS(function)};
-    int rc = 0;
+    bool library = is_library(w->x, code);
+    int rc = library ? 0 : thx_watch_other(w->x, w->g, WATCH_FUNCTION, function, NULL);
     for (int i = 0; i < 2 && rc == 0; i++) rc = parts[i] ? walk(w, parts[i], depth + 1) : 0;
-    for (Py_ssize_t i = 0; rc == 0 && closure && i < PyTuple_GET_SIZE(closure); i++)
+    for (Py_ssize_t i = 0; rc == 0 && closure && i < PyTuple_GET_SIZE(closure); i++) {
         rc = walk_cell(w, PyTuple_GET_ITEM(closure, i), depth);
-    if (rc == 0 && !is_library(w->x, code))
-        rc = walk_code(w, (PyCodeObject *)code, PyFunction_GET_GLOBALS(function), depth);
+        if (rc == 0 && !library)
+            rc = walk_module_names(w, PyCell_GET(PyTuple_GET_ITEM(closure, i)), (PyCodeObject *)code, depth);
+    }
+    if (rc == 0 && !library) rc = walk_code(w, (PyCodeObject *)code, PyFunction_GET_GLOBALS(function), depth);
     return rc;
 }
 
@@ -230,15 +282,79 @@ static int walk_module_dict(walker *w, PyObject *dict, int depth) {
     return walk_dict(w, dict, depth);
 }
 
+/* ---- classes ---- */
+
+static PyObject *inside(PyObject *value) { /* of a property, a static or a class method: borrowed, or the value */
+    static const char *const names[] = {"fget", "__func__", "func", NULL};
+    PyTypeObject *t = Py_TYPE(value);
+    if (t != &PyProperty_Type && t != &PyStaticMethod_Type && t != &PyClassMethod_Type) return value;
+    PyObject *found = NULL;
+    for (int i = 0; names[i] && !found; i++) {
+        found = PyObject_GetAttrString(value, names[i]);
+        PyErr_Clear();
+    }
+    Py_XDECREF(found); /* the value holds it */
+    return found ? found : value;
+}
+
+/* Classes of libraries count by what they are; of others the methods are followed too. */
+static bool is_users_class(thx *x, PyTypeObject *type) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(type->tp_dict, &at, &key, &value);)
+        if (PyFunction_Check(inside(value))) return !is_library(x, PyFunction_GET_CODE(inside(value)));
+    PyObject *name = PyDict_GetItemWithError(type->tp_dict, x->n.module);
+    PyObject *module = name ? PyDict_GetItemWithError(PyImport_GetModuleDict(), name) : NULL;
+    bool users = module && (is_users_module(x, module) || PyDict_GetItemString(PyModule_GetDict(module), "__file__") == NULL);
+    PyErr_Clear();
+    return users;
+}
+
+static int walk_class(walker *w, PyTypeObject *type, int depth) {
+    PyObject *mro = type->tp_mro, *key, *value;
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && mro && i < PyTuple_GET_SIZE(mro); i++) {
+        PyTypeObject *base = (PyTypeObject *)PyTuple_GET_ITEM(mro, i);
+        if (!PyType_Check((PyObject *)base) || !(base->tp_flags & Py_TPFLAGS_HEAPTYPE)) continue;
+        if ((rc = first_visit(w, (PyObject *)base)) <= 0) continue;
+        rc = thx_watch_other(w->x, w->g, WATCH_CLASS, (PyObject *)base, NULL);
+        if (rc < 0 || !is_users_class(w->x, base)) continue;
+        PyObject *items = PyDict_Copy(base->tp_dict);
+        rc = items ? 0 : -1;
+        for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(items, &at, &key, &value);) rc = walk(w, inside(value), depth + 1);
+        Py_XDECREF(items);
+    }
+    return rc;
+}
+
+/* Attributes in slots. */
+static int walk_slots(walker *w, PyObject *o, int depth) {
+    PyObject *mro = Py_TYPE(o)->tp_mro, *key, *value;
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && mro && i < PyTuple_GET_SIZE(mro); i++) {
+        PyTypeObject *base = (PyTypeObject *)PyTuple_GET_ITEM(mro, i);
+        if (!(base->tp_flags & Py_TPFLAGS_HEAPTYPE)) continue;
+        for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(base->tp_dict, &at, &key, &value);) {
+            if (Py_TYPE(value) != &PyMemberDescr_Type) continue;
+            rc = thx_watch_other(w->x, w->g, WATCH_SLOT, o, key);
+            PyObject *held = rc == 0 ? w->g->others.items[w->g->others.count - 1].copy : NULL;
+            if (held && held != Py_NotImplemented) rc = walk(w, held, depth + 1);
+        }
+    }
+    return rc;
+}
+
 static int walk_object(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     PyObject *dict = PyObject_GetAttr(o, w->x->n.dict);
-    if (!dict || !PyDict_Check(dict)) {
-        PyErr_Clear();
+    if (!dict) PyErr_Clear();
+    int rc = walk_class(w, Py_TYPE(o), depth);
+    if (rc == 0) rc = walk_slots(w, o, depth);
+    if (rc < 0 || !dict || !PyDict_Check(dict)) {
+        if (rc == 0) PyErr_Clear();
         Py_XDECREF(dict);
-        return 0;
+        return rc;
     }
-    int rc = RESERVE(g->objects);
+    rc = RESERVE(g->objects);
     if (rc == 0) {
         g->objects.items[g->objects.count++] =
             (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o))};
@@ -250,6 +366,15 @@ static int walk_object(walker *w, PyObject *o, int depth) {
     return rc;
 }
 
+/* Python's own iterators: each use moves them on. */
+static bool is_iterator(PyObject *o) {
+    const char *name = Py_TYPE(o)->tp_name, *end = strrchr(name, '_');
+    return PyGen_CheckExact(o) || (PyIter_Check(o) && (strncmp(name, "itertools.", 10) == 0 || Py_TYPE(o) == &PyEnum_Type ||
+                                                       Py_TYPE(o) == &PyZip_Type || Py_TYPE(o) == &PyMap_Type ||
+                                                       Py_TYPE(o) == &PyFilter_Type ||
+                                                       (end && strstr(end, "iterator"))));
+}
+
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     if (PyDict_CheckExact(o)) { /* holds no attributes */
@@ -257,6 +382,11 @@ static int walk(walker *w, PyObject *o, int depth) {
         return fresh == 1 ? walk_dict(w, o, depth) : fresh;
     }
     if (is_leaf(w->x, o) || depth > 64) return 0;
+    if (PyType_Check(o)) {
+        PyTypeObject *type = (PyTypeObject *)o;
+        bool users = type->tp_flags & Py_TPFLAGS_HEAPTYPE && !PyObject_TypeCheck(o, w->x->NnModule);
+        return users && is_users_class(w->x, type) ? walk_class(w, type, depth) : 0;
+    }
     int fresh = first_visit(w, o);
     if (fresh <= 0) return fresh;
     if (thx_is_tensor(w->x, o)) {
@@ -265,13 +395,17 @@ static int walk(walker *w, PyObject *o, int depth) {
         return 0;
     }
     if (PyFunction_Check(o)) return walk_function(w, o, depth);
+    if (is_iterator(o)) return g->iterator = Py_TYPE(o), 0;
     if (PyMethod_Check(o))
         return walk(w, PyMethod_GET_SELF(o), depth + 1) < 0 ? -1 : walk(w, PyMethod_GET_FUNCTION(o), depth + 1);
     if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
         return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0
                    ? -1
                    : walk_attribute(w, o, "keywords", depth);
+    if (PyODict_CheckExact(o) && PyDict_GET_SIZE(o) < 64 && thx_watch_other(w->x, g, WATCH_ORDER, o, NULL) < 0) return -1;
     if (PyDict_Check(o) && walk_dict(w, o, depth) < 0) return -1;
+    if (strcmp(Py_TYPE(o)->tp_name, "collections.deque") == 0) return walk_deque(w, o, depth);
+    if (PyObject_CheckBuffer(o) && !PyBytes_Check(o)) return walk_buffer(w, o);
     if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o)) return walk_sequence(w, o, depth);
     if (is_foreign_cached(w, o)) return 0;
     bool outermost = !w->in_module && PyObject_TypeCheck(o, w->x->NnModule);

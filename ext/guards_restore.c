@@ -118,7 +118,15 @@ static int restore_scope(watch_scope *s, thx_change_fn changed, void *user) {
     return rc;
 }
 
-int thx_guards_restore(thx_guards *g, thx_change_fn changed, void *user) {
+static int restore_other(thx *x, watch_other *w, thx_change_fn changed, void *user) {
+    if (thx_watch_other_holds(x, w)) return 0;
+    pending error = hold_error();
+    thx_watch_other_put_back(w);
+    release_error(error);
+    return changed ? changed(user, w->object, Py_None, w->copy, NULL) : 0;
+}
+
+int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user) {
     int rc = 0;
     for (uint32_t i = 0; i < g->dicts.count; i++)
         if (!HAVE_VERSION_TAGS || thx_watch_tag(g->dicts.items[i].dict) != g->dicts.items[i].tag)
@@ -130,5 +138,7 @@ int thx_guards_restore(thx_guards *g, thx_change_fn changed, void *user) {
         rc |= restore_sequence(&g->sequences.items[i], rc == 0 ? changed : NULL, user);
     for (uint32_t i = 0; i < g->cells.count; i++)
         rc |= restore_cell(&g->cells.items[i], rc == 0 ? changed : NULL, user);
+    for (uint32_t i = 0; i < g->others.count; i++)
+        rc |= restore_other(x, &g->others.items[i], rc == 0 ? changed : NULL, user);
     return rc ? -1 : 0;
 }

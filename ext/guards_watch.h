@@ -35,6 +35,14 @@ typedef struct watch_scope {        /* globals that code names */
     uint64_t tag;
 } watch_scope;
 
+typedef enum watch_kind { WATCH_FUNCTION, WATCH_CLASS, WATCH_ORDER, WATCH_DEQUE, WATCH_BUFFER, WATCH_SLOT } watch_kind;
+
+typedef struct watch_other {
+    uint8_t kind;
+    unsigned version; /* of a class */
+    PyObject *object, *copy, *name; /* name: of a slot, else NULL */
+} watch_other;
+
 typedef struct bound {
     PyObject *dict, *key; /* owned; NULL for a constant */
     int32_t dtype, device_type, device_index;
@@ -54,10 +62,12 @@ struct thx_guards {
     VEC(watch_object) objects;
     VEC(watch_cell) cells;
     VEC(watch_scope) scopes;
+    VEC(watch_other) others;
     VEC(PyObject *) modules; /* outermost modules (owned) */
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
     VEC(bound) bounds;
     PyObject **live; /* the bound tensors (owned), parallel to bounds: handed out as an array */
+    PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
     uint64_t generation, events;
     char reason[200];
 };
@@ -79,6 +89,12 @@ static inline uint64_t thx_watch_tag(PyObject *dict) {
 bool thx_same_value(PyObject *a, PyObject *b);
 bool thx_watch_cell_holds(const watch_cell *c);
 bool thx_watch_sequence_holds(const watch_sequence *w);
+
+/* ---- guards_other.c ---- */
+int thx_watch_other(thx *x, thx_guards *g, watch_kind kind, PyObject *object, PyObject *name);
+bool thx_watch_other_holds(thx *x, watch_other *w);
+void thx_watch_other_put_back(const watch_other *w);
+const char *thx_watch_other_text(const watch_other *w);
 
 /* guards_collect.c: everything reachable from the roots becomes watched */
 int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots);

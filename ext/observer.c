@@ -186,6 +186,7 @@ int thx_emit(thx_recorder *r, const th_op_args *op) {
 
 static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes, uint32_t nwrites) {
     thx_recorder *r = c->r;
+    if (!outs && !nwrites) effects |= TH_FX_STATE; /* what gives nothing and writes nothing is there for its effect */
     th_op_args op = {.kind = TH_OP_CALL,
                      .callee = c->callee,
                      .args = c->anode,

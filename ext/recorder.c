@@ -313,7 +313,7 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
 
 /* ---- the user's line ---- */
 
-static bool is_torch_file(const char *path) { /* torch's and our own: not what a user calls a line */
+bool thx_is_torch_file(const char *path) { /* torch's and our own: not what a user calls a line */
     static const char *const parts[] = {
         "/torch/", "/thunder/_", "/thunder/extend/", "/thunder/examine/", "/thunder/executors/", "<string>",
         "<frozen", NULL};
@@ -329,7 +329,7 @@ static const thx_code *code_of(thx *x, PyCodeObject *code) {
     const char *path = PyUnicode_AsUTF8(code->co_filename), *base = path ? strrchr(path, '/') : NULL;
     PyErr_Clear();
     Py_XSETREF(c->code, Py_NewRef((PyObject *)code));
-    c->torch = !path || is_torch_file(path);
+    c->torch = !path || thx_is_torch_file(path);
     c->file = path ? th_intern_z(x->ctx, base ? base + 1 : path) : 0;
     return c;
 }
@@ -406,6 +406,7 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
 
 typedef struct surroundings { /* state of torch that is different while a program is captured */
     PyObject *previous, *compiler, *compiling, *script;
+    thx_purity purity;
 } surroundings;
 
 static int set_script_optimize(thx *x, PyObject *on) {
@@ -437,6 +438,7 @@ static int enter(thx_recorder *r, surroundings *s) {
     x->active = (PyObject *)r;
     x->active_thread = PyThread_get_thread_ident();
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
+    thx_purity_begin(r, &s->purity);
     return 0;
 }
 
@@ -444,6 +446,7 @@ static void leave(thx_recorder *r, surroundings *s) { /* keeps a pending excepti
     thx *x = r->x;
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
+    thx_purity_end(r, &s->purity);
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", s->compiling);
     set_script_optimize(x, s->script);
     thx_custom_leave(x);

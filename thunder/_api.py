@@ -92,8 +92,9 @@ def jit(
     return _compile(fn, settings)
 
 
-def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> Any:
-    """What jit returns, from checked settings. transformed: the transforms have changed this module already."""
+def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False, quiet: bool = False) -> Any:
+    """What jit returns, from checked settings. transformed: the transforms have changed this module already; quiet: a
+    part of a program of which it was said already that it runs in parts."""
     transforms, cache, fallback = settings["transforms"], settings["cache"], settings["fallback"]
     is_module = isinstance(fn, torch.nn.Module)
     changing = [t for t in transforms if overrides(t, "transform_module")]
@@ -110,7 +111,7 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False) -> An
         module=fn if is_module else _bound_module(fn),
         cache=_CACHE_OPTIONS[cache],
         refused=_refused(fn, settings),
-        on_event=_reporter(fn, fallback),
+        on_event=None if quiet else _reporter(fn, fallback),
         remat=_REMAT[settings["remat"]],
         transform=trace_hook(final, lambda: result[0] if is_module else None),
         needs_transform=any(overrides(t, "transform_trace") for t in transforms),
@@ -215,8 +216,8 @@ def _refused(fn: Any, settings: dict[str, Any]) -> Callable | None:
         return None
     if settings["fallback"] == "eager":
         return fn
-    passed_on = ("executors", "remat", "verify", "tier")
-    return Fallback(fn, {name: settings[name] for name in passed_on})
+    part = {**settings, "fallback": "eager", "transforms": (), "fuel": None, "cache": "constant values"}
+    return Fallback(fn, lambda graph: _compile(graph, part, quiet=True))
 
 
 def _reporter(fn: Any, fallback: str) -> Callable[[str, Any], None]:

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+# Graphs end where values become numbers and where shapes depend on values: that part is Python's.
+_BREAKS = {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False}
+
 
 def backend(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable:
     """A backend of ``torch.compile``.
@@ -34,16 +37,17 @@ def backend(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: A
 class Fallback:
     """What runs a callable that cannot be captured: made at the first call."""
 
-    def __init__(self, fn: Callable, options: dict[str, Any]) -> None:
+    def __init__(self, fn: Callable, compile_part: Callable[[torch.fx.GraphModule], Callable]) -> None:
         self.fn = fn
-        self.options = options
+        self.compile_part = compile_part
         self.compiled: Callable | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
         if self.compiled is None:
             self.compiled = torch.compile(self._plain(), backend=self._backend)
-        return self.compiled(*args, **kwargs)
+        with torch._dynamo.config.patch(**_BREAKS):
+            return self.compiled(*args, **kwargs)
 
     def _plain(self) -> Callable:
         """A function: torch.compile would take a module to be another one."""
@@ -51,4 +55,5 @@ class Fallback:
         return (lambda *args, **kwargs: fn(*args, **kwargs)) if isinstance(fn, torch.nn.Module) else fn
 
     def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        return backend(graph, example_inputs, **self.options)
+        _ = graph.code
+        return self.compile_part(graph)

@@ -1,0 +1,167 @@
+/* What is watched besides dictionaries, lists, sets and variables: classes, functions, the order of ordered
+ * dictionaries, deques, arrays and bytes, attributes in slots. Each kind has a copy of what it was and a way to tell
+ * and to put it back. */
+#include "guards_watch.h"
+
+#include <string.h>
+
+enum { MAX_BUFFER = 1 << 16 }; /* bytes that are compared at every call */
+
+static PyObject *function_parts(PyObject *f) {
+    PyObject *defaults = PyFunction_GET_DEFAULTS(f), *keywords = PyFunction_GET_KW_DEFAULTS(f);
+    return PyTuple_Pack(3, PyFunction_GET_CODE(f), defaults ? defaults : Py_None, keywords ? keywords : Py_None);
+}
+
+static PyObject *bytes_of(PyObject *o) {
+    PyObject *view = PyMemoryView_FromObject(o), *bytes = NULL;
+    Py_buffer *b = view ? PyMemoryView_GET_BUFFER(view) : NULL;
+    if (b && b->len <= MAX_BUFFER) bytes = PyObject_CallMethod(view, "tobytes", NULL);
+    if (b && b->len > MAX_BUFFER) PyErr_SetString(PyExc_BufferError, "too large");
+    Py_XDECREF(view);
+    return bytes;
+}
+
+static PyObject *read_slot(PyObject *o, PyObject *name) {
+    PyObject *value = PyObject_GetAttr(o, name);
+    if (value) return value;
+    PyErr_Clear();
+    return Py_NewRef(Py_NotImplemented); /* not assigned */
+}
+
+static PyObject *copy_of(watch_kind kind, PyObject *o, PyObject *name) {
+    switch (kind) {
+    case WATCH_FUNCTION: return function_parts(o);
+    case WATCH_CLASS: return PyDict_Copy(((PyTypeObject *)o)->tp_dict);
+    case WATCH_ORDER:
+    case WATCH_DEQUE: return PySequence_Tuple(o);
+    case WATCH_BUFFER: return bytes_of(o);
+    default: return read_slot(o, name);
+    }
+}
+
+/* A number that changes whenever an attribute of the class or of a base does; 0: it has none now. */
+static unsigned class_version(PyTypeObject *type) {
+#if PY_VERSION_HEX < 0x030C0000
+    return type->tp_flags & Py_TPFLAGS_VALID_VERSION_TAG ? type->tp_version_tag : 0;
+#else
+    return type->tp_version_tag;
+#endif
+}
+
+static unsigned new_class_version(thx *x, PyTypeObject *type) {
+    if (!class_version(type)) (void)_PyType_Lookup(type, x->n.dict); /* a look-up stamps it */
+    return class_version(type);
+}
+
+int thx_watch_other(thx *x, thx_guards *g, watch_kind kind, PyObject *o, PyObject *name) {
+    if (RESERVE(g->others) < 0) return -1;
+    PyObject *copy = copy_of(kind, o, name);
+    if (!copy) return -1;
+    unsigned version = kind == WATCH_CLASS ? new_class_version(x, (PyTypeObject *)o) : 0;
+    g->others.items[g->others.count++] =
+        (watch_other){(uint8_t)kind, version, Py_NewRef(o), copy, Py_XNewRef(name)};
+    return 0;
+}
+
+static bool same_items(PyObject *a, PyObject *b) { /* tuples */
+    Py_ssize_t n = PyTuple_GET_SIZE(a);
+    if (n != PyTuple_GET_SIZE(b)) return false;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (!thx_same_value(PyTuple_GET_ITEM(a, i), PyTuple_GET_ITEM(b, i))) return false;
+    return true;
+}
+
+static bool same_class(const watch_other *w) {
+    PyObject *now = ((PyTypeObject *)w->object)->tp_dict, *key, *old;
+    if (PyDict_GET_SIZE(now) != PyDict_GET_SIZE(w->copy)) return false;
+    for (Py_ssize_t at = 0; PyDict_Next(w->copy, &at, &key, &old);) {
+        PyObject *value = PyDict_GetItemWithError(now, key);
+        if (!value || !thx_same_value(old, value)) return PyErr_Clear(), false;
+    }
+    return true;
+}
+
+bool thx_watch_other_holds(thx *x, watch_other *w) {
+    if (w->kind == WATCH_CLASS) {
+        if (w->version && class_version((PyTypeObject *)w->object) == w->version) return true;
+        if (!same_class(w)) return false;
+        w->version = new_class_version(x, (PyTypeObject *)w->object);
+        return true;
+    }
+    if (w->kind == WATCH_FUNCTION) { /* without making anything: there are many */
+        PyObject *d = PyFunction_GET_DEFAULTS(w->object), *k = PyFunction_GET_KW_DEFAULTS(w->object);
+        return PyFunction_GET_CODE(w->object) == PyTuple_GET_ITEM(w->copy, 0) &&
+               (d ? d : Py_None) == PyTuple_GET_ITEM(w->copy, 1) && (k ? k : Py_None) == PyTuple_GET_ITEM(w->copy, 2);
+    }
+    PyObject *now = copy_of((watch_kind)w->kind, w->object, w->name);
+    bool same = now && (w->kind == WATCH_SLOT     ? thx_same_value(w->copy, now)
+                        : w->kind == WATCH_BUFFER ? PyObject_RichCompareBool(w->copy, now, Py_EQ) == 1
+                                                  : same_items(w->copy, now));
+    PyErr_Clear();
+    Py_XDECREF(now);
+    return same;
+}
+
+/* ---- putting back ---- */
+
+static void put_back_class(const watch_other *w) {
+    PyObject *now = PyDict_Copy(((PyTypeObject *)w->object)->tp_dict), *key, *value;
+    for (Py_ssize_t at = 0; now && PyDict_Next(now, &at, &key, &value);)
+        if (!PyDict_GetItemWithError(w->copy, key)) (void)PyObject_SetAttr(w->object, key, NULL);
+    for (Py_ssize_t at = 0; now && PyDict_Next(w->copy, &at, &key, &value);)
+        if (PyDict_GetItemWithError(now, key) != value) (void)PyObject_SetAttr(w->object, key, value);
+    Py_XDECREF(now);
+}
+
+static void put_back_function(const watch_other *w) {
+    static const char *const names[] = {"__code__", "__defaults__", "__kwdefaults__"};
+    for (int i = 0; i < 3; i++) (void)PyObject_SetAttrString(w->object, names[i], PyTuple_GET_ITEM(w->copy, i));
+}
+
+static void put_back_contents(const watch_other *w, const char *add) {
+    PyObject *done = PyObject_CallMethod(w->object, "clear", NULL);
+    Py_XDECREF(done);
+    done = done ? PyObject_CallMethod(w->object, add, "(O)", w->copy) : NULL;
+    Py_XDECREF(done);
+}
+
+static void put_back_order(const watch_other *w) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(w->copy); i++) {
+        PyObject *done = PyObject_CallMethod(w->object, "move_to_end", "O", PyTuple_GET_ITEM(w->copy, i));
+        PyErr_Clear(); /* a key that the dictionary's own guard brings back */
+        Py_XDECREF(done);
+    }
+}
+
+static void put_back_buffer(const watch_other *w) {
+    if (PyByteArray_Check(w->object)) {
+        put_back_contents(w, "extend");
+        return;
+    }
+    Py_buffer b;
+    if (PyObject_GetBuffer(w->object, &b, PyBUF_WRITABLE | PyBUF_SIMPLE) < 0) return;
+    if (b.len == PyBytes_GET_SIZE(w->copy)) memcpy(b.buf, PyBytes_AS_STRING(w->copy), (size_t)b.len);
+    PyBuffer_Release(&b);
+}
+
+void thx_watch_other_put_back(const watch_other *w) {
+    switch ((watch_kind)w->kind) {
+    case WATCH_CLASS: put_back_class(w); break;
+    case WATCH_FUNCTION: put_back_function(w); break;
+    case WATCH_DEQUE: put_back_contents(w, "extend"); break;
+    case WATCH_ORDER: put_back_order(w); break;
+    case WATCH_BUFFER: put_back_buffer(w); break;
+    case WATCH_SLOT:
+        (void)PyObject_SetAttr(w->object, w->name, w->copy == Py_NotImplemented ? NULL : w->copy);
+        break;
+    }
+    PyErr_Clear();
+}
+
+const char *thx_watch_other_text(const watch_other *w) {
+    static const char *const texts[] = {
+        [WATCH_FUNCTION] = "the code or the defaults of a function", [WATCH_CLASS] = "an attribute of a class",
+        [WATCH_ORDER] = "the order of a dictionary",                 [WATCH_DEQUE] = "a deque",
+        [WATCH_BUFFER] = "an array or bytes",                        [WATCH_SLOT] = "an attribute of an object"};
+    return texts[w->kind];
+}

@@ -1,0 +1,196 @@
+/* What a capture must not do: print, read the clock, draw from Python's or numpy's generators, open files, read the
+ * environment. It would happen once, and the calls that follow would not do it again.
+ *
+ * Python's profiler tells of each call before it is made. Raising there keeps the effect from happening: the call of
+ * the program then goes to its fallback, where it happens as in eager.
+ */
+#include "capture.h"
+
+#include <frameobject.h>
+#include <string.h>
+
+typedef struct impure_name {
+    const char *module, *name, *why;
+} impure_name;
+
+static const char prints[] = "it prints", waits[] = "it waits for input", clock_[] = "it reads the clock",
+                  files[] = "it opens a file", system_[] = "it asks the operating system";
+
+static const impure_name impure_names[] = {
+    {"builtins", "print", prints},     {"builtins", "input", waits},      {"io", "open", files},
+    {"time", "time", clock_},          {"time", "time_ns", clock_},       {"time", "perf_counter", clock_},
+    {"time", "perf_counter_ns", clock_}, {"time", "monotonic", clock_},   {"time", "monotonic_ns", clock_},
+    {"time", "process_time", clock_},  {"time", "localtime", clock_},     {"time", "sleep", clock_},
+    {"os", "urandom", system_},        {"os", "getpid", system_},         {"os", "remove", system_},
+    {"os", "listdir", system_},        {"os", "getenv", system_},         {NULL, NULL, NULL}};
+
+int thx_purity_init(thx *x) {
+    x->impure = PyDict_New();
+    if (!x->impure) return -1;
+    for (const impure_name *n = impure_names; n->module; n++) {
+        PyObject *module = PyImport_ImportModule(n->module);
+        PyObject *function = module ? PyObject_GetAttrString(module, n->name) : NULL;
+        PyObject *id = function && PyCFunction_Check(function) ? PyLong_FromVoidPtr(function) : NULL;
+        PyObject *entry = id ? Py_BuildValue("(Os)", function, n->why) : NULL;
+        int rc = entry ? PyDict_SetItem(x->impure, id, entry) : 0;
+        PyErr_Clear(); /* one that this Python has not */
+        Py_XDECREF(entry);
+        Py_XDECREF(id);
+        Py_XDECREF(function);
+        Py_XDECREF(module);
+        if (rc < 0) return -1;
+    }
+    PyObject *random = PyImport_ImportModule("_random"), *os = PyImport_ImportModule("os");
+    x->generators[0] = random ? (PyTypeObject *)PyObject_GetAttrString(random, "Random") : NULL;
+    PyObject *environ = os ? PyObject_GetAttrString(os, "environ") : NULL;
+    PyObject *get = environ ? PyObject_GetAttrString((PyObject *)Py_TYPE(environ), "__getitem__") : NULL;
+    if (get && PyFunction_Check(get)) x->read_environment = Py_NewRef(PyFunction_GET_CODE(get));
+    PyErr_Clear();
+    Py_XDECREF(get);
+    Py_XDECREF(environ);
+    Py_XDECREF(random);
+    Py_XDECREF(os);
+    return 0;
+}
+
+/* numpy's generators, once numpy is there. */
+static void find_numpys(thx *x) {
+    static const char *const names[] = {"RandomState", "Generator"};
+    PyObject *numpy = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy.random");
+    for (int i = 0; numpy && i < 2 && !x->generators[i + 1]; i++) {
+        x->generators[i + 1] = (PyTypeObject *)PyObject_GetAttrString(numpy, names[i]);
+        PyErr_Clear();
+    }
+}
+
+static bool is_generator(const thx *x, PyObject *o) {
+    bool found = false;
+    for (int i = 0; x->generators[i] && !found; i++) found = PyObject_TypeCheck(o, x->generators[i]);
+    return found;
+}
+
+static const char *file_of(PyFrameObject *frame) { /* as long as the frame lives */
+    PyCodeObject *code = PyFrame_GetCode(frame);
+    const char *path = PyUnicode_AsUTF8(code->co_filename);
+    PyErr_Clear();
+    Py_DECREF(code); /* the frame holds it */
+    return path ? path : "";
+}
+
+static bool is_standard(const thx *x, const char *path) {
+    return strncmp(path, "<frozen", 7) == 0 ||
+           (x->library && strncmp(path, x->library, strlen(x->library)) == 0 && !strstr(path, "-packages/"));
+}
+
+/* Who makes the call: the innermost frame outside Python's own library. Torch's own calls are its own matter, and so
+ * are those of imports, warnings and logging. */
+static bool is_the_programs(const thx *x, PyFrameObject *frame, bool through_library) {
+    bool users = false;
+    Py_INCREF(frame);
+    while (frame) {
+        const char *path = file_of(frame);
+        if (!is_standard(x, path)) {
+            users = !thx_is_torch_file(path) || strcmp(path, "<string>") == 0;
+            break;
+        }
+        if (!through_library || strstr(path, "importlib") || strstr(path, "/logging/") || strstr(path, "/warnings.py"))
+            break;
+        PyFrameObject *back = PyFrame_GetBack(frame);
+        Py_SETREF(frame, back);
+    }
+    Py_XDECREF(frame);
+    return users;
+}
+
+static int refuse(thx_recorder *r, const char *what, const char *why) {
+    return thx_capture_error(r, what, why, "do it outside the compiled function");
+}
+
+static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
+    thx *x = r->x;
+    if (!PyCFunction_Check(function)) return 0;
+    const char *name = ((PyCFunctionObject *)function)->m_ml->ml_name;
+    PyObject *self = PyCFunction_GET_SELF(function);
+    char text[120];
+    if (self && !PyModule_Check(self)) {
+        if (!is_generator(x, self) || !is_the_programs(x, frame, true)) return 0;
+        snprintf(text, sizeof text, "%.60s.%.40s", Py_TYPE(self)->tp_name, name);
+        return refuse(r, text, "it draws random numbers that are not torch's, and later calls would have the same ones");
+    }
+    PyObject *id = PyLong_FromVoidPtr(function);
+    PyObject *entry = id ? PyDict_GetItemWithError(x->impure, id) : NULL;
+    Py_XDECREF(id);
+    if (!entry) return PyErr_Occurred() ? -1 : 0;
+    const char *why = PyUnicode_AsUTF8(PyTuple_GET_ITEM(entry, 1));
+    if (!why || !is_the_programs(x, frame, why == prints || strcmp(why, prints) == 0)) return 0;
+    snprintf(text, sizeof text, "%.80s", name);
+    char reason[160];
+    snprintf(reason, sizeof reason, "%s, and later calls would not do that again", why);
+    return refuse(r, text, reason);
+}
+
+static int check_call(thx_recorder *r, PyFrameObject *frame) {
+    PyCodeObject *code = PyFrame_GetCode(frame);
+    bool environment = (PyObject *)code == r->x->read_environment;
+    Py_DECREF(code);
+    if (!environment || !is_the_programs(r->x, frame, true)) return 0;
+    return refuse(r, "os.environ", "it reads the environment, and later calls would not look again");
+}
+
+static int on_event(PyObject *recorder, PyFrameObject *frame, int what, PyObject *arg) {
+    thx_recorder *r = (thx_recorder *)recorder;
+    if (r->x->active != recorder || r->deriving) return 0;
+    if (what == PyTrace_C_CALL) return check_c_call(r, frame, arg);
+    return what == PyTrace_CALL ? check_call(r, frame) : 0;
+}
+
+/* ---- numpy's global generator: its methods are no C functions that the profiler sees ---- */
+
+static PyObject *numpys(const char *method, PyObject *argument) { /* NULL without exception where there is no numpy */
+    PyObject *module = PyDict_GetItemString(PyImport_GetModuleDict(), "numpy.random"), *result = NULL;
+    if (module) result = PyObject_CallMethod(module, method, argument ? "(O)" : NULL, argument);
+    PyErr_Clear();
+    return result;
+}
+
+/* (name, array, position, ...): the same numbers next? */
+static bool same_state(PyObject *a, PyObject *b) {
+    bool same = PyTuple_Check(a) && PyTuple_Check(b) && PyTuple_GET_SIZE(a) == PyTuple_GET_SIZE(b);
+    for (Py_ssize_t i = 0; same && i < PyTuple_GET_SIZE(a); i++) {
+        PyObject *x = PyTuple_GET_ITEM(a, i), *y = PyTuple_GET_ITEM(b, i);
+        PyObject *p = i == 1 ? PyObject_CallMethod(x, "tobytes", NULL) : Py_NewRef(x);
+        PyObject *q = i == 1 ? PyObject_CallMethod(y, "tobytes", NULL) : Py_NewRef(y);
+        same = p && q && PyObject_RichCompareBool(p, q, Py_EQ) == 1;
+        Py_XDECREF(p);
+        Py_XDECREF(q);
+    }
+    PyErr_Clear();
+    return same;
+}
+
+void thx_purity_begin(thx_recorder *r, thx_purity *p) {
+    PyThreadState *state = PyThreadState_Get();
+    find_numpys(r->x);
+    p->numpy = numpys("get_state", NULL);
+    p->before = state->c_profilefunc;
+    p->argument = Py_XNewRef(state->c_profileobj);
+    PyEval_SetProfile(on_event, (PyObject *)r);
+}
+
+int thx_purity_end(thx_recorder *r, thx_purity *p) {
+    PyEval_SetProfile(p->before, p->argument);
+    Py_CLEAR(p->argument);
+    PyErr_Clear();
+    PyObject *now = p->numpy ? numpys("get_state", NULL) : NULL;
+    int rc = 0;
+    if (now && !same_state(p->numpy, now)) {
+        PyObject *done = numpys("set_state", p->numpy);
+        Py_XDECREF(done);
+        rc = refuse(r, "numpy.random",
+                    "it draws random numbers that are not torch's, and later calls would have the same ones");
+        PyErr_Clear(); /* the recorder keeps it, and raises it at the end */
+    }
+    Py_XDECREF(now);
+    Py_CLEAR(p->numpy);
+    return rc;
+}

@@ -79,7 +79,10 @@ static int replay_writes(thx *x, const thx_entry *e, th_slot *slots) {
     for (uint32_t i = 0; i < e->nwrites; i++) {
         const thx_write *w = &e->writes[i];
         PyObject *value = w->constant ? w->constant : thx_slot_object(x, &slots[w->slot]);
-        if (!value || PyDict_SetItem(w->dict, w->key, value) < 0) return -1;
+        int rc = !value                  ? -1
+                 : PyType_Check(w->dict) ? PyObject_SetAttr(w->dict, w->key, value)
+                                         : PyDict_SetItem(w->dict, w->key, value);
+        if (rc < 0) return -1;
     }
     return 0;
 }
@@ -378,7 +381,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"fn",    "module",    "cache",           "refused", "on_event",
-                            "remat", "transform", "needs_transform", "claims",         NULL};
+                            "remat", "transform", "needs_transform", "claims",  NULL};
     PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None, *refused = Py_None;
     int cache = 0, remat = TH_REMAT_AUTO, needs = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOOiOpO", names, &fn, &module, &cache, &refused, &on_event,

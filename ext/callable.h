@@ -65,9 +65,9 @@ typedef struct thx_callable_object {
     PyObject *on_event;  /* Python callable for rare things: warnings, fallback decisions */
     thx_entry *entries;  /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
-    uint8_t cache; /* 0 constant values, 1 no caching, 2 same input */
-    uint8_t remat; /* th_remat */
-    PyObject *refused; /* runs what cannot be captured; NULL: it is an error */
+    uint8_t cache;        /* 0 constant values, 1 no caching, 2 same input */
+    uint8_t remat;        /* th_remat */
+    PyObject *refused;    /* runs what cannot be captured; NULL: it is an error */
     bool needs_transform; /* the original computes something else: it is no way out */
     bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */

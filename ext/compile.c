@@ -138,7 +138,7 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
     compile *k = user;
     char text[240];
     (void)before;
-    if (!PyDict_Check(dict)) after = NULL;
+    if (!PyDict_Check(dict) && !PyType_Check(dict)) after = NULL;
     if (after && thx_is_tensor(k->x, after)) {
         thx_cell *cell = thx_recorder_cell(k->r, after);
         if (!cell) return -1;

@@ -11,8 +11,8 @@
 static bool is_leaf(thx *x, PyObject *o) {
     PyTypeObject *t = Py_TYPE(o);
     return o == Py_None || t == &PyBool_Type || t == &PyLong_Type || t == &PyFloat_Type || t == &PyUnicode_Type ||
-           t == &PyBytes_Type || PyCFunction_Check(o) || PyModule_Check(o) || t == x->Dtype ||
-           t == x->Device || t == x->Size || PyCode_Check(o);
+           t == &PyBytes_Type || PyCFunction_Check(o) || PyModule_Check(o) || t == x->Dtype || t == x->Device ||
+           t == x->Size || PyCode_Check(o);
 }
 
 /* Classes of torch other than modules, loggers and locks hold nothing that a forward's result depends on. */
@@ -304,7 +304,8 @@ static bool is_users_class(thx *x, PyTypeObject *type) {
         if (PyFunction_Check(inside(value))) return !is_library(x, PyFunction_GET_CODE(inside(value)));
     PyObject *name = PyDict_GetItemWithError(type->tp_dict, x->n.module);
     PyObject *module = name ? PyDict_GetItemWithError(PyImport_GetModuleDict(), name) : NULL;
-    bool users = module && (is_users_module(x, module) || PyDict_GetItemString(PyModule_GetDict(module), "__file__") == NULL);
+    bool users =
+        module && (is_users_module(x, module) || PyDict_GetItemString(PyModule_GetDict(module), "__file__") == NULL);
     PyErr_Clear();
     return users;
 }
@@ -320,7 +321,8 @@ static int walk_class(walker *w, PyTypeObject *type, int depth) {
         if (rc < 0 || !is_users_class(w->x, base)) continue;
         PyObject *items = PyDict_Copy(base->tp_dict);
         rc = items ? 0 : -1;
-        for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(items, &at, &key, &value);) rc = walk(w, inside(value), depth + 1);
+        for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(items, &at, &key, &value);)
+            rc = walk(w, inside(value), depth + 1);
         Py_XDECREF(items);
     }
     return rc;
@@ -369,10 +371,10 @@ static int walk_object(walker *w, PyObject *o, int depth) {
 /* Python's own iterators: each use moves them on. */
 static bool is_iterator(PyObject *o) {
     const char *name = Py_TYPE(o)->tp_name, *end = strrchr(name, '_');
-    return PyGen_CheckExact(o) || (PyIter_Check(o) && (strncmp(name, "itertools.", 10) == 0 || Py_TYPE(o) == &PyEnum_Type ||
-                                                       Py_TYPE(o) == &PyZip_Type || Py_TYPE(o) == &PyMap_Type ||
-                                                       Py_TYPE(o) == &PyFilter_Type ||
-                                                       (end && strstr(end, "iterator"))));
+    return PyGen_CheckExact(o) ||
+           (PyIter_Check(o) &&
+            (strncmp(name, "itertools.", 10) == 0 || Py_TYPE(o) == &PyEnum_Type || Py_TYPE(o) == &PyZip_Type ||
+             Py_TYPE(o) == &PyMap_Type || Py_TYPE(o) == &PyFilter_Type || (end && strstr(end, "iterator"))));
 }
 
 static int walk(walker *w, PyObject *o, int depth) {
@@ -402,7 +404,8 @@ static int walk(walker *w, PyObject *o, int depth) {
         return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0
                    ? -1
                    : walk_attribute(w, o, "keywords", depth);
-    if (PyODict_CheckExact(o) && PyDict_GET_SIZE(o) < 64 && thx_watch_other(w->x, g, WATCH_ORDER, o, NULL) < 0) return -1;
+    if (PyODict_CheckExact(o) && PyDict_GET_SIZE(o) < 64 && thx_watch_other(w->x, g, WATCH_ORDER, o, NULL) < 0)
+        return -1;
     if (PyDict_Check(o) && walk_dict(w, o, depth) < 0) return -1;
     if (strcmp(Py_TYPE(o)->tp_name, "collections.deque") == 0) return walk_deque(w, o, depth);
     if (PyObject_CheckBuffer(o) && !PyBytes_Check(o)) return walk_buffer(w, o);

@@ -58,8 +58,7 @@ int thx_watch_other(thx *x, thx_guards *g, watch_kind kind, PyObject *o, PyObjec
     PyObject *copy = copy_of(kind, o, name);
     if (!copy) return -1;
     unsigned version = kind == WATCH_CLASS ? new_class_version(x, (PyTypeObject *)o) : 0;
-    g->others.items[g->others.count++] =
-        (watch_other){(uint8_t)kind, version, Py_NewRef(o), copy, Py_XNewRef(name)};
+    g->others.items[g->others.count++] = (watch_other){(uint8_t)kind, version, Py_NewRef(o), copy, Py_XNewRef(name)};
     return 0;
 }
 
@@ -71,13 +70,21 @@ static bool same_items(PyObject *a, PyObject *b) { /* tuples */
     return true;
 }
 
+/* What we keep in a class ourselves (custom.c) is no change of it. */
+bool thx_watch_is_ours(PyObject *key) {
+    const char *name = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : NULL;
+    PyErr_Clear();
+    return name && strncmp(name, "_thunder_", 9) == 0;
+}
+
 static bool same_class(const watch_other *w) {
-    PyObject *now = ((PyTypeObject *)w->object)->tp_dict, *key, *old;
-    if (PyDict_GET_SIZE(now) != PyDict_GET_SIZE(w->copy)) return false;
-    for (Py_ssize_t at = 0; PyDict_Next(w->copy, &at, &key, &old);) {
-        PyObject *value = PyDict_GetItemWithError(now, key);
-        if (!value || !thx_same_value(old, value)) return PyErr_Clear(), false;
+    PyObject *now = ((PyTypeObject *)w->object)->tp_dict, *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(now, &at, &key, &value);) {
+        PyObject *old = thx_watch_is_ours(key) ? value : PyDict_GetItemWithError(w->copy, key);
+        if (!old || !thx_same_value(old, value)) return PyErr_Clear(), false;
     }
+    for (Py_ssize_t at = 0; PyDict_Next(w->copy, &at, &key, &value);)
+        if (!thx_watch_is_ours(key) && PyDict_Contains(now, key) != 1) return PyErr_Clear(), false;
     return true;
 }
 
@@ -107,7 +114,8 @@ bool thx_watch_other_holds(thx *x, watch_other *w) {
 static void put_back_class(const watch_other *w) {
     PyObject *now = PyDict_Copy(((PyTypeObject *)w->object)->tp_dict), *key, *value;
     for (Py_ssize_t at = 0; now && PyDict_Next(now, &at, &key, &value);)
-        if (!PyDict_GetItemWithError(w->copy, key)) (void)PyObject_SetAttr(w->object, key, NULL);
+        if (!thx_watch_is_ours(key) && !PyDict_GetItemWithError(w->copy, key))
+            (void)PyObject_SetAttr(w->object, key, NULL);
     for (Py_ssize_t at = 0; now && PyDict_Next(w->copy, &at, &key, &value);)
         if (PyDict_GetItemWithError(now, key) != value) (void)PyObject_SetAttr(w->object, key, value);
     Py_XDECREF(now);
@@ -151,17 +159,17 @@ void thx_watch_other_put_back(const watch_other *w) {
     case WATCH_DEQUE: put_back_contents(w, "extend"); break;
     case WATCH_ORDER: put_back_order(w); break;
     case WATCH_BUFFER: put_back_buffer(w); break;
-    case WATCH_SLOT:
-        (void)PyObject_SetAttr(w->object, w->name, w->copy == Py_NotImplemented ? NULL : w->copy);
-        break;
+    case WATCH_SLOT: (void)PyObject_SetAttr(w->object, w->name, w->copy == Py_NotImplemented ? NULL : w->copy); break;
     }
     PyErr_Clear();
 }
 
 const char *thx_watch_other_text(const watch_other *w) {
-    static const char *const texts[] = {
-        [WATCH_FUNCTION] = "the code or the defaults of a function", [WATCH_CLASS] = "an attribute of a class",
-        [WATCH_ORDER] = "the order of a dictionary",                 [WATCH_DEQUE] = "a deque",
-        [WATCH_BUFFER] = "an array or bytes",                        [WATCH_SLOT] = "an attribute of an object"};
+    static const char *const texts[] = {[WATCH_FUNCTION] = "the code or the defaults of a function",
+                                        [WATCH_CLASS] = "an attribute of a class",
+                                        [WATCH_ORDER] = "the order of a dictionary",
+                                        [WATCH_DEQUE] = "a deque",
+                                        [WATCH_BUFFER] = "an array or bytes",
+                                        [WATCH_SLOT] = "an attribute of an object"};
     return texts[w->kind];
 }

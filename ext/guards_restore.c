@@ -118,11 +118,31 @@ static int restore_scope(watch_scope *s, thx_change_fn changed, void *user) {
     return rc;
 }
 
+static int tell_class_changes(const watch_other *w, PyObject *after, thx_change_fn changed, void *user) {
+    PyObject *key, *now, *old;
+    int rc = 0;
+    for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(after, &at, &key, &now);) {
+        old = PyDict_GetItemWithError(w->copy, key);
+        if (!thx_watch_is_ours(key) && old != now && !(old && thx_same_value(old, now)))
+            rc = changed(user, w->object, key, old, now);
+    }
+    for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(w->copy, &at, &key, &old);)
+        if (!PyDict_GetItemWithError(after, key)) rc = changed(user, w->object, key, old, NULL);
+    return rc;
+}
+
 static int restore_other(thx *x, watch_other *w, thx_change_fn changed, void *user) {
-    if (thx_watch_other_holds(x, w)) return 0;
     pending error = hold_error();
-    thx_watch_other_put_back(w);
+    bool holds = thx_watch_other_holds(x, w), class_ = w->kind == WATCH_CLASS;
+    PyObject *after = !holds && class_ ? PyDict_Copy(((PyTypeObject *)w->object)->tp_dict) : NULL;
+    if (!holds) thx_watch_other_put_back(w);
     release_error(error);
+    if (holds) return 0;
+    if (after) {
+        int rc = changed ? tell_class_changes(w, after, changed, user) : 0;
+        Py_DECREF(after);
+        return rc;
+    }
     return changed ? changed(user, w->object, Py_None, w->copy, NULL) : 0;
 }
 

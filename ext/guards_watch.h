@@ -39,7 +39,7 @@ typedef enum watch_kind { WATCH_FUNCTION, WATCH_CLASS, WATCH_ORDER, WATCH_DEQUE,
 
 typedef struct watch_other {
     uint8_t kind;
-    unsigned version; /* of a class */
+    unsigned version;               /* of a class */
     PyObject *object, *copy, *name; /* name: of a slot, else NULL */
 } watch_other;
 
@@ -66,7 +66,7 @@ struct thx_guards {
     VEC(PyObject *) modules; /* outermost modules (owned) */
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
     VEC(bound) bounds;
-    PyObject **live; /* the bound tensors (owned), parallel to bounds: handed out as an array */
+    PyObject **live;        /* the bound tensors (owned), parallel to bounds: handed out as an array */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
     uint64_t generation, events;
     char reason[200];
@@ -94,6 +94,7 @@ bool thx_watch_sequence_holds(const watch_sequence *w);
 int thx_watch_other(thx *x, thx_guards *g, watch_kind kind, PyObject *object, PyObject *name);
 bool thx_watch_other_holds(thx *x, watch_other *w);
 void thx_watch_other_put_back(const watch_other *w);
+bool thx_watch_is_ours(PyObject *key); /* an attribute that we keep in a class */
 const char *thx_watch_other_text(const watch_other *w);
 
 /* guards_collect.c: everything reachable from the roots becomes watched */

@@ -16,13 +16,24 @@ typedef struct impure_name {
 static const char prints[] = "it prints", waits[] = "it waits for input", clock_[] = "it reads the clock",
                   files[] = "it opens a file", system_[] = "it asks the operating system";
 
-static const impure_name impure_names[] = {
-    {"builtins", "print", prints},     {"builtins", "input", waits},      {"io", "open", files},
-    {"time", "time", clock_},          {"time", "time_ns", clock_},       {"time", "perf_counter", clock_},
-    {"time", "perf_counter_ns", clock_}, {"time", "monotonic", clock_},   {"time", "monotonic_ns", clock_},
-    {"time", "process_time", clock_},  {"time", "localtime", clock_},     {"time", "sleep", clock_},
-    {"os", "urandom", system_},        {"os", "getpid", system_},         {"os", "remove", system_},
-    {"os", "listdir", system_},        {"os", "getenv", system_},         {NULL, NULL, NULL}};
+static const impure_name impure_names[] = {{"builtins", "print", prints},
+                                           {"builtins", "input", waits},
+                                           {"io", "open", files},
+                                           {"time", "time", clock_},
+                                           {"time", "time_ns", clock_},
+                                           {"time", "perf_counter", clock_},
+                                           {"time", "perf_counter_ns", clock_},
+                                           {"time", "monotonic", clock_},
+                                           {"time", "monotonic_ns", clock_},
+                                           {"time", "process_time", clock_},
+                                           {"time", "localtime", clock_},
+                                           {"time", "sleep", clock_},
+                                           {"os", "urandom", system_},
+                                           {"os", "getpid", system_},
+                                           {"os", "remove", system_},
+                                           {"os", "listdir", system_},
+                                           {"os", "getenv", system_},
+                                           {NULL, NULL, NULL}};
 
 int thx_purity_init(thx *x) {
     x->impure = PyDict_New();
@@ -82,19 +93,37 @@ static bool is_standard(const thx *x, const char *path) {
            (x->library && strncmp(path, x->library, strlen(x->library)) == 0 && !strstr(path, "-packages/"));
 }
 
-/* Who makes the call: the innermost frame outside Python's own library. Torch's own calls are its own matter, and so
- * are those of imports, warnings and logging. */
-static bool is_the_programs(const thx *x, PyFrameObject *frame, bool through_library) {
+static bool in_an_import(PyFrameObject *frame) {
+    bool found = false;
+    Py_INCREF(frame);
+    while (frame && !found) {
+        found = strncmp(file_of(frame), "<frozen importlib", 17) == 0;
+        PyFrameObject *back = PyFrame_GetBack(frame);
+        Py_SETREF(frame, back);
+    }
+    Py_XDECREF(frame);
+    return found;
+}
+
+enum {
+    THROUGH_LIBRARY = 1, /* what Python's own library does on behalf of the caller counts */
+    OF_PACKAGES = 2,     /* what installed packages do counts */
+};
+
+/* Is it the program's doing? The innermost frame outside Python's own library says. Torch's calls are its own matter,
+ * and so are those of imports, warnings and logging. */
+static bool is_the_programs(const thx *x, PyFrameObject *frame, int flags) {
     bool users = false;
+    if (in_an_import(frame)) return false;
     Py_INCREF(frame);
     while (frame) {
         const char *path = file_of(frame);
         if (!is_standard(x, path)) {
-            users = !thx_is_torch_file(path) || strcmp(path, "<string>") == 0;
+            users = (!thx_is_torch_file(path) || strcmp(path, "<string>") == 0) &&
+                    (flags & OF_PACKAGES || !strstr(path, "-packages/"));
             break;
         }
-        if (!through_library || strstr(path, "importlib") || strstr(path, "/logging/") || strstr(path, "/warnings.py"))
-            break;
+        if (!(flags & THROUGH_LIBRARY) || strstr(path, "/logging/") || strstr(path, "/warnings.py")) break;
         PyFrameObject *back = PyFrame_GetBack(frame);
         Py_SETREF(frame, back);
     }
@@ -113,16 +142,18 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     PyObject *self = PyCFunction_GET_SELF(function);
     char text[120];
     if (self && !PyModule_Check(self)) {
-        if (!is_generator(x, self) || !is_the_programs(x, frame, true)) return 0;
+        if (!is_generator(x, self) || !is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
         snprintf(text, sizeof text, "%.60s.%.40s", Py_TYPE(self)->tp_name, name);
-        return refuse(r, text, "it draws random numbers that are not torch's, and later calls would have the same ones");
+        return refuse(r, text,
+                      "it draws random numbers that are not torch's, and later calls would have the same ones");
     }
     PyObject *id = PyLong_FromVoidPtr(function);
     PyObject *entry = id ? PyDict_GetItemWithError(x->impure, id) : NULL;
     Py_XDECREF(id);
     if (!entry) return PyErr_Occurred() ? -1 : 0;
     const char *why = PyUnicode_AsUTF8(PyTuple_GET_ITEM(entry, 1));
-    if (!why || !is_the_programs(x, frame, why == prints || strcmp(why, prints) == 0)) return 0;
+    int flags = why && strcmp(why, prints) == 0 ? THROUGH_LIBRARY | OF_PACKAGES : 0;
+    if (!why || !is_the_programs(x, frame, flags)) return 0;
     snprintf(text, sizeof text, "%.80s", name);
     char reason[160];
     snprintf(reason, sizeof reason, "%s, and later calls would not do that again", why);
@@ -133,7 +164,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
     bool environment = (PyObject *)code == r->x->read_environment;
     Py_DECREF(code);
-    if (!environment || !is_the_programs(r->x, frame, true)) return 0;
+    if (!environment || !is_the_programs(r->x, frame, THROUGH_LIBRARY)) return 0;
     return refuse(r, "os.environ", "it reads the environment, and later calls would not look again");
 }
 

@@ -141,7 +141,7 @@ def test_a_fallback_is_not_right(compiler, monkeypatch):
 
 
 def test_a_missed_cache_is_not_right(monkeypatch):
-    monkeypatch.setattr(thunder, "jit", honest)
+    monkeypatch.setattr(thunder, "jit", lambda model, **options: honest(model))
     monkeypatch.setattr(thunder, "cache_hits", lambda f: 0)
     monkeypatch.setattr(thunder, "cache_misses", lambda f: 2)
     assert judge_model.judge(zoo()["vit"]).outcome == "wrong"

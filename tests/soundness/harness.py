@@ -49,18 +49,20 @@ class Outcome:
     def __init__(self, call: Callable, args: tuple) -> None:
         said = io.StringIO()
         self.error: str | None = None
+        self.text = ""
         self.result: Any = None
         with contextlib.redirect_stdout(said):
             try:
                 self.result = call(*args)
             except Exception as error:
                 self.error = f"{type(error).__name__}"
+                self.text = str(error)
         self.printed = said.getvalue()
 
     def differs(self, other: Outcome) -> str:
         """How ``other``, of the compiled callable, differs; "" when it does not."""
         if self.error != other.error:
-            return f"raised {other.error} where eager raised {self.error}"
+            return f"raised {other.error} ({other.text}) where eager raised {self.error}"
         if self.printed != other.printed:
             return f"printed {other.printed!r} where eager printed {self.printed!r}"
         ours, spec = pytree.tree_flatten(other.result)

@@ -608,6 +608,28 @@ def class_attribute_of_a_plain_object():
 
 
 @program("classes")
+def class_that_counts():
+    class Scope:
+        entered = 0
+
+        def __enter__(self):
+            Scope.entered += 1
+            return Scope.entered
+
+        def __exit__(self, *error):
+            return False
+
+    def f(x):
+        with Scope() as k:
+            return x * k
+
+    yield f, X()
+    yield X()
+    Scope.entered = 10
+    yield X()
+
+
+@program("classes")
 def class_used_as_a_namespace():
     class Names:
         scale = 2.0

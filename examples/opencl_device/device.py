@@ -1,0 +1,120 @@
+"""The device: a context, a queue that works in order, memory, and the parameters that it still has from last time.
+
+One lock for each device: its queue and the arguments of its kernels belong to one run at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+INSTALL = (
+    "this executor needs an OpenCL device. Python's side: `pip install pyopencl`; a driver, where there is no GPU's: "
+    "`apt-get install pocl-opencl-icd` (PoCL, which runs OpenCL on the processor)"
+)
+KEEP = ("compare", "version", "never")
+
+
+class NoDevice(RuntimeError):
+    """There is no OpenCL here; the message says what to install."""
+
+
+class Device:
+    """One OpenCL device.
+
+    Args:
+        device: a ``pyopencl.Device``; None: the first one of the first platform.
+        keep: when the copy of a ``torch.nn.Parameter`` from an earlier run is used again. It has to be the same
+            object, with the same data pointer and the same version counter, which every write by an operation of
+            torch moves on. Writes through ``p.data`` or numpy do not move it, so ``"compare"`` compares the bytes
+            with those that were sent too: right in any case, and cheaper than a slow bus. ``"version"`` trusts the
+            counter; ``"never"`` sends every time.
+
+    Attributes:
+        sent, received, reused: bytes to the device, from it, and of parameters that were there already.
+
+    Raises:
+        NoDevice: pyopencl or a platform is missing.
+    """
+
+    def __init__(self, device: Any = None, *, keep: str = "compare") -> None:
+        if keep not in KEEP:
+            raise ValueError(f"keep must be one of {KEEP}, not {keep!r}")
+        try:
+            import pyopencl as cl
+            from pyopencl import tools
+        except ImportError as error:
+            raise NoDevice(f"{INSTALL} ({error})") from error
+        self.cl = cl
+        self.device = device or _first_device(cl)
+        self.context = cl.Context([self.device])
+        self.queue = cl.CommandQueue(self.context)
+        self.pool = tools.MemoryPool(tools.ImmediateAllocator(self.queue))
+        self.lock = threading.Lock()
+        self.keep = keep
+        self.sent = self.received = self.reused = 0
+        self._kept: Any = WeakIdKeyDictionary()
+
+    def build(self, source: str) -> Any:
+        """Compile a program for this device."""
+        return self.cl.Program(self.context, source).build()
+
+    def allocate(self, size: int) -> Any:
+        """Memory; it may be in use by kernels queued earlier, which the order of the queue makes harmless."""
+        return self.pool.allocate(max(size, 8))
+
+    def send(self, t: Tensor) -> Any:
+        """A buffer with everything between the first and the last element of a tensor, laid out as on the host."""
+        keeps = self.keep != "never" and isinstance(t, torch.nn.Parameter)
+        state = (t.data_ptr(), t._version, t.shape, t.stride()) if keeps else None
+        host = flat(t)
+        kept = self._kept.get(t) if keeps else None
+        if kept is not None and kept[0] == state and (kept[2] is None or _same_bytes(kept[2], host)):
+            self.reused += host.nbytes
+            return kept[1]
+        buffer = self.allocate(host.nbytes)
+        if host.nbytes:
+            self.cl.enqueue_copy(self.queue, buffer, host, is_blocking=True)  # its owner may write to it afterwards
+        self.sent += host.nbytes
+        if keeps:
+            self._kept[t] = (state, buffer, host.copy() if self.keep == "compare" else None)
+        return buffer
+
+    def receive(self, buffer: Any, count: int, dtype: torch.dtype) -> Tensor:
+        """The first elements of a buffer, as a tensor of one dimension."""
+        t = torch.empty(count, dtype=dtype)
+        if count:
+            self.cl.enqueue_copy(self.queue, t.numpy(), buffer, is_blocking=True)
+        self.received += t.numel() * t.itemsize
+        return t
+
+
+def extent(shape: Any, strides: Any) -> int:
+    """How many elements lie between the first and the last one, both counted."""
+    if any(n == 0 for n in shape):
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def flat(t: Tensor) -> Any:
+    """The memory of a tensor as a numpy array, without a copy."""
+    t = t.detach()
+    return t.as_strided((extent(t.shape, t.stride()),), (1,), t.storage_offset()).numpy()
+
+
+def _same_bytes(a: Any, b: Any) -> bool:
+    return a.nbytes == b.nbytes and bool((a.view("u1") == b.view("u1")).all())
+
+
+def _first_device(cl: Any) -> Any:
+    try:
+        found = [d for p in cl.get_platforms() for d in p.get_devices()]
+    except cl.Error as error:
+        raise NoDevice(f"{INSTALL} ({error})") from error
+    if not found:
+        raise NoDevice(f"{INSTALL} (pyopencl found a platform without devices)")
+    return found[0]

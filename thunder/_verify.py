@@ -164,6 +164,11 @@ def _nearer(region: Any, inputs: list[Any], i: int, e: Tensor, r: Tensor) -> boo
         truth = body(*wide)[i]
     except Exception:  # it says float32 somewhere: nothing decides
         return False
+    return nearer(truth, e, r)
+
+
+def nearer(truth: Any, e: Tensor, r: Tensor) -> bool:
+    """Whether ``r`` is about as near to ``truth``, a run in float64, as torch's ``e``."""
     if not isinstance(truth, Tensor) or truth.dtype != torch.float64:
         return False
     ours, theirs = (r.double() - truth).abs().max().item(), (e.double() - truth).abs().max().item()

@@ -27,7 +27,11 @@ def _copy(t: Tensor) -> Tensor:
     t = t.detach()
     if t.is_sparse or t.layout != torch.strided or t.is_quantized:
         return t.clone()
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    if t._is_zerotensor() or t.is_conj() or t.is_neg():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    memory = t.as_strided((span,), (1,), t.storage_offset()).clone()  # elements that share memory still do
+    return memory.as_strided(t.shape, t.stride(), 0)
 
 
 def judge(

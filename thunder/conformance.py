@@ -64,11 +64,19 @@ def entry_name(entry: Any) -> str:
 
 
 def _samples(entry: Any, dtype: torch.dtype, seed: int, count: int) -> list[Any]:
+    """The one of most dimensions, then the first ones."""
     torch.manual_seed(seed)
     try:
-        return list(itertools.islice(entry.sample_inputs("cpu", dtype, requires_grad=False, set_seed=False), count))
+        found = list(itertools.islice(entry.sample_inputs("cpu", dtype, requires_grad=False, set_seed=False), 20))
     except Exception:  # the generator needs a library that is missing here
         return []
+    largest = max(range(len(found)), key=lambda i: _dimensions(found[i]), default=0)
+    return (found[largest : largest + 1] + found[:largest] + found[largest + 1 :])[:count]
+
+
+def _dimensions(sample: Any) -> tuple[bool, int]:
+    tensors = _tensors((sample.input, sample.args))
+    return all(t.numel() for t in tensors), max((t.ndim for t in tensors), default=0)
 
 
 def _transposed(t: Tensor) -> Tensor:
@@ -240,6 +248,11 @@ def _wide(arguments: Any, gradients: bool) -> Any:
     return tree_map(widen, arguments)
 
 
+@torch.enable_grad()
+def _truth(*args: Any) -> Step:
+    return Step(*args)
+
+
 def _run(case: Case, compiled: Callable, neighbour: bool) -> tuple[str, str]:
     """(outcome, message) of the two calls of a case; ("", "") where eager refuses both."""
     program, outcome = _program(case.entry, neighbour), ""
@@ -251,13 +264,14 @@ def _run(case: Case, compiled: Callable, neighbour: bool) -> tuple[str, str]:
         except Exception:
             continue
         truth = functools.cache(
-            lambda a=arguments: Step(program, _wide(_copied(a), case.gradients), case.gradients, strided)
+            lambda a=arguments: _truth(program, _wide(_copied(a), case.gradients), case.gradients, strided)
         )
         try:
             ours = Step(compiled, _copied(arguments), case.gradients, strided)
         except Exception as error:
             return "raised", f"{type(error).__name__}: {error}"
-        found = _compare(eager, ours, truth)
+        with torch.no_grad():
+            found = _compare(eager, ours, truth)
         if found:
             return "wrong", found + (" (second call)" if round_ else "")
         outcome = "right"
@@ -304,9 +318,24 @@ def _last_traces(compiled: Any) -> list[Any]:
     return found
 
 
-def _claimed(compiled: Any, executor: Executor) -> Claimed:
+def _keep_units(compiled: Any) -> list[Any]:
+    """A list that every unit that is claimed from now on goes into: a program that raises takes its units along."""
+    claims, kept = _callable(compiled)._thunder_claims, []
+    bind = claims.bind
+
+    def keep(i: int, region: Any, kind: str) -> str | None:
+        name = bind(i, region, kind)
+        if name is not None:
+            kept.append(region)
+        return name
+
+    claims.bind = keep
+    return kept
+
+
+def _claimed(compiled: Any, executor: Executor, kept: list[Any]) -> Claimed:
     claims = _callable(compiled)._thunder_claims
-    units = [region for _, region, _ in claims.units if region.executor is executor]
+    units = [region for region in kept if region.executor is executor]
     inside = {key for region in units for key in _operators(region.trace.bound_symbols)}
     refused = {key for r in units if r.state == "refused" for key in _operators(r.trace.bound_symbols)}
     reasons = {operator_key(name): why for (_, name, why) in claims.declines if name != "a region"}
@@ -440,10 +469,11 @@ class Suite:
     def _judge_case(self, case: Case) -> Claimed | None:
         """Counts one case; what was claimed if it was right."""
         compiled = self._jit(case, [self.executor])
+        units = _keep_units(compiled)
         outcome, message = _run(case, compiled, self.neighbour)
         if not outcome:
             return None
-        claimed = _claimed(compiled, self.executor)
+        claimed = _claimed(compiled, self.executor, units)
         for key, why in claimed.left.items():
             if not claimed.unbuilt:
                 self.rows[key].declined += 1
@@ -462,8 +492,9 @@ class Suite:
     def _guilty(self, case: Case) -> set[str]:
         """The operators of the units that the check of first runs refuses."""
         compiled = self._jit(case, [self.executor], verify="always")
+        units = _keep_units(compiled)
         _run(case, compiled, self.neighbour)
-        return _claimed(compiled, self.executor).refused
+        return _claimed(compiled, self.executor, units).refused
 
     def _count(self, outcome: str, keys: set[str], case: Case, message: str) -> None:
         for key in keys:

@@ -413,7 +413,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        rows = {key: dataclasses.asdict(row) | {"claimed": row.claimed} for key, row in self.rows.items()}
+        rows = {key: vars(row) | {"claimed": row.claimed} for key, row in sorted(self.rows.items())}
         return {
             "executor": self.executor,
             "torch": torch.__version__,

@@ -16,7 +16,6 @@ INSTALL = (
     "this executor needs an OpenCL device. Python's side: `pip install pyopencl`; a driver, where there is no GPU's: "
     "`apt-get install pocl-opencl-icd` (PoCL, which runs OpenCL on the processor)"
 )
-KEEP = ("compare", "version", "never")
 
 
 class NoDevice(RuntimeError):
@@ -28,11 +27,9 @@ class Device:
 
     Args:
         device: a ``pyopencl.Device``; None: the first one of the first platform.
-        keep: when the copy of a ``torch.nn.Parameter`` from an earlier run is used again. It has to be the same
-            object, with the same data pointer and the same version counter, which every write by an operation of
-            torch moves on. Writes through ``p.data`` or numpy do not move it, so ``"compare"`` compares the bytes
-            with those that were sent too: right in any case, and cheaper than a slow bus. ``"version"`` trusts the
-            counter; ``"never"`` sends every time.
+        trust_versions: a ``torch.nn.Parameter`` is not sent again while it is the same object with the same data
+            pointer and version counter, which every operation that writes moves on. Writes through ``p.data`` or
+            numpy do not, so its bytes are compared with those that were sent, too, unless this is set.
 
     Attributes:
         sent, received, reused: bytes to the device, from it, and of parameters that were there already.
@@ -41,9 +38,7 @@ class Device:
         NoDevice: pyopencl or a platform is missing.
     """
 
-    def __init__(self, device: Any = None, *, keep: str = "compare") -> None:
-        if keep not in KEEP:
-            raise ValueError(f"keep must be one of {KEEP}, not {keep!r}")
+    def __init__(self, device: Any = None, *, trust_versions: bool = False) -> None:
         try:
             import pyopencl as cl
             from pyopencl import tools
@@ -55,7 +50,7 @@ class Device:
         self.queue = cl.CommandQueue(self.context)
         self.pool = tools.MemoryPool(tools.ImmediateAllocator(self.queue))
         self.lock = threading.Lock()
-        self.keep = keep
+        self.trust_versions = trust_versions
         self.sent = self.received = self.reused = 0
         self._kept: Any = WeakIdKeyDictionary()
 
@@ -63,17 +58,21 @@ class Device:
         """Compile a program for this device."""
         return self.cl.Program(self.context, source).build()
 
-    def allocate(self, size: int) -> Any:
+    def allocate(self, size: int, *, zero: bool = False) -> Any:
         """Memory; it may be in use by kernels queued earlier, which the order of the queue makes harmless."""
-        return self.pool.allocate(max(size, 8))
+        buffer = self.pool.allocate(max(size, 8))
+        if zero:
+            self.cl.enqueue_fill_buffer(self.queue, buffer, b"\0", 0, max(size, 8))
+        return buffer
 
     def send(self, t: Tensor) -> Any:
         """A buffer with everything between the first and the last element of a tensor, laid out as on the host."""
-        keeps = self.keep != "never" and isinstance(t, torch.nn.Parameter)
+        keeps = isinstance(t, torch.nn.Parameter)
         state = (t.data_ptr(), t._version, t.shape, t.stride()) if keeps else None
-        host = flat(t)
+        d = t.detach()
+        host = d.as_strided((extent(d.shape, d.stride()),), (1,), d.storage_offset()).numpy()  # without a copy
         kept = self._kept.get(t) if keeps else None
-        if kept is not None and kept[0] == state and (kept[2] is None or _same_bytes(kept[2], host)):
+        if kept is not None and kept[0] == state and (kept[2] is None or kept[2].tobytes() == host.tobytes()):
             self.reused += host.nbytes
             return kept[1]
         buffer = self.allocate(host.nbytes)
@@ -81,7 +80,7 @@ class Device:
             self.cl.enqueue_copy(self.queue, buffer, host, is_blocking=True)  # its owner may write to it afterwards
         self.sent += host.nbytes
         if keeps:
-            self._kept[t] = (state, buffer, host.copy() if self.keep == "compare" else None)
+            self._kept[t] = (state, buffer, None if self.trust_versions else host.copy())
         return buffer
 
     def receive(self, buffer: Any, count: int, dtype: torch.dtype) -> Tensor:
@@ -95,19 +94,7 @@ class Device:
 
 def extent(shape: Any, strides: Any) -> int:
     """How many elements lie between the first and the last one, both counted."""
-    if any(n == 0 for n in shape):
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-
-
-def flat(t: Tensor) -> Any:
-    """The memory of a tensor as a numpy array, without a copy."""
-    t = t.detach()
-    return t.as_strided((extent(t.shape, t.stride()),), (1,), t.storage_offset()).numpy()
-
-
-def _same_bytes(a: Any, b: Any) -> bool:
-    return a.nbytes == b.nbytes and bool((a.view("u1") == b.view("u1")).all())
+    return 0 if 0 in tuple(shape) else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def _first_device(cl: Any) -> Any:

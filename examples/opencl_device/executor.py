@@ -47,9 +47,8 @@ class OpenCLExecutor(FusionExecutor):
 
     def wants(self, region: Any) -> bool | str:
         """Regions that compute something: views alone cost torch nothing."""
-        if all(operator_key(name) in operators.VIEWS for name in region.trace.operations()):
-            return "views alone: there is nothing to compute"
-        return True
+        views = all(operator_key(name) in operators.VIEWS for name in region.trace.operations())
+        return "views alone: there is nothing to compute" if views else True
 
     def fuse(self, region: Any) -> Callable:
         """Generate the kernels of a region and compile them."""
@@ -60,16 +59,15 @@ class OpenCLExecutor(FusionExecutor):
 
 
 def _emit(program: Program, symbol: Any, key: str) -> None:
+    args, kwargs, out = symbol.args, symbol.kwargs, symbol.flat_proxy_outs
     if key in operators.VIEWS:
         operators.emit_view(program, symbol)
     elif key in operators.EMITTERS:
-        out = symbol.flat_proxy_outs
-        operators.EMITTERS[key](program, out[0] if len(out) == 1 else out, *symbol.args, **symbol.kwargs)
+        operators.EMITTERS[key](program, out[0] if len(out) == 1 else out, *args, **kwargs)
     else:
-        args, kwargs = symbol.args, symbol.kwargs
         rule = lambda names: pointwise.expression(key, iter(names), args, kwargs, _is_tensor)  # noqa: E731
         operands = [a for a in (*args, *kwargs.values()) if _is_tensor(a)]
-        program.wait(symbol.flat_proxy_outs[0], rule, operands)
+        program.wait(out[0], rule, operands)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -95,9 +93,7 @@ def _checker(key: str, check: Callable) -> Callable:
 
 def _check_tensors(args: tuple, kwargs: dict[str, Any]) -> None:
     for item in (*args, *kwargs.values()):
-        for t in item if isinstance(item, (list, tuple)) else (item,):
-            if not _is_tensor(t):
-                continue
+        for t in filter(_is_tensor, item if isinstance(item, (list, tuple)) else (item,)):
             operators.require(t.device.type == "cpu", f"a tensor on {t.device.type}: the border is the host's memory")
             operators.require(t.layout == torch.strided, f"layout {t.layout}")
             operators.require(t.dtype in (torch.float32, torch.int64, torch.bool), f"dtype {t.dtype}")
@@ -106,7 +102,7 @@ def _check_tensors(args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _check_pointwise(key: str, args: tuple, kwargs: dict[str, Any]) -> None:
     tensors = [a for a in (*args, *kwargs.values()) if _is_tensor(a)]
-    conditions = {"where": 1}.get(key, 0)
+    conditions = int(key == "where")
     operators.require(len(tensors) > conditions, "no tensor to compute with")
     for i, t in enumerate(tensors):
         wanted = torch.bool if i < conditions or key.startswith("logical_") else torch.float32

@@ -94,8 +94,7 @@ _RULES: dict[str, Callable[..., str | None]] = {
 }
 for _key, _sign in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
     _RULES[_key] = lambda x, y, sign=_sign: f"{x} {sign} {y}"
-for _key in ("exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "erf", "floor", "ceil",
-             "trunc"):  # fmt: skip
+for _key in ("exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos", "tanh", "erf"):
     _RULES[_key] = lambda x, fn=_key: f"{fn}({x})"
 
 RULES = {operator_key(key): rule for key, rule in _RULES.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,10 +46,6 @@ class Value:
         more = len(shape) - len(self.shape)
         old = (0,) * more + tuple(0 if n == 1 else s for n, s in zip(self.shape, self.strides, strict=True))
         return dataclasses.replace(self, shape=tuple(shape), strides=old)
-
-    def flattened(self) -> Value:
-        """The same numbers in one dimension; only where they lie one after the other."""
-        return dataclasses.replace(self, shape=(count(self.shape),), strides=(1,))
 
 
 @dataclasses.dataclass
@@ -111,18 +108,10 @@ class Program:
         made = self.values[proxy.name] = self._store(proxy.shape, proxy.stride(), proxy.dtype)
         return made
 
-    def temporary(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Value:
-        """Memory for a value that no name stands for."""
-        return self._store(shape, contiguous(shape), dtype)
-
-    def bind(self, proxy: Any, value: Value) -> None:
-        """A result that is memory of another value."""
-        self.values[proxy.name] = value
-
     def index_flag(self) -> Value:
         """A number that a kernel sets when an index is out of range: the run then raises IndexError."""
         if self.flag is None:
-            self.flag = self.temporary((1,), torch.int64).storage
+            self.flag = self._store((1,), (1,), torch.int64).storage
         return Value(self.flag, (1,), (1,), 0, torch.int64)
 
     def kernel(self, size: int, body: str, **values: Value) -> None:
@@ -140,11 +129,8 @@ class Program:
 
     def wait(self, proxy: Any, rule: Callable[[list[str]], str], operands: Sequence[Any]) -> None:
         """A pointwise operation: it runs when its numbers are needed."""
-        length = 1
-        for operand in operands:
-            found = self.values[operand.name]
-            if isinstance(found, Waiting) and tuple(operand.shape) == tuple(proxy.shape):
-                length += found.length
+        found = [self.values[o.name] for o in operands if tuple(o.shape) == tuple(proxy.shape)]
+        length = 1 + sum(w.length for w in found if isinstance(w, Waiting))
         self.values[proxy.name] = Waiting(proxy, rule, [o.name for o in operands], length)
         if length > LONGEST:
             self._in_memory.add(proxy.name)
@@ -154,9 +140,7 @@ class Program:
 
     def _run(self, name: str) -> Value:
         """Compute a waiting value, and those on the way that are needed in memory as well."""
-        root = self.values[name]
-        assert isinstance(root, Waiting)
-        shape = tuple(root.proxy.shape)
+        shape = tuple(self.values[name].proxy.shape)
         order: list[str] = []
         self._collect(name, shape, order)
         local = {n: f"v{k}" for k, n in enumerate(order)}
@@ -164,22 +148,21 @@ class Program:
         read = {n: self.values[n].broadcast(shape) for n in order if n not in waiting}
         written = {n: self.new(w.proxy) for n, w in waiting.items() if n in self._in_memory or n == name}
         if all(v.strides == contiguous(shape) for v in (*read.values(), *written.values())):
-            shape = (count(shape),)
-            read, written = ({n: v.flattened() for n, v in group.items()} for group in (read, written))
+            shape = (count(shape),)  # they lie one after the other: one dimension will do
+            flat = lambda group: {n: dataclasses.replace(v, shape=shape, strides=(1,)) for n, v in group.items()}  # noqa: E731
+            read, written = flat(read), flat(written)
         indices = [f"c{d}" for d in range(len(shape))]
         lines = [unravel("i", shape)]
         for n in order:
-            dtype = waiting[n].proxy.dtype if n in waiting else read[n].dtype
-            what = (
-                waiting[n].rule([local[o] for o in waiting[n].operands])
-                if n in waiting
-                else read[n].at(f"p{local[n]}", indices)
-            )
+            if n in waiting:
+                dtype, what = waiting[n].proxy.dtype, waiting[n].rule([local[o] for o in waiting[n].operands])
+            else:
+                dtype, what = read[n].dtype, read[n].at(f"p{local[n]}", indices)
             lines.append(f"  const {C_TYPE[dtype]} {local[n]} = {what};\n")
         lines += [f"  {v.at(f'p{local[n]}', indices)} = {local[n]};\n" for n, v in written.items()]
         parameters = {f"p{local[n]}": v for n, v in (*read.items(), *written.items())}
         self.kernel(count(shape), "".join(lines), **parameters)
-        return self.value(root.proxy)
+        return self.values[name]
 
     def _collect(self, name: str, shape: tuple[int, ...], order: list[str]) -> None:
         """The values of an expression, operands first; waiting ones of another shape run now."""
@@ -221,25 +204,19 @@ class Runner:
             return self._results(self._compute(tensors), tensors)
 
     def _compute(self, tensors: tuple[torch.Tensor, ...]) -> dict[int, Any]:
-        device, buffers = self.device, {}
+        buffers: dict[int, Any] = {}
         for n, (kernel, size, used) in enumerate(self.steps):
-            for s in used:
-                if s not in buffers:
-                    buffers[s] = self._buffer(s, tensors)
-            kernel(device.queue, (size,), None, *(buffers[s] for s in used))
-            for s in set(used):
-                if self.storages[s].last_step == n and s not in self.fetched:
+            for s in set(used) - buffers.keys():
+                storage = self.storages[s]
+                if storage.input is not None:
+                    buffers[s] = self.device.send(tensors[storage.input])
+                else:
+                    buffers[s] = self.device.allocate(storage.count * storage.dtype.itemsize, zero=s == self.flag)
+            kernel(self.device.queue, (size,), None, *(buffers[s] for s in used))
+            for s in set(used) - self.fetched:
+                if self.storages[s].last_step == n:
                     del buffers[s]
         return buffers
-
-    def _buffer(self, s: int, tensors: tuple[torch.Tensor, ...]) -> Any:
-        storage = self.storages[s]
-        if storage.input is not None:
-            return self.device.send(tensors[storage.input])
-        buffer = self.device.allocate(storage.count * storage.dtype.itemsize)
-        if s == self.flag:
-            self.device.cl.enqueue_fill_buffer(self.device.queue, buffer, b"\0", 0, 8)
-        return buffer
 
     def _results(self, buffers: dict[int, Any], tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         host: dict[int, torch.Tensor] = {}
@@ -249,26 +226,16 @@ class Runner:
         for value, shape, strides in self.outputs:
             storage, s = self.storages[value.storage], value.storage
             if storage.input is not None:
-                base = tensors[storage.input].detach()
-                results.append(base.as_strided(shape, strides, base.storage_offset() + value.offset))
-                continue
-            if s not in host:
-                empty = s not in buffers
-                host[s] = (
-                    torch.empty(storage.count, dtype=storage.dtype)
-                    if empty
-                    else self.device.receive(buffers[s], storage.count, storage.dtype)
-                )
-            results.append(host[s].as_strided(shape, strides, value.offset))
+                host[s] = tensors[storage.input].detach()
+            elif s not in host:  # one without a step has no elements
+                host[s] = self.device.receive(buffers.get(s), storage.count if s in buffers else 0, storage.dtype)
+            results.append(host[s].as_strided(shape, strides, host[s].storage_offset() + value.offset))
         return results
 
 
 def count(shape: Sequence[int]) -> int:
     """How many elements."""
-    n = 1
-    for d in shape:
-        n *= d
-    return n
+    return math.prod(shape)
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

@@ -99,9 +99,6 @@ def extent(shape: Any, strides: Any) -> int:
 
 def _first_device(cl: Any) -> Any:
     try:
-        found = [d for p in cl.get_platforms() for d in p.get_devices()]
-    except cl.Error as error:
-        raise NoDevice(f"{INSTALL} ({error})") from error
-    if not found:
-        raise NoDevice(f"{INSTALL} (pyopencl found a platform without devices)")
-    return found[0]
+        return next(d for p in cl.get_platforms() for d in p.get_devices())
+    except (cl.Error, StopIteration) as error:
+        raise NoDevice(f"{INSTALL} ({error or 'no platform has a device'})") from error

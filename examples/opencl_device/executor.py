@@ -105,6 +105,6 @@ def _check_pointwise(key: str, args: tuple, kwargs: dict[str, Any]) -> None:
     conditions = int(key == "where")
     operators.require(len(tensors) > conditions, "no tensor to compute with")
     for i, t in enumerate(tensors):
-        wanted = torch.bool if i < conditions or key.startswith("logical_") else torch.float32
+        wanted = torch.bool if i < conditions else torch.float32
         operators.require(t.dtype == wanted, f"dtype {t.dtype} where the kernel takes {wanted}")
     pointwise.expression(key, (f"v{i}" for i in itertools.count()), args, kwargs, _is_tensor)

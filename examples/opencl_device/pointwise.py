@@ -54,10 +54,6 @@ def _gelu_backward(g: str, x: str, *, approximate: str = "none") -> str:
     return f"{g} * (0.5f * (1 + erf({x} * 0.70710678f)) + {x} * 0.39894228f * exp(-0.5f * {x} * {x}))"
 
 
-def _unless(out_of_place: str, inplace: Any) -> str | None:
-    return None if inplace else out_of_place
-
-
 _RULES: dict[str, Callable[..., str | None]] = {
     "add": lambda x, y, *, alpha=1: f"{x} + {y}" if alpha == 1 else f"{x} + {Number(alpha)} * {y}",
     "sub": lambda x, y, *, alpha=1: f"{x} - {Number(alpha)} * {y}",
@@ -78,10 +74,9 @@ _RULES: dict[str, Callable[..., str | None]] = {
     "sign": lambda x: f"(float)(({x} > 0) - ({x} < 0))",
     "square": lambda x: f"{x} * {x}",
     "reciprocal": lambda x: f"1 / {x}",
-    "logical_not": lambda x: f"!{x}",
     "torch.relu": lambda x: f"{x} < 0 ? 0 : {x}",
-    "torch.nn.functional.relu": lambda x, inplace=False: _unless(f"{x} < 0 ? 0 : {x}", inplace),
-    "silu": lambda x, inplace=False: _unless(f"{x} / (1 + exp(-{x}))", inplace),
+    "torch.nn.functional.relu": lambda x, inplace=False: None if inplace else f"{x} < 0 ? 0 : {x}",
+    "silu": lambda x, inplace=False: None if inplace else f"{x} / (1 + exp(-{x}))",
     "sigmoid": lambda x: f"1 / (1 + exp(-{x}))",
     "gelu": _gelu,
     "torch.ops.aten.gelu_backward.default": _gelu_backward,

@@ -86,10 +86,8 @@ class Program:
         """Names of the values that somebody reads from memory."""
         needed = {proxy.name for proxy in self.trace.output}
         for symbol in self.trace.bound_symbols:
-            shapes = {tuple(p.shape) for p in symbol.flat_proxy_outs}
-            for proxy in symbol.flat_proxy_args:
-                if not pointwise(symbol) or tuple(proxy.shape) not in shapes:
-                    needed.add(proxy.name)
+            shapes = {tuple(p.shape) for p in symbol.flat_proxy_outs} if pointwise(symbol) else {}
+            needed |= {proxy.name for proxy in symbol.flat_proxy_args if tuple(proxy.shape) not in shapes}
         return needed
 
     def _store(self, shape: Any, strides: Any, dtype: torch.dtype, source: int | None = None) -> Value:
@@ -181,6 +179,9 @@ class Program:
 
     def finish(self, device: Device) -> Callable:
         """Compile everything; what runs the region."""
+        wanted = {p.name: p for p in self.trace.output}
+        for name in [n for n in self.values if n in wanted][::-1]:  # the last first: its kernel computes others too
+            self.value(wanted[name])
         outputs = [(self.value(p), tuple(p.shape), p.stride()) for p in self.trace.output]
         built = device.build("\n".join(self.sources)) if self.steps else None
         kernels = [device.cl.Kernel(built, name) for name, _, _ in self.steps]

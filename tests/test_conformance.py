@@ -117,6 +117,21 @@ def test_kernel_that_is_not_safe_for_threads_is_found():
     assert all("threads at once" in line for line in text.splitlines()), text
 
 
+def test_threads_call_what_is_claimed():
+    kept: dict[tuple, Tensor] = {}
+
+    def fn(x, approximate="none"):
+        kept[x.shape] = x
+        time.sleep(0.0005)
+        return F.gelu(kept[x.shape])
+
+    def checker(x, approximate="none"):
+        return x.dtype == torch.float64
+
+    text = failures(report_on(executor_with(fn, checker=checker)))
+    assert "float64 sample 0 from 4 threads at once" in text
+
+
 def test_a_lock_makes_it_safe():
     lock, kept = threading.Lock(), {}
 

@@ -53,9 +53,15 @@ class Case:
     """One way of calling one entry: the same call with two sets of values."""
 
     entry: Any
-    label: str
+    dtype: torch.dtype
+    index: int  # of the sample
+    layout: str  # a key of LAYOUTS; "" as the sample comes
     samples: tuple[Any, Any]
     gradients: bool
+
+    def __str__(self) -> str:
+        parts = (str(self.dtype).removeprefix("torch."), f"sample {self.index}", self.layout)
+        return f"{entry_name(self.entry)}, {' '.join(filter(None, parts))}{' with gradients' * self.gradients}"
 
 
 def entry_name(entry: Any) -> str:
@@ -105,28 +111,31 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor] | None] = {
 
 
 def _changed(sample: Any, layout: str) -> Any:
+    """A sample in another layout; raises where torch cannot lay it out so."""
+    if not layout:
+        return sample
     change = LAYOUTS[layout]
     if change is None:
         return sample.noncontiguous()
     return sample.transform(lambda t: change(t) if isinstance(t, Tensor) else t)
 
 
-def cases(entry: Any, count: int) -> Iterator[Case]:
-    """The cases of an entry: every dtype as it comes, the first one in all layouts, and gradients of the floats."""
+def cases(entry: Any, count: int, *, plain: bool = False) -> Iterator[Case]:
+    """The cases of an entry: every dtype as it comes, the first one in all layouts, and gradients of the floats.
+
+    With ``plain`` the first dtype as it comes, and no more.
+    """
     supported = [d for d in DTYPES if entry.supports_dtype(d, "cpu")]
-    for dtype in supported:
-        name = str(dtype).removeprefix("torch.")
-        gradients = entry.supports_autograd and dtype in (torch.float32, torch.float64)
+    for dtype in supported[:1] if plain else supported:
+        kinds = [False, True] if entry.supports_autograd and dtype in (torch.float32, torch.float64) else [False]
+        layouts = ["", *LAYOUTS] if dtype is supported[0] and not plain else [""]
         pairs = zip(*(_samples(entry, dtype, seed, count) for seed in (0, 1)), strict=False)
-        for i, pair in enumerate(pairs):
-            kinds = [False, True] if gradients else [False]
-            yield from (Case(entry, f"{name} sample {i}", pair, k) for k in kinds)
-            for layout in LAYOUTS if dtype is supported[0] else ():
-                try:
-                    other = tuple(_changed(s, layout) for s in pair)
-                except Exception:  # torch cannot lay it out so
-                    continue
-                yield from (Case(entry, f"{name} sample {i} {layout}", other, k) for k in kinds)
+        for (i, pair), layout in itertools.product(enumerate(pairs), layouts):
+            try:
+                samples = tuple(_changed(s, layout) for s in pair)
+            except Exception:
+                continue
+            yield from (Case(entry, dtype, i, layout, samples, k) for k in kinds)
 
 
 def _arguments(sample: Any, gradients: bool) -> tuple[Any, tuple, dict[str, Any]]:
@@ -256,18 +265,18 @@ def _truth(*args: Any) -> Step:
 def _run(case: Case, compiled: Callable, neighbour: bool) -> tuple[str, str]:
     """(outcome, message) of the two calls of a case; ("", "") where eager refuses both."""
     program, outcome = _program(case.entry, neighbour), ""
-    strided = "transposed" in case.label or "strided" in case.label
+    strided = case.layout in ("strided", "transposed")
     for round_, sample in enumerate(case.samples):
         try:
             arguments = _arguments(sample, case.gradients)
-            eager = Step(program, _copied(arguments), case.gradients, strided)
+            eager = Step(program, copy.deepcopy(arguments), case.gradients, strided)
         except Exception:
             continue
         truth = functools.cache(
-            lambda a=arguments: _truth(program, _wide(_copied(a), case.gradients), case.gradients, strided)
+            lambda a=arguments: _truth(program, _wide(copy.deepcopy(a), case.gradients), case.gradients, strided)
         )
         try:
-            ours = Step(compiled, _copied(arguments), case.gradients, strided)
+            ours = Step(compiled, copy.deepcopy(arguments), case.gradients, strided)
         except Exception as error:
             return "raised", f"{type(error).__name__}: {error}"
         with torch.no_grad():
@@ -276,9 +285,6 @@ def _run(case: Case, compiled: Callable, neighbour: bool) -> tuple[str, str]:
             return "wrong", found + (" (second call)" if round_ else "")
         outcome = "right"
     return outcome, ""
-
-
-_copied = copy.deepcopy
 
 
 # ---- who ran what ----
@@ -443,7 +449,7 @@ class Suite:
         known = self.executor.implementations
         if known.get("*") is not None:
             return True
-        for case in itertools.islice(cases(entry, 2), 4):
+        for case in cases(entry, self.count, plain=True):
             compiled = thunder.jit(_program(entry, False), executors=[])
             if not _run(case, compiled, False)[0]:
                 continue
@@ -459,9 +465,9 @@ class Suite:
         for case in cases(entry, self.count):
             found = self._judge_case(case)
             if found is not None and together is None and not case.gradients:
-                together = (case, found)
+                together = case
         if together is not None:
-            self._judge_threads(*together)
+            self._judge_threads(together)
 
     def _jit(self, case: Case, executors: list[Any], verify: str = "off") -> Any:
         return thunder.jit(_program(case.entry, self.neighbour), executors=executors, verify=verify, tier="block")
@@ -496,29 +502,28 @@ class Suite:
         _run(case, compiled, self.neighbour)
         return _claimed(compiled, self.executor, units).refused
 
-    def _count(self, outcome: str, keys: set[str], case: Case, message: str) -> None:
+    def _count(self, outcome: str, keys: set[str], case: Any, message: str) -> None:
         for key in keys:
             row = self.rows[key]
             setattr(row, outcome, getattr(row, outcome) + 1)
             if message:
-                kind = " with gradients" if case.gradients else ""
-                row.failures.append(f"{outcome}: {entry_name(case.entry)}, {case.label}{kind}: {message}")
+                row.failures.append(f"{outcome}: {case}: {message}")
 
     # ---- threads ----
 
-    def _judge_threads(self, case: Case, claimed: Claimed) -> None:
-        """Several threads call one compiled callable, each with its own values."""
+    def _judge_threads(self, case: Case) -> None:
+        """Several threads call one compiled callable; each must get what it gets when it calls alone."""
         compiled = self._jit(case, [self.executor])
-        program = _program(case.entry, self.neighbour)
-        dtype = next(d for d in DTYPES if case.entry.supports_dtype(d, "cpu"))
-        index = int(re.search(r"sample (\d+)", case.label)[1])
-        samples = [_samples(case.entry, dtype, seed, index + 1)[-1] for seed in range(THREADS)]
-        arguments = [_arguments(s, False) for s in samples]
-        expected = [Step(program, _copied(a), False) for a in arguments]
-        Step(compiled, _copied(arguments[0]), False)
-        found = _at_once(compiled, arguments, expected)
-        case = dataclasses.replace(case, label=f"{case.label} from {THREADS} threads at once")
-        self._count(found[0], claimed.inside, case, found[1])
+        units = _keep_units(compiled)
+        samples = [_samples(case.entry, case.dtype, seed, case.index + 1)[-1] for seed in range(THREADS)]
+        arguments = [_arguments(_changed(s, case.layout), False) for s in samples]
+        try:
+            alone = [Step(compiled, copy.deepcopy(a), False) for a in arguments]
+        except Exception:  # a sample that eager refuses as well
+            return
+        outcome, message = _at_once(compiled, arguments, alone)
+        claimed = _claimed(compiled, self.executor, units)
+        self._count(outcome, claimed.inside, f"{case} from {THREADS} threads at once", message)
 
 
 def _at_once(compiled: Callable, arguments: list[Any], expected: list[Step]) -> tuple[str, str]:

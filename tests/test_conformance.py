@@ -201,6 +201,8 @@ def test_region_that_cannot_be_built_is_a_failure():
 def test_unknown_entries_and_executors_are_explained(capsys):
     with pytest.raises(LookupError, match="no entry of op_db"):
         conformance.run(executor_with(gelu), ops="no such operation")
+    assert main(["conformance", "torch"]) == 2
+    assert "claims no operator" in capsys.readouterr().err
     assert main(["conformance", "no_such_executor"]) == 2
     assert "no executor is called 'no_such_executor'" in capsys.readouterr().err
 

@@ -192,6 +192,7 @@ def test_what_it_does_not_know_is_declined_with_a_reason():
     assert "an option that it does not know" in declined(lambda x: torch.div(x, 2, rounding_mode="floor"), x)
     assert "no dim" in declined(lambda x: torch.softmax(x, 0, dtype=torch.float64), x)
     assert "an index that is a tensor" in declined(lambda x, i: x[i], x, torch.tensor([0, 2]))
+    assert "an index that is a list" in declined(lambda x: x[[0, 2]], x)
     assert "a vector" in declined(lambda x: x[0] @ x[1], x)
 
 

@@ -570,11 +570,13 @@ def run(
         progress: told the name of each entry before it is judged.
 
     Raises:
-        LookupError: no executor of that name, or no entry of that name.
+        LookupError: no executor of that name, one that claims nothing, or no entry of that name.
     """
     from torch.testing._internal.common_methods_invocations import op_db
 
     executor = get_executor(executor) if isinstance(executor, str) else executor
+    if not executor.implementations:
+        raise LookupError(f"the executor {executor.name!r} claims no operator: there is nothing to test")
     chosen = [entry for entry in op_db if re.search(ops, entry_name(entry))]
     if not chosen:
         raise LookupError(f"no entry of op_db is called like {ops!r}")

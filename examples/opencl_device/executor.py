@@ -32,7 +32,7 @@ class OpenCLExecutor(FusionExecutor):
         self._device = device
         for keys, check in (
             (pointwise.RULES, _check_pointwise),
-            (operators.VIEWS, lambda key, args, kwargs: operators.check_view(args, kwargs, _is_tensor)),
+            (operators.VIEWS, lambda *call: operators.check_view(*call, _is_tensor)),
             (operators.EMITTERS, lambda key, args, kwargs: operators.EMITTERS[key](None, None, *args, **kwargs)),
         ):
             for key in keys:

@@ -52,18 +52,19 @@ def emit_view(p: Program, symbol: Any) -> None:
     source = p.value(symbol.flat_proxy_args[0])
     base = torch.empty(max(p.storages[source.storage].count, 1), device="meta", dtype=source.dtype)
     stand_in = base.as_strided(source.shape, source.strides, source.offset)
-    args = [stand_in if hasattr(a, "stride") else a for a in symbol.args]
-    given = symbol.sym(*args, **symbol.kwargs)
+    given = symbol.sym(*(stand_in if hasattr(a, "stride") else a for a in symbol.args), **symbol.kwargs)
     for proxy, r in zip(symbol.flat_proxy_outs, (given,) if hasattr(given, "stride") else given, strict=True):
+        if r.shape != proxy.shape:
+            raise ValueError(f"{symbol.name} gives {tuple(r.shape)} where the trace says {tuple(proxy.shape)}")
         if r.untyped_storage()._cdata == base.untyped_storage()._cdata:
             p.values[proxy.name] = Value(source.storage, tuple(r.shape), r.stride(), r.storage_offset(), source.dtype)
         else:
             copy(p, source, p.new(proxy))
 
 
-def check_view(args: tuple, kwargs: dict[str, Any], is_tensor: Any) -> None:
-    """Raises Decline for indices that are tensors and for other types of the same bytes."""
-    require(is_tensor(args[0]), "no tensor")
+def check_view(key: str, args: tuple, kwargs: dict[str, Any], is_tensor: Any) -> None:
+    """Declines indices that are tensors or lists, and other types of the same bytes."""
+    require(is_tensor(args[0]) and not (key == "getitem" and isinstance(args[1], list)), "an index that is a list")
     for a in (*args[1:], *kwargs.values()):
         require(not isinstance(a, torch.dtype), "another dtype")
         for item in a if isinstance(a, (list, tuple)) else (a,):
@@ -171,8 +172,7 @@ def _sum(mean: bool) -> Any:
     return emit
 
 
-emitter("sum")(_sum(False))
-emitter("mean")(_sum(True))
+EMITTERS |= {"sum": _sum(False), "mean": _sum(True)}
 
 
 def rows(p: Program, dim: int, body: str, **values: Value) -> None:

@@ -208,3 +208,14 @@ def test_without_a_device_torch_runs_everything(monkeypatch):
     compiled, x = thunder.jit(lambda x: x * 2 + 1, executors=[executor]), torch.randn(3)
     with pytest.warns(thunder.ThunderWarning, match="pip install pyopencl"):
         torch.testing.assert_close(compiled(x), x * 2 + 1)
+
+
+@needs_device
+def test_parameters_without_a_version_are_sent_each_time(executor):
+    with torch.inference_mode():
+        model, x = nn.Linear(8, 8), torch.randn(2, 8)
+        compiled = thunder.jit(model, executors=[executor])
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), model(x))
+    assert {u.state for u in thunder.explain(compiled).units} == {"trusted"}
+    assert executor.device.reused == 0

@@ -67,7 +67,7 @@ class Device:
 
     def send(self, t: Tensor) -> Any:
         """A buffer with everything between the first and the last element of a tensor, laid out as on the host."""
-        keeps = isinstance(t, torch.nn.Parameter)
+        keeps = isinstance(t, torch.nn.Parameter) and not t.is_inference()  # those have no version
         state = (t.data_ptr(), t._version, t.shape, t.stride()) if keeps else None
         d = t.detach()
         host = d.as_strided((extent(d.shape, d.stride()),), (1,), d.storage_offset()).numpy()  # without a copy

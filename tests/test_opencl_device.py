@@ -219,3 +219,14 @@ def test_parameters_without_a_version_are_sent_each_time(executor):
             torch.testing.assert_close(compiled(x), model(x))
     assert {u.state for u in thunder.explain(compiled).units} == {"trusted"}
     assert executor.device.reused == 0
+
+
+@needs_device
+def test_inputs_are_read_in_the_layout_in_which_they_arrive(executor):
+    """A value of another kernel, whose strides are not those of torch's rule for tensors without data."""
+    compiled = thunder.jit(lambda x: torch.tanh(x) + 1, executors=[executor])
+    compiled(torch.randn(4, 5))
+    ((_, region, _),) = compiled._thunder_claims.units
+    x = torch.randn(5, 4).t()
+    (ours,) = region.implementation(x)
+    torch.testing.assert_close(ours, torch.tanh(x) + 1)

@@ -2,9 +2,8 @@
 
     python examples/opencl_device/demo.py [--steps 30]
 
-Three linear layers with GELU and ReLU, a cross entropy, and Adam. Prints the losses of both, which share of the
-operations ran on the device, and what crossed the border. The exit status is 1 when a loss differs by more than the
-tolerance or when less than nine tenths of the operations ran on the device, 2 where there is no device.
+Three linear layers with GELU and ReLU, a cross entropy, and Adam. The exit status is 1 when a loss differs by more than
+the tolerance or less than nine tenths of the operations ran on the device, 2 where there is no device.
 """
 
 from __future__ import annotations

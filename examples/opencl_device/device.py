@@ -23,7 +23,7 @@ class NoDevice(RuntimeError):
 
 
 class Device:
-    """One OpenCL device.
+    """One OpenCL device; raises NoDevice where pyopencl or a platform is missing.
 
     Args:
         device: a ``pyopencl.Device``; None: the first one of the first platform.
@@ -33,9 +33,6 @@ class Device:
 
     Attributes:
         sent, received, reused: bytes to the device, from it, and of parameters that were there already.
-
-    Raises:
-        NoDevice: pyopencl or a platform is missing.
     """
 
     def __init__(self, device: Any = None, *, trust_versions: bool = False) -> None:

@@ -20,11 +20,9 @@ LARGEST = 2**31 - 1  # elements: indices in kernels are int
 
 
 class OpenCLExecutor(FusionExecutor):
-    """Regions of float32 operations on an OpenCL device; their inputs and results are tensors of the host.
+    """Regions of float32 operations on a ``Device``: the first one there is, if none is given.
 
-    Args:
-        name: by which users name it.
-        device: a ``Device``; None: the first one there is, opened at the first region.
+    Their inputs and results are tensors of the host.
     """
 
     def __init__(self, name: str = "opencl", device: Device | None = None) -> None:

@@ -18,8 +18,8 @@ from .program import Program, Value, count, unravel
 
 EMITTERS: dict[str, Any] = {}
 VIEWS = {
-    *("view", "reshape", "flatten", "transpose", "t", "T", "mT", "permute", "expand", "expand_as", "unsqueeze"),
-    *("squeeze", "narrow", "select", "unflatten", "contiguous", "detach", "getitem", "swapaxes", "unbind"),
+    *("view", "reshape", "flatten", "transpose", "t", "T", "mT", "permute", "expand", "unsqueeze"),
+    *("expand_as", "squeeze", "narrow", "select", "unflatten", "contiguous", "detach", "getitem", "unbind"),
     *("chunk", "Tensor.split"),
 }
 

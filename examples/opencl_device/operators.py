@@ -19,7 +19,7 @@ from .program import Program, Value, count, unravel
 EMITTERS: dict[str, Any] = {}
 VIEWS = {
     *("view", "reshape", "flatten", "transpose", "t", "T", "mT", "permute", "expand", "unsqueeze"),
-    *("expand_as", "squeeze", "narrow", "select", "unflatten", "contiguous", "detach", "getitem", "unbind"),
+    *("squeeze", "narrow", "select", "unflatten", "contiguous", "detach", "getitem", "unbind"),
     *("chunk", "Tensor.split"),
 }
 

@@ -21,7 +21,7 @@ C_FILES := $(wildcard src/*/*.[ch] src/executors/*/*.[ch] include/*/*.h ext/*.[c
 TEST_C_FILES := $(wildcard tests/c/*.[ch] tests/fuzz/*.[ch])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-c test-py bench sanitize fuzz lint format docs coverage-ops coverage-models clean
+.PHONY: help setup build demo test test-c test-py bench sanitize fuzz lint format docs coverage-ops coverage-models opencl clean
 
 help:
 	@echo "make demo              compile a real model (MiniLM) and compare it with eager and torch.compile"
@@ -30,6 +30,7 @@ help:
 	@echo "make bench             measured cost against eager and torch.compile     (ARGS=--help for options)"
 	@echo "make coverage-ops      torch's op_db against eager, values and gradients (writes docs/coverage.md)"
 	@echo "make coverage-models   60+ models against eager, inference and training  (writes docs/coverage.md)"
+	@echo "make opencl            an executor from outside, on an OpenCL device (installs PoCL, which runs on the processor)"
 	@echo "make sanitize          all C tests under ASan and UBSan"
 	@echo "make fuzz              fuzz targets under ASan and UBSan, FUZZ_SECONDS=20 each"
 	@echo "make lint format docs clean"
@@ -79,6 +80,13 @@ coverage-ops: $(STAMP)-install
 
 coverage-models: $(STAMP)-install
 	$(BIN)/python tools/coverage_models.py $(ARGS); first=$$?; $(BIN)/python tools/coverage_models.py --train $(ARGS) && exit $$first
+
+# A driver from the distribution, where it can be installed; the demo says what is missing otherwise.
+opencl: $(STAMP)-install
+	$(PIP) install -q pyopencl
+	test -n "$$(ls /etc/OpenCL/vendors 2>/dev/null)" || { apt-get update -qq && apt-get install -y -qq pocl-opencl-icd; } || true
+	$(BIN)/python examples/opencl_device/demo.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/test_opencl_device.py
 
 # ---- check ----------------------------------------------------------------------------------------------------------
 test: test-c test-py

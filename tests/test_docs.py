@@ -50,6 +50,7 @@ def run_page(name: str) -> None:
         ("sharp-edges.md", ""),
         ("faq.md", ""),
         ("transforms.md", ""),
+        ("accelerators.md", "numpy_device declined torch.mm 1x: strides"),
         ("reading-traces.md", 't1 is "cpu f32[4, 6]"; what should replace it is "cpu f32[]"'),
     ],
 )

@@ -605,3 +605,13 @@ def test_small_differences_of_rounding_are_no_fault():
         warnings.simplefilter("error")
         compiled(torch.randn(100))
     assert units(compiled)[0].state == "trusted"
+
+
+def test_inputs_whose_elements_share_memory_are_compared_too():
+    executor = extend.OperatorExecutor("expanded")
+    executor.register_implementation(F.gelu, fn=lambda x, approximate="none": F.gelu(x))
+    x = torch.randn(3, 1).expand(3, 4)
+    compiled = thunder.jit(lambda x: F.gelu(x), executors=[executor])
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), F.gelu(x))
+    assert units(compiled)[0].state == "trusted"

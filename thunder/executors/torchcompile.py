@@ -114,12 +114,21 @@ def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def program(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _tracing_is_ours_alone()
         return tuple(_laid_out(t, p.stride()) for t, p in zip(body(*tensors), trace.output, strict=True))
 
     with mode:
         fakes = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in trace.inputs]
         graph = make_fx(program, decomposition_table=select_decomp_table())(*fakes)
     return mode, graph, fakes
+
+
+def _tracing_is_ours_alone() -> None:
+    """The flag that says that FX traces is the process's: calls in other threads would refuse to run under Dynamo."""
+    from torch.fx import _symbolic_trace
+
+    if getattr(_symbolic_trace, "_is_fx_tracing_flag", False):
+        _symbolic_trace._is_fx_tracing_flag = False
 
 
 def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

@@ -91,13 +91,14 @@ typedef struct thx {
     PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch,
         *forbid_data_ptr, *functorch_level;
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
-    int dict_watcher;            /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
-    PyObject *empty_set;         /* the copy of every set that is empty, for guards */
-    PyObject *impure;            /* dict: id of a C function -> (the function, why it is impure) */
-    PyTypeObject *generators[4]; /* whose methods draw random numbers that are not torch's; NULL at the end */
-    PyObject *read_environment;  /* code of os.environ[...] */
-    PyObject *module_dicts;      /* frozenset: the dictionaries that every nn.Module has */
-    PyObject *watch_counts;      /* 3.12+: dict: id of a dictionary -> how many guards watch it */
+    int dict_watcher;                   /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
+    PyObject *empty_set;                /* the copy of every set that is empty, for guards */
+    PyObject *impure;                   /* dict: id of a C function -> (the function, why it is impure) */
+    PyTypeObject *generators[4];        /* whose methods draw random numbers that are not torch's; NULL at the end */
+    const PyMethodDef *pure[THX_CODES]; /* C functions that were looked at and are not: by address */
+    PyObject *read_environment;         /* code of os.environ[...] */
+    PyObject *module_dicts;             /* frozenset: the dictionaries that every nn.Module has */
+    PyObject *watch_counts;             /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];
     uint32_t facts;        /* TH_FACT_*: what meta rules may rely on */

@@ -666,7 +666,7 @@ PyObject *thx_record_call(thx_recorder *r, PyObject *callee, PyObject *args, PyO
     return record(r, &f, callee, args, kwargs);
 }
 
-PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
+static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3 || n > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
     PyObject *func = a[0], *args = a[2], *kwargs = n > 3 && a[3] != Py_None && PyDict_GET_SIZE(a[3]) ? a[3] : NULL;
@@ -683,6 +683,15 @@ PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     else if (tuple)
         result = record(r, &f, func, tuple, kwargs);
     Py_XDECREF(tuple);
+    return result;
+}
+
+/* Nothing that happens in here is the user's code: Python's profiler (purity.c) need not hear of it. */
+PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
+    PyThreadState *state = PyThreadState_Get();
+    PyThreadState_EnterTracing(state);
+    PyObject *result = observe(self, a, n);
+    PyThreadState_LeaveTracing(state);
     return result;
 }
 

@@ -138,11 +138,18 @@ static int refuse(thx_recorder *r, const char *what, const char *why) {
 static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
     thx *x = r->x;
     if (!PyCFunction_Check(function)) return 0;
-    const char *name = ((PyCFunctionObject *)function)->m_ml->ml_name;
+    const PyMethodDef *method = ((PyCFunctionObject *)function)->m_ml;
+    const PyMethodDef **known = &x->pure[((uintptr_t)method >> 5) % THX_CODES];
+    if (*known == method) return 0;
+    const char *name = method->ml_name;
     PyObject *self = PyCFunction_GET_SELF(function);
     char text[120];
     if (self && !PyModule_Check(self)) {
-        if (!is_generator(x, self) || !is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
+        if (!is_generator(x, self)) {
+            *known = method;
+            return 0;
+        }
+        if (!is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
         snprintf(text, sizeof text, "%.60s.%.40s", Py_TYPE(self)->tp_name, name);
         return refuse(r, text,
                       "it draws random numbers that are not torch's, and later calls would have the same ones");
@@ -150,7 +157,10 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     PyObject *id = PyLong_FromVoidPtr(function);
     PyObject *entry = id ? PyDict_GetItemWithError(x->impure, id) : NULL;
     Py_XDECREF(id);
-    if (!entry) return PyErr_Occurred() ? -1 : 0;
+    if (!entry) {
+        *known = method;
+        return PyErr_Occurred() ? -1 : 0;
+    }
     const char *why = PyUnicode_AsUTF8(PyTuple_GET_ITEM(entry, 1));
     int flags = why && strcmp(why, prints) == 0 ? THROUGH_LIBRARY | OF_PACKAGES : 0;
     if (!why || !is_the_programs(x, frame, flags)) return 0;
@@ -163,7 +173,7 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
     bool environment = (PyObject *)code == r->x->read_environment;
-    Py_DECREF(code);
+    Py_DECREF(code); /* the frame holds it */
     if (!environment || !is_the_programs(r->x, frame, THROUGH_LIBRARY)) return 0;
     return refuse(r, "os.environ", "it reads the environment, and later calls would not look again");
 }

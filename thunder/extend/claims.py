@@ -61,13 +61,15 @@ class Claims:
         """A C executor said no."""
         self.declines[self.executors[i].name, name, reason] += 1
 
-    def ask_operator(self, i: int, known: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """The operator with its own derivative that takes the place of this call: its dotted name."""
+    def ask_operator(
+        self, i: int, known: Any, name: str, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[str, int] | None:
+        """The operator with its own derivative that takes the place of this call: its name, the results it saves."""
         operator = getattr(known, "operator", None)
         if operator is None or not self.ask(i, known, name, args, kwargs):
             return None
         self._origins[operator.key] = name
-        return operator.key
+        return operator.key, operator.saves
 
     def bind(self, i: int, region: Any, kind: str) -> str | None:
         """Give a unit what runs it; its name, or None when the executor does not want it after all."""
@@ -100,7 +102,7 @@ class Claims:
         if origin is not None:
             region.operator = callee
             region.key = _C.operator_key(origin)
-            region.origin_trace = _C.Trace(str(region.trace).replace(f"{callee}(", f"{origin}("))
+            region.origin_trace = _C.Trace(_origin_text(str(region.trace), callee, origin))
             region._compare_with(region.origin_trace)
         implementation = known.fn if known.native is None else known.native.bind(region.trace)
         if isinstance(implementation, str):
@@ -168,6 +170,22 @@ class Claims:
             known = table.get(region.key)
             if getattr(known, "operator", None) is not None and known.operator.key == region.operator:
                 del table[region.key]
+
+
+def _origin_text(text: str, callee: str, origin: str) -> str:
+    """What torch runs in an operator's place; the results that it has for its backward come from itself."""
+    lines = text.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if f" = {callee}(" in line]
+    outs, call = lines[at].strip().split(f" = {callee}(", 1)
+    first, *saved = outs.strip("()").split(", ")
+    if not saved:
+        return text.replace(f"{callee}(", f"{origin}(")
+    types = {line.strip().partition(":")[0]: line for line in lines[1:at]}
+    body = [*(types[n] for n in (first,) if n in types), f"    {first} = {origin}({call}"]
+    if any(name != "_" for name in saved):
+        body += [types[n] for n in saved if n in types]
+        body += [f"    _, {', '.join(saved)} = {callee}({call}"]
+    return "\n".join([lines[0], *body, *lines[at + 1 :]]) + "\n"
 
 
 def make_claims(executors: tuple[Executor, ...], *, verify: str, tier: str, fuel: int | None) -> Claims | None:

@@ -101,6 +101,7 @@ typedef struct thx {
     const char *passes;    /* the pipeline; NULL: the default one */
     bool verify;           /* check every trace after every pass: THUNDER_VERIFY=1 */
     struct thx_cuda *cuda; /* cuda.c: NULL until the first kernel is built */
+    struct th_cudnn *cudnn; /* cudnn.c: NULL until the first plan is made */
     char *library;         /* folder of Python's own library; owned, NULL: unknown */
 } thx;
 

@@ -130,6 +130,7 @@ class OperatorExecutor(Executor):
         checker: Checker | None = None,
         execution_transform: Callable | None = None,
         grad_transform: Callable | None = None,
+        inference: Callable | None = None,
     ) -> None:
         """Say how this executor runs an operator.
 
@@ -145,6 +146,7 @@ class OperatorExecutor(Executor):
             execution_transform: like ``fn``, a function of operations of this executor and of torch.
             grad_transform: a function ``(ctx, *grads)`` as ``thunder.extend.op`` takes for ``backward``: the derivative
                 of this implementation.
+            inference: what runs it where nothing is differentiated, called like ``op``; by default the operator.
 
         Raises:
             TypeError: nothing to run it with, or too much; something is not callable.
@@ -165,6 +167,8 @@ class OperatorExecutor(Executor):
         run = operator.function if operator is not None else given[0]
         if operator is not None and operator.saves:
             run = _without_saved(operator)
+        if inference is not None:
+            run = inference
         key = operator_key(op)
         differentiable = operator if operator is not None and operator.has_backward else None
         self._table[key] = Implementation(run, checker, differentiable)

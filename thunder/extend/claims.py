@@ -180,12 +180,13 @@ def _origin_text(text: str, callee: str, origin: str) -> str:
     first, *saved = outs.strip("()").split(", ")
     if not saved:
         return text.replace(f"{callee}(", f"{origin}(")
-    types = {line.strip().partition(":")[0]: line for line in lines[1:at]}
+    top = next(i for i, line in enumerate(lines) if line.endswith("):")) + 1
+    types = {line.strip().partition(":")[0]: line for line in lines[top:at]}
     body = [*(types[n] for n in (first,) if n in types), f"    {first} = {origin}({call}"]
     if any(name != "_" for name in saved):
         body += [types[n] for n in saved if n in types]
         body += [f"    _, {', '.join(saved)} = {callee}({call}"]
-    return "\n".join([lines[0], *body, *lines[at + 1 :]]) + "\n"
+    return "\n".join([*lines[:top], *body, *lines[at + 1 :]]) + "\n"
 
 
 def make_claims(executors: tuple[Executor, ...], *, verify: str, tier: str, fuel: int | None) -> Claims | None:

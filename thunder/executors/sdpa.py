@@ -224,7 +224,14 @@ def _run(
         return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     if kernel == EFFICIENT:
         return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, train, 0.0, causal, scale=scale)[:2]
-    return _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, train, 0.0, causal, False, scale=scale)[:2]
+    out, sums = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, train, 0.0, causal, False, scale=scale)[:2]
+    if train:
+        _ranks[CUDNN] = sums.ndim
+    return out, sums
+
+
+_ranks = {CUDNN: 3}
+"""Of the logsumexp, which is as the backward wants it: (batch, heads, length), in some versions with a last one."""
 
 
 def _run_backward(
@@ -239,12 +246,13 @@ def _run_backward(
     if kernel == EFFICIENT:
         wide = -(-sums.shape[2] // 32) * 32
         if wide != sums.shape[2]:
-            sums = torch.nn.functional.pad(sums, (0, wide - sums.shape[2]))
+            sums = torch.nn.functional.pad(sums, (0, wide - sums.shape[2]), value=float("inf"))
         return _aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, bias, out, sums, state[0], state[1], 0.0, [True, True, True, False], causal, scale=scale
         )[:3]
+    sums = sums.unsqueeze(-1) if _ranks[CUDNN] == 4 else sums
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, sums.unsqueeze(-1), state[0], state[1], bias, None, None, *lengths, 0.0, causal, scale=scale
+        grad, q, k, v, out, sums, state[0], state[1], bias, None, None, *lengths, 0.0, causal, scale=scale
     )
 
 

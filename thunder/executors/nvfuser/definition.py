@@ -1,8 +1,8 @@
 """A region as the text of an nvFuser definition.
 
 Values of 16 bits are computed with as float32 and rounded where they leave the region, as Inductor does. Sizes are those
-of the region. Where a result is laid out otherwise than row by row, the definition gives it permuted so that it is, and
-the caller turns it back.
+of the region. Where a result is laid out otherwise than row by row the definition asks for that; nvFuser may still
+choose, so the caller looks.
 
 Each rule takes the writer and a node of the ATen graph and returns the name of a value (or several).
 """
@@ -39,11 +39,11 @@ class Definition:
 
     Attributes:
         text: of a function ``definition(fd, DataType)``.
-        orders: for each result the permutation that turns it into place, or None.
+        strides: of the results.
     """
 
     text: str
-    orders: tuple[tuple[int, ...] | None, ...]
+    strides: tuple[tuple[int, ...], ...]
 
 
 def define(graph: torch.fx.GraphModule) -> Definition:
@@ -59,10 +59,10 @@ def define(graph: torch.fx.GraphModule) -> Definition:
         elif node.op == "call_function":
             writer.call(node)
         elif node.op == "output":
-            orders = tuple(writer.output(out) for out in node.args[0])
+            strides = tuple(writer.output(out) for out in node.args[0])
         else:
             raise NoRule(f"{node.op} {node.target}")
-    return Definition("def definition(fd, DataType):\n" + "".join(f"    {x}\n" for x in writer.lines), orders)
+    return Definition("def definition(fd, DataType):\n" + "".join(f"    {x}\n" for x in writer.lines), strides)
 
 
 def _inner(dtype: torch.dtype) -> torch.dtype:
@@ -138,18 +138,19 @@ class _Writer:
             raise NoRule(f"nvFuser has no {node.target}")
         self.names[node] = rule(self, node)
 
-    def output(self, node: Node) -> tuple[int, ...] | None:
-        """A result; how it is turned into place."""
+    def output(self, node: Node) -> tuple[int, ...]:
+        """A result; its strides."""
         fake = _meta(node)
         name = self.names[node]
         if self.ranks[name] != fake.ndim or name in self._scalars.values():
             raise NoRule("a result that is a constant")
         name = self.cast(name, fake.dtype)
-        order = sorted(range(fake.ndim), key=lambda d: (-fake.stride(d), d)) if not fake.is_contiguous() else None
-        if order is not None:
-            name = self.op("permute", name, f"dims={order}", dtype=fake.dtype, rank=fake.ndim)
+        if not fake.is_contiguous():
+            slowest = sorted(range(fake.ndim), key=lambda d: (-fake.stride(d), d))
+            order = [fake.ndim - 1 - slowest.index(d) for d in range(fake.ndim)]  # 0: the fastest
+            name = self.op("stride_order", name, f"stride_order={order}", dtype=fake.dtype, rank=fake.ndim)
         self.lines.append(f"fd.add_output({name})")
-        return None if order is None else tuple(sorted(range(fake.ndim), key=lambda d: order[d]))
+        return fake.stride()
 
     def value(self, argument: Any, dtype: torch.dtype, rank: int = 0) -> str:
         """An argument in a dtype, with leading dimensions of one up to a rank."""

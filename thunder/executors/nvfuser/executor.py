@@ -12,6 +12,7 @@ import torch
 
 from thunder._errors import ThunderWarning
 from thunder.executors.nvfuser.definition import TYPES, Definition, NoRule, define
+from thunder.executors.sdpa import laid_out
 from thunder.executors.torchcompile import aten_graph, no_modes
 from thunder.extend.executor import FusionExecutor
 from thunder.extend.registry import register_executor
@@ -157,11 +158,11 @@ def build(found: Definition, front_end: Any) -> Callable:
     fusion = front_end.FusionDefinition()
     with fusion:
         names["definition"](fusion, front_end.DataType)
-    orders = found.orders
+    strides = found.strides
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
         results = fusion.execute(list(tensors))
-        return [r if order is None else r.permute(order) for r, order in zip(results, orders, strict=True)]
+        return [r if r.stride() == s else laid_out(r, s) for r, s in zip(results, strides, strict=True)]
 
     return run
 

@@ -48,8 +48,15 @@ static int read_sizes(PyObject *tuple, int64_t *sizes, Py_ssize_t wanted) {
 }
 
 static th_cudnn_attention attention_of(const int64_t *s, float scale) {
-    th_cudnn_attention a = {.type = (uint8_t)s[0], .causal = s[1] != 0, .scale = scale, .batch = s[2], .heads = s[3],
-                            .kv_heads = s[4], .length = s[5], .kv_length = s[6], .size = s[7]};
+    th_cudnn_attention a = {.type = (uint8_t)s[0],
+                            .causal = s[1] != 0,
+                            .scale = scale,
+                            .batch = s[2],
+                            .heads = s[3],
+                            .kv_heads = s[4],
+                            .length = s[5],
+                            .kv_length = s[6],
+                            .size = s[7]};
     int64_t *strides[] = {a.q, a.k, a.v, a.o, a.grad, a.dq, a.dk, a.dv};
     for (uint32_t i = 0; i < 8; i++) memcpy(strides[i], s + 8 + 4 * i, 4 * sizeof *s);
     return a;

@@ -115,7 +115,6 @@ class Ops:
         return torch.full(shape, fill_value, dtype=dtype)
 
 
-
 class Val:
     """A value that is computed when the fusion runs."""
 

@@ -1,4 +1,4 @@
-"""The nvfuser executor: definitions as text, run by a stand-in of nvFuser's front end; on a GPU by nvFuser if it is there."""
+"""The nvfuser executor: definitions as text, run by a stand-in of nvFuser's front end; on a GPU by nvFuser itself."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def test_the_definition_is_a_text():
     found = nvfuser._translate(trace)
     assert found.text == (
         "def definition(fd, DataType):\n"
-        "    t0 = fd.define_tensor(sizes=[8, 64], strides=[64, 1], dtype=DataType.BFloat16, static_sizes=True, is_cpu=False)\n"
+        "    t0 = fd.define_tensor(sizes=[8, 64], strides=[64, 1], dtype=DataType.BFloat16, static_sizes=True, "
+        "is_cpu=False)\n"
         "    t1 = fd.ops.cast(t0, dtype=DataType.Float)\n"
         "    t2 = fd.define_tensor(sizes=[64], strides=[1], dtype=DataType.BFloat16, static_sizes=True, is_cpu=False)\n"
         "    t3 = fd.ops.cast(t2, dtype=DataType.Float)\n"

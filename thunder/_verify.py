@@ -43,7 +43,9 @@ def judge(
     with torch.no_grad():
         found = f"it raised {type(error).__name__}: {error}" if error is not None else ""
         shown = len(expected) - region.saved  # what an operator saves for its backward nobody else has
-        found = found or _writes(before, after) or _differs(region, before, expected[:shown], results and results[:shown])
+        found = (
+            found or _writes(before, after) or _differs(region, before, expected[:shown], results and results[:shown])
+        )
         if not found and region.operator is not None:
             found = _gradient_differs(region, before)
     if not found:

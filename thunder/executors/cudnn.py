@@ -1,8 +1,8 @@
 """``cudnn``: layer_norm and attention through cuDNN's own graph API, forward and backward.
 
-A plan is made once per shape, layout and dtype (tens of milliseconds, in C: src/executors/cudnn) and kept for the life
-of the process. cuDNN 9.6 or newer is looked for in the ``nvidia`` packages that torch brings, or ``THUNDER_CUDNN`` names
-the library; it is opened when the first call is offered.
+A plan is made once per shape, layout and dtype (in C: src/executors/cudnn) and kept for the life of the process. cuDNN
+9.6 or newer is looked for in the ``nvidia`` packages that torch brings, or ``THUNDER_CUDNN`` names the library; it is
+opened when the first call is offered.
 """
 
 from __future__ import annotations
@@ -246,9 +246,7 @@ def _attention(
     )  # fmt: skip
     out = torch.empty_strided(query.shape, strides, dtype=query.dtype, device=device)
     logsumexp = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
-    plan = _plan(
-        "attention", device, _attention_sizes(query, key, value, is_causal, strides), _scale(scale, query)
-    )
+    plan = _plan("attention", device, _attention_sizes(query, key, value, is_causal, strides), _scale(scale, query))
     _run(plan, device, query, key, value, out, logsumexp)
     return out, logsumexp
 
@@ -264,7 +262,9 @@ def _attention_meta(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return sdpa.attention_meta(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[:2]
+    return sdpa.attention_meta(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[
+        :2
+    ]
 
 
 def _attention_backward(

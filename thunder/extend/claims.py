@@ -102,8 +102,8 @@ class Claims:
             origin, region.saved = self._origins[callee]
             region.operator = callee
             region.key = _C.operator_key(origin)
-            region.origin_trace = _C.Trace(_origin_text(str(region.trace), callee, origin))
-            region._compare_with(region.origin_trace)
+            region.origin_trace = _C.Trace(_origin_text(str(region.trace), callee, origin, alone=True))
+            region._compare_with(_C.Trace(_origin_text(str(region.trace), callee, origin)))
         implementation = known.fn if known.native is None else known.native.bind(region.trace)
         if isinstance(implementation, str):
             self.declined(i, callee, implementation)
@@ -172,8 +172,9 @@ class Claims:
                 del table[region.key]
 
 
-def _origin_text(text: str, callee: str, origin: str) -> str:
-    """What torch runs in an operator's place; the results that it has for its backward come from itself."""
+def _origin_text(text: str, callee: str, origin: str, *, alone: bool = False) -> str:
+    """What torch runs in an operator's place; the results that it has for its backward come from itself, or are left
+    out (``alone``)."""
     lines = text.splitlines()
     (at,) = [i for i, line in enumerate(lines) if f" = {callee}(" in line]
     outs, call = lines[at].strip().split(f" = {callee}(", 1)
@@ -183,6 +184,8 @@ def _origin_text(text: str, callee: str, origin: str) -> str:
     top = next(i for i, line in enumerate(lines) if line.endswith("):")) + 1
     types = {line.strip().partition(":")[0]: line for line in lines[top:at]}
     body = [*(types[n] for n in (first,) if n in types), f"    {first} = {origin}({call}"]
+    if alone:
+        return "\n".join([*lines[:top], *body, f"    return ({first},)"]) + "\n"
     if any(name != "_" for name in saved):
         body += [types[n] for n in saved if n in types]
         body += [f"    _, {', '.join(saved)} = {callee}({call}"]

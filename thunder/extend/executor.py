@@ -110,7 +110,13 @@ class OperatorExecutor(Executor):
         if (like is None) == (meta is None):
             raise TypeError("register_operator() needs either like= or meta=")
         operator = Operator(
-            fn, namespace=f"thunder_{self.name}", name=name, mutates=mutates, tags=tags, like=like, check=False,
+            fn,
+            namespace=f"thunder_{self.name}",
+            name=name,
+            mutates=mutates,
+            tags=tags,
+            like=like,
+            check=False,
             saves=saves,
         )
         operator.meta(meta if meta is not None else like)

@@ -14,23 +14,23 @@
 
 enum { TH_CUDNN_DEVICES = 64, TH_CUDNN_OLDEST = 90600 }; /* before that dQ's sums had to be cleared by the caller */
 
-#define TH_CUDNN_SYMBOLS(X)                                                           \
-    X(cudnnGetVersion, size_t, (void))                                                \
-    X(cudnnGetErrorString, const char *, (int))                                       \
-    X(cudnnGetLastErrorString, void, (char *, size_t))                                \
-    X(cudnnCreate, int, (void **))                                                    \
-    X(cudnnSetStream, int, (void *, void *))                                          \
-    X(cudnnBackendCreateDescriptor, int, (int, void **))                              \
-    X(cudnnBackendDestroyDescriptor, int, (void *))                                   \
-    X(cudnnBackendFinalize, int, (void *))                                            \
-    X(cudnnBackendSetAttribute, int, (void *, int, int, int64_t, const void *))       \
-    X(cudnnBackendGetAttribute, int, (void *, int, int, int64_t, int64_t *, void *))  \
+#define TH_CUDNN_SYMBOLS(X)                                                          \
+    X(cudnnGetVersion, size_t, (void))                                               \
+    X(cudnnGetErrorString, const char *, (int))                                      \
+    X(cudnnGetLastErrorString, void, (char *, size_t))                               \
+    X(cudnnCreate, int, (void **))                                                   \
+    X(cudnnSetStream, int, (void *, void *))                                         \
+    X(cudnnBackendCreateDescriptor, int, (int, void **))                             \
+    X(cudnnBackendDestroyDescriptor, int, (void *))                                  \
+    X(cudnnBackendFinalize, int, (void *))                                           \
+    X(cudnnBackendSetAttribute, int, (void *, int, int, int64_t, const void *))      \
+    X(cudnnBackendGetAttribute, int, (void *, int, int, int64_t, int64_t *, void *)) \
     X(cudnnBackendExecute, int, (void *, void *, void *))
 
 typedef struct th_cudnn {
     th_dylib *library;
-    int64_t version;                  /* 10000 * major + 100 * minor + patch */
-    void *handles[TH_CUDNN_DEVICES];  /* of devices, for the life of the process; NULL: not yet */
+    int64_t version;                 /* 10000 * major + 100 * minor + patch */
+    void *handles[TH_CUDNN_DEVICES]; /* of devices, for the life of the process; NULL: not yet */
 #define TH_CUDNN_FIELD(name, ret, args) ret(*name) args;
     TH_CUDNN_SYMBOLS(TH_CUDNN_FIELD)
 #undef TH_CUDNN_FIELD
@@ -42,11 +42,11 @@ th_status th_cudnn_open(th_ctx *ctx, const char *path, th_cudnn *cudnn);
 /* ---- plans ---- */
 
 typedef enum th_cudnn_type { /* cuDNN's numbers */
-    TH_CUDNN_F32 = 0,
-    TH_CUDNN_F16 = 2,
-    TH_CUDNN_I32 = 4,
-    TH_CUDNN_BF16 = 9,
-    TH_CUDNN_BOOL = 11,
+                             TH_CUDNN_F32 = 0,
+                             TH_CUDNN_F16 = 2,
+                             TH_CUDNN_I32 = 4,
+                             TH_CUDNN_BF16 = 9,
+                             TH_CUDNN_BOOL = 11,
 } th_cudnn_type;
 
 enum { TH_CUDNN_OPERANDS = 16, TH_CUDNN_DESCRIPTORS = 160 };

@@ -23,16 +23,16 @@ typedef struct th__cudnn_shape {
 typedef void *th__cudnn_tensor; /* a descriptor, owned by the plan; NULL after a failure, or: none */
 
 typedef enum th__cudnn_mode { /* pointwise; cuDNN's numbers */
-    TH__CUDNN_ADD = 0,
-    TH__CUDNN_MUL = 1,
-    TH__CUDNN_DIV = 6,
-    TH__CUDNN_SUB = 9,
-    TH__CUDNN_EXP = 13,
-    TH__CUDNN_LOG = 15,
-    TH__CUDNN_IDENTITY = 21,
-    TH__CUDNN_GE = 303,
-    TH__CUDNN_INDEX = 501,
-    TH__CUDNN_SELECT = 601,
+                              TH__CUDNN_ADD = 0,
+                              TH__CUDNN_MUL = 1,
+                              TH__CUDNN_DIV = 6,
+                              TH__CUDNN_SUB = 9,
+                              TH__CUDNN_EXP = 13,
+                              TH__CUDNN_LOG = 15,
+                              TH__CUDNN_IDENTITY = 21,
+                              TH__CUDNN_GE = 303,
+                              TH__CUDNN_INDEX = 501,
+                              TH__CUDNN_SELECT = 601,
 } th__cudnn_mode;
 
 enum { TH__CUDNN_SUM = 0, TH__CUDNN_MAX = 3 }; /* reductions */

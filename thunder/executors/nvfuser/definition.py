@@ -1,7 +1,7 @@
 """A region as the text of an nvFuser definition.
 
-Values of 16 bits are computed with as float32 and rounded where they leave the region, as Inductor does. Sizes are those
-of the region. Where a result is laid out otherwise than row by row the definition asks for that; nvFuser may still
+Values of 16 bits are computed with as float32 and rounded where they leave the region, as Inductor does. Sizes are
+those of the region. Where a result is laid out otherwise than row by row the definition asks for that; nvFuser may still
 choose, so the caller looks.
 
 Each rule takes the writer and a node of the ATen graph and returns the name of a value (or several).
@@ -212,10 +212,34 @@ def _comparison(name: str) -> Rule:
     return rule
 
 
-for _name in (
-    "abs neg exp expm1 log log1p sqrt rsqrt sin cos tan tanh erf sigmoid reciprocal relu floor ceil round sign trunc "
-    "sinh cosh asin acos atan"
-).split():
+for _name in [
+    "abs",
+    "neg",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tan",
+    "tanh",
+    "erf",
+    "sigmoid",
+    "reciprocal",
+    "relu",
+    "floor",
+    "ceil",
+    "round",
+    "sign",
+    "trunc",
+    "sinh",
+    "cosh",
+    "asin",
+    "acos",
+    "atan",
+]:
     RULES[f"aten.{_name}.default"] = _pointwise(_name)
 for _name in ("mul", "div", "maximum", "minimum", "atan2", "fmod", "remainder"):
     for _overload in ("Tensor", "default", "Scalar"):
@@ -453,9 +477,7 @@ def _slice(w: _Writer, node: Node) -> str:
         return name
     starts = [start if d == dim else 0 for d in range(source.ndim)]
     ends = [starts[d] + fake.shape[d] for d in range(source.ndim)]
-    return w.op(
-        "slice", name, f"start_indices={starts}", f"end_indices={ends}", dtype=w.dtypes[name], rank=source.ndim
-    )
+    return w.op("slice", name, f"start_indices={starts}", f"end_indices={ends}", dtype=w.dtypes[name], rank=source.ndim)
 
 
 @_rule("aten.split_with_sizes.default")
@@ -468,7 +490,9 @@ def _split(w: _Writer, node: Node) -> tuple[str, ...]:
         ends = [at + size if d == dim else source.shape[d] for d in range(source.ndim)]
         at += size
         parts.append(
-            w.op("slice", name, f"start_indices={starts}", f"end_indices={ends}", dtype=w.dtypes[name], rank=source.ndim)
+            w.op(
+                "slice", name, f"start_indices={starts}", f"end_indices={ends}", dtype=w.dtypes[name], rank=source.ndim
+            )
         )
     return tuple(parts)
 

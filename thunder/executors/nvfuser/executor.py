@@ -22,19 +22,117 @@ CUT = 48  # operations, as torchcompile
 _FRONT_ENDS = ("nvfuser_direct", "nvfuser")
 
 # By any name of an operator. Products of matrices are torch's; so is what draws random numbers.
-_OPERATORS = (
-    "abs neg exp expm1 log log1p sqrt rsqrt sin cos tan tanh erf sigmoid reciprocal relu floor ceil round sign add sub mul "
-    "div true_divide pow maximum minimum eq ne lt le gt ge logical_and logical_or logical_not where clamp sum mean amax "
-    "amin var square softmax log_softmax reshape transpose permute unsqueeze squeeze gather cat split narrow flatten"
-).split()
-_METHODS = "view reshape expand transpose permute unsqueeze to float type_as add mul sub neg contiguous".split()
-_FUNCTIONS = "gelu silu relu softmax log_softmax layer_norm rms_norm softplus sigmoid tanh nll_loss cross_entropy".split()
-_ATEN = (
-    "gelu_backward silu_backward tanh_backward sigmoid_backward threshold_backward _softmax_backward_data "
-    "_log_softmax_backward_data native_layer_norm native_layer_norm_backward nll_loss_forward nll_loss_backward _to_copy "
-    "slice_backward _softmax _log_softmax _fused_rms_norm _fused_rms_norm_backward"
-).split()
-_VIEWS = frozenset(f"aten.{n}" for n in ("view.default", "permute.default", "expand.default", "slice.Tensor", "t.default"))
+_OPERATORS = [
+    "abs",
+    "neg",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sqrt",
+    "rsqrt",
+    "sin",
+    "cos",
+    "tan",
+    "tanh",
+    "erf",
+    "sigmoid",
+    "reciprocal",
+    "relu",
+    "floor",
+    "ceil",
+    "round",
+    "sign",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "true_divide",
+    "pow",
+    "maximum",
+    "minimum",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "where",
+    "clamp",
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "square",
+    "softmax",
+    "log_softmax",
+    "reshape",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "gather",
+    "cat",
+    "split",
+    "narrow",
+    "flatten",
+]
+_METHODS = [
+    "view",
+    "reshape",
+    "expand",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "to",
+    "float",
+    "type_as",
+    "add",
+    "mul",
+    "sub",
+    "neg",
+    "contiguous",
+]
+_FUNCTIONS = [
+    "gelu",
+    "silu",
+    "relu",
+    "softmax",
+    "log_softmax",
+    "layer_norm",
+    "rms_norm",
+    "softplus",
+    "sigmoid",
+    "tanh",
+    "nll_loss",
+    "cross_entropy",
+]
+_ATEN = [
+    "gelu_backward",
+    "silu_backward",
+    "tanh_backward",
+    "sigmoid_backward",
+    "threshold_backward",
+    "_softmax_backward_data",
+    "_log_softmax_backward_data",
+    "native_layer_norm",
+    "native_layer_norm_backward",
+    "nll_loss_forward",
+    "nll_loss_backward",
+    "_to_copy",
+    "slice_backward",
+    "_softmax",
+    "_log_softmax",
+    "_fused_rms_norm",
+    "_fused_rms_norm_backward",
+]
+_VIEWS = frozenset(
+    f"aten.{n}" for n in ["view.default", "permute.default", "expand.default", "slice.Tensor", "t.default"]
+)
 
 
 @functools.cache
@@ -59,8 +157,8 @@ def _missing() -> str:
     if reason:
         reason = f"nvFuser does not work with torch {torch.__version__}: {reason}"
         warnings.warn(
-            f"executor 'nvfuser': {reason}. Others run its operations. Its packages are called nvfuser-cu130-torch210 and "
-            "the like: the one for this CUDA and this torch is needed",
+            f"executor 'nvfuser': {reason}. Others run its operations. Its packages are called nvfuser-cu130-torch210 "
+            "and the like: the one for this CUDA and this torch is needed",
             ThunderWarning,
             stacklevel=2,
         )
@@ -122,9 +220,8 @@ class NvFuserExecutor(FusionExecutor):
         if isinstance(found, str):
             raise NoRule(found)
         run = build(found, self._front_end or probe()[0])
-        zeros = [
-            torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device).zero_() for p in region.trace.inputs
-        ]
+        like = [(p.shape, p.stride(), p.dtype, p.device) for p in region.trace.inputs]
+        zeros = [torch.empty_strided(n, s, dtype=d, device=where).zero_() for n, s, d, where in like]
         with torch.no_grad(), no_modes():
             run(*zeros)
         return run

@@ -1,8 +1,8 @@
 """A region as the text of an nvFuser definition.
 
 Values of 16 bits are computed with as float32 and rounded where they leave the region, as Inductor does. Sizes are
-those of the region. Where a result is laid out otherwise than row by row the definition asks for that; nvFuser may still
-choose, so the caller looks.
+those of the region. Where a result is laid out otherwise than row by row the definition asks for that; nvFuser may
+still choose, so the caller looks.
 
 Each rule takes the writer and a node of the ATen graph and returns the name of a value (or several).
 """

@@ -6,9 +6,12 @@
  *     cuts        tuple of ints, likewise: see th_claim.cut
  *     ask(i, known, name, args, kwargs) -> 0 no, 1 alone, 2 with neighbours; tensors are fakes
  *     operators   bool: some implementation has a derivative of its own
- *     ask_operator(i, known, name, args, kwargs) -> dotted name of the operator that takes the place of the call, or
- * None bind(i, region, kind) -> name of the unit, or None: declined after all judge       see thx_region_new The key of
- * an operator is its catalogue name, or the dotted name where the catalogue has none; "*" stands for all.
+ *     ask_operator(i, known, name, args, kwargs) -> None, or of the operator that takes the place of the call (dotted
+ *                 name, how many results it has beside those of the call: its backward needs them)
+ *     bind(i, region, kind) -> name of the unit, or None: declined after all
+ *     judge       see thx_region_new
+ *
+ * The key of an operator is its catalogue name, or the dotted name where the catalogue has none; "*" stands for all.
  */
 #include "native.h"
 #include "region.h"
@@ -175,6 +178,17 @@ int thx_claim(thx *x, PyObject *claims, th_trace *t, const char *kind) {
     return rc;
 }
 
+enum { MOST_SAVED = 8 };
+
+/* Results that only the backward of an operator sees: derive.c gives them values where it uses them. */
+static void add_saved(th_trace *t, th_op *op, uint32_t n) {
+    th_node outs[MOST_SAVED + 1] = {op->outs};
+    if (!n) return;
+    for (uint32_t i = 1; i <= n; i++) outs[i] = th_node_none(t);
+    op->outs = th_node_seq(t, TH_N_TUPLE, n + 1, outs);
+    op->outs_list = true;
+}
+
 /* The operator that takes the place of one operation: 1 it did, 0 none, -1 with an exception. */
 static int replace_one(asking *a, th_trace *t, th_op *op) {
     PyObject *key = key_of(a, op, t);
@@ -183,15 +197,23 @@ static int replace_one(asking *a, th_trace *t, th_op *op) {
         PyObject *known = PyDict_GetItemWithError(PyTuple_GET_ITEM(a->tables, i), key);
         if (!known && PyErr_Occurred()) rc = -1;
         if (!known || known == Py_True || known == Py_None) continue;
-        PyObject *name = put(a, "ask_operator", t, op, i, known);
-        const char *text = name && name != Py_None ? PyUnicode_AsUTF8(name) : NULL;
-        if (text) {
+        PyObject *answer = put(a, "ask_operator", t, op, i, known);
+        const char *text = NULL;
+        unsigned saved = 0;
+        bool taken = answer && answer != Py_None && PyArg_ParseTuple(answer, "sI", &text, &saved);
+        if (taken && saved && (saved > MOST_SAVED || t->nodes[op->outs].kind != TH_N_VALUE)) {
+            PyErr_Format(PyExc_ValueError, "%s has %u results for its backward: it may have %d, and one other", text,
+                         saved, MOST_SAVED);
+            taken = false;
+        }
+        if (taken) {
             op->callee = th_intern_z(t->ctx, text);
             op->callee_opaque = 0;
             op->def = 0;
+            add_saved(t, op, saved);
         }
-        rc = text ? 1 : PyErr_Occurred() ? -1 : 0;
-        Py_XDECREF(name);
+        rc = taken ? 1 : PyErr_Occurred() ? -1 : 0;
+        Py_XDECREF(answer);
     }
     Py_XDECREF(key);
     return rc;

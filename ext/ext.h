@@ -101,11 +101,12 @@ typedef struct thx {
     PyObject *watch_counts;             /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
     thx_code codes[THX_CODES];
-    uint32_t facts;        /* TH_FACT_*: what meta rules may rely on */
-    const char *passes;    /* the pipeline; NULL: the default one */
-    bool verify;           /* check every trace after every pass: THUNDER_VERIFY=1 */
-    struct thx_cuda *cuda; /* cuda.c: NULL until the first kernel is built */
-    char *library;         /* folder of Python's own library; owned, NULL: unknown */
+    uint32_t facts;         /* TH_FACT_*: what meta rules may rely on */
+    const char *passes;     /* the pipeline; NULL: the default one */
+    bool verify;            /* check every trace after every pass: THUNDER_VERIFY=1 */
+    struct thx_cuda *cuda;  /* cuda.c: NULL until the first kernel is built */
+    struct th_cudnn *cudnn; /* cudnn.c: NULL until the first plan is made */
+    char *library;          /* folder of Python's own library; owned, NULL: unknown */
 } thx;
 
 /* ---- raise.c: the only room that turns a core error into an exception ---- */

@@ -2,6 +2,7 @@
 #include "callable.h"
 #include "capture.h"
 #include "cuda.h"
+#include "cudnn.h"
 #include "derive.h"
 #include "native.h"
 #include "region.h"
@@ -379,7 +380,7 @@ static int module_exec(PyObject *module) {
         thx_recorder_init(x, module) < 0 || thx_purity_init(x) < 0 || thx_trace_init(x, module) < 0 ||
         thx_autograd_init(x, module) < 0 || thx_region_init(x, module) < 0 || thx_native_init(x, module) < 0 ||
         thx_custom_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 ||
-        thx_cuda_init(x, module) < 0)
+        thx_cuda_init(x, module) < 0 || thx_cudnn_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x);
     return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded) < 0
@@ -395,6 +396,7 @@ static void module_free(void *module) {
     thx_rules_free(x);
     PyMem_Free(x->library);
     thx_cuda_fini(x);
+    thx_cudnn_fini(x);
     thx_abi_fini(&x->abi);
     th_catalog_free(x->catalog);
     th_ctx_free(x->ctx);

@@ -731,13 +731,35 @@ static bool has_tag(thx *x, PyObject *overload, PyObject *tag) {
     return found == 1;
 }
 
+/* Attention kernels draw for their dropout alone: without it they are as pure as a product. */
+static bool drops_nothing(PyObject *func, PyObject *args, PyObject *kwargs) {
+    PyObject *schema = PyObject_GetAttrString(func, "_schema"), *value = NULL;
+    PyObject *list = schema ? PyObject_GetAttrString(schema, "arguments") : NULL;
+    for (Py_ssize_t i = 0; list && !value && i < PyList_GET_SIZE(list); i++) {
+        PyObject *argument = PyList_GET_ITEM(list, i), *name = PyObject_GetAttrString(argument, "name");
+        if (name && PyUnicode_CompareWithASCIIString(name, "dropout_p") == 0) {
+            value = i < PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, i)
+                    : kwargs                   ? PyDict_GetItemWithError(kwargs, name)
+                                               : NULL;
+            value = value ? Py_NewRef(value) : PyObject_GetAttrString(argument, "default_value");
+        }
+        Py_XDECREF(name);
+    }
+    bool zero = value && PyFloat_Check(value) && PyFloat_AS_DOUBLE(value) == 0;
+    Py_XDECREF(value);
+    Py_XDECREF(list);
+    Py_XDECREF(schema);
+    PyErr_Clear();
+    return zero;
+}
+
 static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs);
 
 PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3) return PyErr_Format(PyExc_TypeError, "__torch_dispatch__ takes func, types, args and kwargs");
-    if (!r->saw_random && has_tag(r->x, a[0], r->x->random_tag)) r->saw_random = true;
     PyObject *kwargs = n > 3 && a[3] != Py_None ? a[3] : NULL;
+    if (!r->saw_random && has_tag(r->x, a[0], r->x->random_tag)) r->saw_random = !drops_nothing(a[0], a[2], kwargs);
     if (r->deriving && !r->depth) /* tensors that autograd makes out of nothing come by here only */
         return record_overload(r, a[0], a[2], kwargs && PyDict_GET_SIZE(kwargs) ? kwargs : NULL);
     note_writes(r, a[0], a[2], kwargs);

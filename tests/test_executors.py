@@ -539,6 +539,52 @@ def test_wrong_kernel_is_reported_and_replaced(kind):
     assert units(compiled)[0].state == "refused" and message in units(compiled)[0].reason
 
 
+def test_a_result_that_nobody_uses():
+    executor = extend.OperatorExecutor("unused_result")
+
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x * 3
+
+    operator = executor.register_operator("two", fn=two, meta=lambda x: (torch.empty_like(x), torch.empty_like(x)))
+    compiled = thunder.jit(lambda x: operator(x)[0] + 1, executors=[executor])
+    x = torch.randn(3)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), x * 2 + 1)
+    assert units(compiled)[0].state == "trusted"
+
+
+def test_an_operator_hands_its_backward_what_its_caller_does_not_get():
+    executor = extend.OperatorExecutor("saving")
+
+    def loss(input: Tensor) -> tuple[Tensor, Tensor]:
+        e = input.exp()
+        return e.sum(-1).log(), e
+
+    backward = executor.register_operator(
+        "loss_backward", fn=lambda g, e: g[:, None] * e / e.sum(-1, keepdim=True), meta=lambda g, e: torch.empty_like(e)
+    )
+    operator = executor.register_operator(
+        "loss",
+        fn=loss,
+        meta=lambda input: (input.new_empty(input.shape[:1]), torch.empty_like(input)),
+        backward=lambda ctx, g, _: backward(g, ctx.outputs[1]),
+        saves=1,
+    )
+    row_sums = extend.op(lambda input: torch.logsumexp(input, -1), name="row_sums_for_tests")
+    row_sums.meta(lambda input: input.new_empty(input.shape[:1]))
+    row_sums.backward(lambda ctx, g: g[:, None] * torch.softmax(ctx.inputs[0], -1))
+    executor.register_implementation(row_sums, operator)
+    compiled = thunder.jit(lambda x: row_sums(x * 2) * 3, executors=[executor])
+    for _ in range(2):
+        x = torch.randn(4, 5, requires_grad=True)
+        ours, theirs = compiled(x), torch.logsumexp(x * 2, -1) * 3
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(o.sum(), x) for o in (ours, theirs)))
+    assert {u.state for u in units(compiled)} == {"trusted"} and len(units(compiled)) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), theirs)
+
+
 def test_wrong_backward_kernel_is_reported_and_replaced():
     executor = extend.OperatorExecutor("wrong_backward")
     executor.register_implementation("torch.ops.aten.gelu_backward.default", fn=lambda g, x, approximate="none": g * 2)

@@ -25,6 +25,13 @@ from thunder._explain import explain
 from thunder._grad import grad, value_and_grad
 from thunder._module import ThunderModule
 from thunder._warm import warm_up as _warm_up
+from thunder.executors import (
+    cudnn_executor,
+    nvfuser_executor,
+    sdpa_executor,
+    torchcompile_executor,
+    triton_executor,
+)
 from thunder.extend import (
     get_all_executors,
     get_always_executors,
@@ -54,6 +61,7 @@ __all__ = [
     "cache_misses",
     "cache_option",
     "compile_stats",
+    "cudnn_executor",
     "dynamo",
     "examine",
     "executors",
@@ -69,7 +77,11 @@ __all__ = [
     "last_compile_options",
     "last_traces",
     "list_transforms",
+    "nvfuser_executor",
     "pytorch_executor",
+    "sdpa_executor",
+    "torchcompile_executor",
     "transforms",
+    "triton_executor",
     "value_and_grad",
 ]

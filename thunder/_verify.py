@@ -46,7 +46,10 @@ def judge(
     """
     with torch.no_grad():
         found = f"it raised {type(error).__name__}: {error}" if error is not None else ""
-        found = found or _writes(before, after) or _differs(region, before, expected, results)
+        shown = len(expected) - region.saved  # what an operator saves for its backward nobody else has
+        found = (
+            found or _writes(before, after) or _differs(region, before, expected[:shown], results and results[:shown])
+        )
         if not found and region.operator is not None:
             found = _gradient_differs(region, before)
     if not found:
@@ -65,15 +68,31 @@ def _gradient_differs(region: Any, inputs: list[Any]) -> str:
     """The derivative that an operator brings along, against the one that torch has of what it stands for."""
     theirs = _gradients(region.origin_trace, inputs)
     ours = _gradients(region.trace, inputs)
+    exact: list[Tensor | None] | None = None
     for i, (e, r) in enumerate(zip(theirs, ours, strict=True)):
         found = ""
         if e is not None and r is not None:
             found = _other_form(e, r) if e.shape != r.shape or e.dtype != r.dtype else _other_numbers(e, r)
         elif e is not None or r is not None:
             found = _other_numbers(torch.zeros_like(e if r is None else r), r if e is None else e)
+        if found.startswith("is off") and e is not None and r is not None:
+            exact = _gradients_in_float64(region.origin_trace, inputs) if exact is None else exact
+            found = "" if exact and nearer(exact[i], e, r) else found
         if found:
             return f"its gradient for input {i} {found}"
     return ""
+
+
+def _gradients_in_float64(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
+    """Empty: it says float32 somewhere, or there is no memory for it."""
+    try:
+        return _gradients(trace, [_wide(t) for t in inputs])
+    except Exception:
+        return []
+
+
+def _wide(t: Any) -> Any:
+    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
 def _gradients(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
@@ -85,10 +104,16 @@ def _gradients(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
         for t in wanted:
             t.requires_grad_()
         outputs = [o for o in names["region"](*leaves) if isinstance(o, Tensor) and o.requires_grad]
-        given = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype, device=o.device).reshape(o.shape) for o in outputs]
+        given = [_uneven(o) for o in outputs]
         if not outputs or not wanted:
             return [None] * len(wanted)
         return list(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+
+
+def _uneven(out: Tensor) -> Tensor:
+    """A gradient whose sums do not cancel: positive, and different from place to place."""
+    places = torch.arange(out.numel(), device=out.device)
+    return ((places % 1021) / 1021 + 0.25).to(out.dtype).reshape(out.shape)
 
 
 def _writes(before: list[Any], after: list[Any]) -> str:
@@ -166,8 +191,7 @@ def _nearer(region: Any, inputs: list[Any], i: int, e: Tensor, r: Tensor) -> boo
         names = region.trace.namespace()
         exec(str(region.trace), names)  # the text of a trace is a program
         body = names["region"]
-        wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
-        truth = body(*wide)[i]
+        truth = body(*map(_wide, inputs))[i]
     except Exception:  # it says float32 somewhere: nothing decides
         return False
     return nearer(truth, e, r)

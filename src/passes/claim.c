@@ -33,6 +33,7 @@ typedef struct claimer {
     th_trace *body;
     th_val *ins, *outs;
     uint32_t nins, nouts;
+    bool whole, used; /* the unit is one call, which gives all its results; somebody uses one of them */
 } claimer;
 
 static uint32_t class_of(const claimer *c, th_opref o) { return c->claims[o].fuses ? c->claims[o].owner : 0; }
@@ -221,7 +222,8 @@ static void take_out(void *user, th_val *v) {
     claimer *c = user;
     const th_value *from = &c->t->values[*v];
     c->map[*v] = th_trace_value(c->body, from->name, from->type);
-    if (c->escapes[*v]) c->outs[c->nouts++] = *v;
+    if (c->escapes[*v] || c->whole) c->outs[c->nouts++] = *v;
+    c->used |= c->escapes[*v];
 }
 
 static void copy_into_body(claimer *c, const th_op *op) {
@@ -257,6 +259,8 @@ static void share_storage(claimer *c) { /* aliases among what the body has, by t
 static th_status build_body(claimer *c, const th_op *old, th_opref first) {
     memset(c->map, 0, c->t->nvalues * sizeof *c->map);
     c->nins = c->nouts = 0;
+    c->whole = !c->claims[first].fuses;
+    c->used = false;
     c->body = th_trace_new(c->t->ctx, "region");
     if (!c->body) return TH_ENOMEM;
     th_trace_set_opaque_vtable(c->body, c->t->opaque_vtable);
@@ -301,7 +305,7 @@ static th_status emit_unit(claimer *c, const th_op *old, th_opref first) {
     void *object = NULL;
     if (claim->owner) {
         th_status status = build_body(c, old, first);
-        if (status != TH_OK || !c->nouts) { /* what nobody uses nobody runs */
+        if (status != TH_OK || !c->used) { /* what nobody uses nobody runs */
             th_trace_free(c->body);
             TRY(status);
         } else {

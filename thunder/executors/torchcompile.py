@@ -77,7 +77,7 @@ def _compile(trace: Any, options: dict[str, Any]) -> Callable:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    with torch.no_grad(), _no_modes():
+    with torch.no_grad(), no_modes():
         mode, graph, fakes = aten_graph(trace)
         with mode, tracing(TracingContext(mode)), config.patch(options):
             compiled = compile_fx_inner(graph, fakes)
@@ -94,7 +94,7 @@ def _caller(compiled: Any) -> Callable:
 
 
 @contextlib.contextmanager
-def _no_modes() -> Any:
+def no_modes() -> Any:
     """A build in the thread of a call sees none of the modes around that call."""
     from torch.utils._python_dispatch import _disable_current_modes
 

@@ -41,7 +41,7 @@ class Claims:
         self._units: list[tuple[str, Any, str]] = []
         self._numbers: collections.Counter[str] = collections.Counter()
         self._refused: dict[Any, str] = {}  # body -> why its executor may not run it
-        self._origins: dict[str, str] = {}
+        self._origins: dict[str, tuple[str, int]] = {}  # operator -> what it stands for, results that it saves
 
     @property
     def units(self) -> list[tuple[str, Any, str]]:
@@ -61,13 +61,15 @@ class Claims:
         """A C executor said no."""
         self.declines[self.executors[i].name, name, reason] += 1
 
-    def ask_operator(self, i: int, known: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """The operator with its own derivative that takes the place of this call: its dotted name."""
+    def ask_operator(
+        self, i: int, known: Any, name: str, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[str, int] | None:
+        """The operator with its own derivative that takes the place of this call: its name, the results it saves."""
         operator = getattr(known, "operator", None)
         if operator is None or not self.ask(i, known, name, args, kwargs):
             return None
-        self._origins[operator.key] = name
-        return operator.key
+        self._origins[operator.key] = name, operator.saves
+        return operator.key, operator.saves
 
     def bind(self, i: int, region: Any, kind: str) -> str | None:
         """Give a unit what runs it; its name, or None when the executor does not want it after all."""
@@ -77,7 +79,7 @@ class Claims:
                 return None
             self.fuel -= 1
         region.claims = weakref.ref(self)
-        region.operator = None
+        region.operator, region.saved = None, 0
         if region.fused:
             if not self._bind_fused(executor, region):
                 return None
@@ -96,12 +98,12 @@ class Claims:
     def _bind_operator(self, i: int, region: Any) -> str | None:
         (callee,) = region.trace.operations()
         known = self.tables[i].get(_C.operator_key(callee)) or self.tables[i].get("*")
-        origin = self._origins.get(callee)
-        if origin is not None:
+        if callee in self._origins:
+            origin, region.saved = self._origins[callee]
             region.operator = callee
             region.key = _C.operator_key(origin)
-            region.origin_trace = _C.Trace(str(region.trace).replace(f"{callee}(", f"{origin}("))
-            region._compare_with(region.origin_trace)
+            region.origin_trace = _C.Trace(_origin_text(str(region.trace), callee, origin, alone=True))
+            region._compare_with(_C.Trace(_origin_text(str(region.trace), callee, origin)))
         implementation = known.fn if known.native is None else known.native.bind(region.trace)
         if isinstance(implementation, str):
             self.declined(i, callee, implementation)
@@ -168,6 +170,26 @@ class Claims:
             known = table.get(region.key)
             if getattr(known, "operator", None) is not None and known.operator.key == region.operator:
                 del table[region.key]
+
+
+def _origin_text(text: str, callee: str, origin: str, *, alone: bool = False) -> str:
+    """What torch runs in an operator's place; the results that it has for its backward come from itself, or are left
+    out (``alone``)."""
+    lines = text.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if f" = {callee}(" in line]
+    outs, call = lines[at].strip().split(f" = {callee}(", 1)
+    first, *saved = outs.strip("()").split(", ")
+    if not saved or ":" in outs:  # the only result, its type beside it
+        return text.replace(f"{callee}(", f"{origin}(")
+    top = next(i for i, line in enumerate(lines) if line.endswith("):")) + 1
+    types = {line.strip().partition(":")[0]: line for line in lines[top:at]}
+    body = [*(types[n] for n in (first,) if n in types), f"    {first} = {origin}({call}"]
+    if alone:
+        return "\n".join([*lines[:top], *body, f"    return ({first},)"]) + "\n"
+    if any(name != "_" for name in saved):
+        body += [types[n] for n in saved if n in types]
+        body += [f"    _, {', '.join(saved)} = {callee}({call}"]
+    return "\n".join([*lines[:top], *body, *lines[at + 1 :]]) + "\n"
 
 
 def make_claims(executors: tuple[Executor, ...], *, verify: str, tier: str, fuel: int | None) -> Claims | None:

@@ -84,6 +84,7 @@ class OperatorExecutor(Executor):
         replaces: Callable | None = None,
         backward: Callable | None = None,
         mutates: Sequence[str] = (),
+        saves: int = 0,
     ) -> Operator:
         """A new operator that this executor runs.
 
@@ -98,6 +99,8 @@ class OperatorExecutor(Executor):
             replaces: an importable function of the user's whose calls become calls of this operator.
             backward: see ``thunder.extend.op``.
             mutates: names of the parameters that ``fn`` writes to.
+            saves: how many of its last results are tensors for the backward alone: what it implements does not have
+                them, ``ctx.outputs`` does.
 
         Returns:
             the operator, to be called in code that is compiled or not.
@@ -109,7 +112,14 @@ class OperatorExecutor(Executor):
         if (like is None) == (meta is None):
             raise TypeError("register_operator() needs either like= or meta=")
         operator = Operator(
-            fn, namespace=f"thunder_{self.name}", name=name, mutates=mutates, tags=tags, like=like, check=False
+            fn,
+            namespace=f"thunder_{self.name}",
+            name=name,
+            mutates=mutates,
+            tags=tags,
+            like=like,
+            check=False,
+            saves=saves,
         )
         operator.meta(meta if meta is not None else like)
         if backward is not None:
@@ -128,6 +138,7 @@ class OperatorExecutor(Executor):
         checker: Checker | None = None,
         execution_transform: Callable | None = None,
         grad_transform: Callable | None = None,
+        inference: Callable | None = None,
     ) -> None:
         """Say how this executor runs an operator.
 
@@ -143,6 +154,7 @@ class OperatorExecutor(Executor):
             execution_transform: like ``fn``, a function of operations of this executor and of torch.
             grad_transform: a function ``(ctx, *grads)`` as ``thunder.extend.op`` takes for ``backward``: the derivative
                 of this implementation.
+            inference: what runs it where nothing is differentiated, called like ``op``; by default the operator.
 
         Raises:
             TypeError: nothing to run it with, or too much; something is not callable.
@@ -161,11 +173,26 @@ class OperatorExecutor(Executor):
                 raise TypeError(f"{operator!r} has a backward: leave grad_transform out")
             operator = _with_backward(self, op, given[0], grad_transform)
         run = operator.function if operator is not None else given[0]
+        if operator is not None and operator.saves:
+            run = _without_saved(operator)
+        if inference is not None:
+            run = inference
         key = operator_key(op)
         differentiable = operator if operator is not None and operator.has_backward else None
         self._table[key] = Implementation(run, checker, differentiable)
         if differentiable is not None:
-            self._table[operator.key] = Implementation(run)
+            self._table[operator.key] = Implementation(operator.function)
+
+
+def _without_saved(operator: Operator) -> Callable:
+    """The operator with the results of what it implements."""
+    count = -operator.saves
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        results = operator.function(*args, **kwargs)[:count]
+        return results[0] if len(results) == 1 else results
+
+    return run
 
 
 def _with_backward(executor: Executor, op: Any, fn: Callable, backward: Callable) -> Operator:

@@ -41,12 +41,14 @@ class Operator:
         tags: Sequence[Any] = (),
         like: Callable | None = None,
         check: bool = True,
+        saves: int = 0,
     ) -> None:
         self.name = name or getattr(fn, "__name__", "")
         if not self.name.isidentifier():
             raise ValueError(f"the name of an operator is an identifier, not {self.name!r}: pass name=")
         self.function = fn
         self.namespace = namespace
+        self.saves = saves
         self._check = check
         self._mutates = tuple(mutates)
         self._meta: Callable | None = None
@@ -104,7 +106,7 @@ class Operator:
         if self._mutates:
             raise TypeError(f"{self!r} writes to its arguments: it can have no backward")
         self._backward = rule
-        self._library.register_autograd(_Backward(self, rule), setup_context=_keep)
+        self._library.register_autograd(_Backward(self, rule), setup_context=functools.partial(_keep, self.saves))
         return rule
 
     def check(self, *args: Any, **kwargs: Any) -> None:
@@ -153,14 +155,18 @@ class _Backward:
                 f"the backward of {self.operator!r} gave {len(given)} gradients for {len(places)} tensor arguments: "
                 "return one for each, None where there is none"
             )
-        result: list[Any] = [None] * len(inputs)
+        result: list[Any] = [None] * ctx.thunder_positional
         for place, gradient in zip(places, given, strict=True):
             result[place] = gradient
         return tuple(result)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Any) -> None:
+def _keep(saves: int, ctx: Any, inputs: tuple, output: Any, keyword_only_inputs: Any = None) -> None:
+    ctx.thunder_positional = len(inputs)
+    inputs = (*inputs, *(keyword_only_inputs or {}).values())
     outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    if saves:
+        ctx.mark_non_differentiable(*outputs[-saves:])
     tensors = [a for a in (*inputs, *outputs) if isinstance(a, Tensor)]
     ctx.save_for_backward(*tensors)
     plan = [None if isinstance(a, Tensor) else (a,) for a in (*inputs, *outputs)]

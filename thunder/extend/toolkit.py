@@ -1,4 +1,4 @@
-"""Where the parts of a CUDA toolkit lie: NVRTC and its headers."""
+"""Where the parts of a CUDA toolkit lie: NVRTC and its headers, cuDNN."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def find_nvrtc() -> str:
         + ", ".join(map(str, roots))
         + ": install nvidia-cuda-nvrtc, or name the library in THUNDER_NVRTC"
     )
+
+
+def find_cudnn() -> str | None:
+    """Path of cuDNN: ``THUNDER_CUDNN``, or the library found near torch, or what the loader may know; None: no CUDA."""
+    if os.environ.get("THUNDER_CUDNN"):
+        return os.environ["THUNDER_CUDNN"]
+    for root in _roots():
+        for folder in ("lib", "lib64"):
+            found = sorted((root / folder).glob("libcudnn.so.9*"))
+            if found:
+                return str(found[0])
+    return "libcudnn.so.9" if torch.version.cuda else None
 
 
 def find_headers() -> str | None:

@@ -47,7 +47,7 @@ static void add_line(thx *x, const thx_program *p, uint32_t failed) {
 }
 
 /* Is a result what the trace says? Strides of dimensions with at most one element do not matter. */
-static bool as_predicted(thx *x, th_slot *slot, const th_type *t) {
+bool thx_as_predicted(thx *x, th_slot *slot, const th_type *t) {
     if ((!slot->handle && !slot->object) || t->kind != TH_TYPE_TENSOR) return true;
     if (slot->object && !thx_is_tensor(x, slot->object)) return false;
     if (t->dtype == TH_U8 && th_type_numel(t) == 0) return true; /* a workspace: fake kernels do not know its size */
@@ -84,7 +84,7 @@ static void check_out(void *user, th_val *value) {
     prediction *p = user;
     uint32_t slot = p->p->slot_of[*value];
     if (slot != UINT32_MAX && !dies_here(p, slot))
-        p->holds &= as_predicted(p->x, &p->slots[slot], th_type_get(p->x->ctx, p->p->t->values[*value].type));
+        p->holds &= thx_as_predicted(p->x, &p->slots[slot], th_type_get(p->x->ctx, p->p->t->values[*value].type));
 }
 
 /* As th_plan_run, comparing each result with the trace: 0, -1 error, 1 a result differs. */

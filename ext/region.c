@@ -12,12 +12,14 @@ typedef struct unit_data {
     thx_call *call;
     uint32_t nins, nouts, nslots; /* nslots: more than any slot that it touches */
     uint32_t *slots;              /* of the inputs, then of the results */
+    th_typeref *types;            /* of the results, as the trace has them */
 } unit_data;
 
 static void free_unit(void *data) {
     unit_data *d = data;
     thx_call_free(d->call);
     PyMem_Free(d->slots);
+    PyMem_Free(d->types);
     Py_XDECREF((PyObject *)d->region);
     PyMem_Free(d);
 }
@@ -172,6 +174,28 @@ static int run_native(th_frame *f, const unit_data *d, const thx_native_kernel *
     return rc;
 }
 
+/* What comes after relies on the strides that the trace states: a result with others is laid out again. */
+static int lay_out(th_frame *f, const unit_data *d) {
+    thx *x = f->user;
+    for (uint32_t i = 0; i < d->nouts; i++) {
+        th_slot *slot = &f->slots[d->slots[d->nins + i]];
+        const th_type *type = th_type_get(x->ctx, d->types[i]);
+        if (thx_as_predicted(x, slot, type)) continue;
+        PyObject *o = thx_slot_object(x, slot), *device = thx_device_object(x, type->device);
+        PyObject *fresh = o && device ? thx_empty_strided(x, type, device) : NULL;
+        PyObject *done = fresh ? PyObject_CallMethod(fresh, "copy_", "O", o) : NULL; /* raises where sizes differ */
+        Py_XDECREF(device);
+        Py_XDECREF(done);
+        if (!done) {
+            Py_XDECREF(fresh);
+            return -1;
+        }
+        drop(x, slot);
+        *slot = (th_slot){.object = fresh, .owns_object = true};
+    }
+    return 0;
+}
+
 static int run_implementation(th_frame *f, const unit_data *d) {
     thx *x = f->user;
     PyObject *implementation = Py_NewRef(d->region->implementation);
@@ -179,7 +203,7 @@ static int run_implementation(th_frame *f, const unit_data *d) {
                  ? run_native(f, d, (const thx_native_kernel *)implementation)
                  : thx_call_run(f, d->call, implementation);
     Py_DECREF(implementation);
-    return rc;
+    return rc == 0 && x->abi.on ? lay_out(f, d) : rc;
 }
 
 static int run_unit(th_frame *f, const th_instr *instr) {
@@ -200,6 +224,7 @@ static int run_unit(th_frame *f, const th_instr *instr) {
 typedef struct slot_list {
     thx_lowering *l;
     uint32_t *slots, n;
+    th_typeref *types; /* parallel; NULL: not wanted */
 } slot_list;
 
 static void add_slot(void *user, th_val *v) {
@@ -207,6 +232,7 @@ static void add_slot(void *user, th_val *v) {
     uint32_t slot = thx_slot_for(s->l, *v);
     for (uint32_t i = 0; i < s->n; i++)
         if (s->slots[i] == slot) return;
+    if (s->types) s->types[s->n] = s->l->t->values[*v].type;
     s->slots[s->n++] = slot;
 }
 
@@ -227,15 +253,16 @@ int thx_lower_region(thx_lowering *l, th_opref o) {
     th_op_each_use((th_trace *)l->t, o, count_values, &n);
     th_op_each_out((th_trace *)l->t, o, count_values, &n);
     d->slots = PyMem_Malloc((n + 1) * sizeof *d->slots);
-    d->call = d->slots ? thx_call_new(l, o) : NULL;
+    d->types = PyMem_Malloc((n + 1) * sizeof *d->types);
+    d->call = d->slots && d->types ? thx_call_new(l, o) : NULL;
     if (!d->call) {
-        if (!d->slots) PyErr_NoMemory();
+        if (!d->slots || !d->types) PyErr_NoMemory();
         free_unit(d);
         return -1;
     }
-    slot_list ins = {l, d->slots, 0};
+    slot_list ins = {l, d->slots, 0, NULL};
     th_op_each_use((th_trace *)l->t, o, add_slot, &ins);
-    slot_list outs = {l, d->slots + ins.n, 0};
+    slot_list outs = {l, d->slots + ins.n, 0, d->types};
     th_op_each_out((th_trace *)l->t, o, add_slot, &outs);
     d->nins = ins.n;
     d->nouts = outs.n;

@@ -49,6 +49,7 @@ def run_page(name: str) -> None:
         ("examine.md", "same results as eager"),
         ("sharp-edges.md", ""),
         ("faq.md", ""),
+        ("executors-gpu.md", ""),
         ("transforms.md", ""),
         ("accelerators.md", "numpy_device declined torch.mm 1x: strides"),
         ("reading-traces.md", 't1 is "cpu f32[4, 6]"; what should replace it is "cpu f32[]"'),
@@ -69,7 +70,7 @@ def test_every_page_with_python_blocks_runs_somewhere():
         "transforms.md",
         "reading-traces.md",
     }
-    run |= {"kernels.md", "accelerators.md"}  # below
+    run |= {"kernels.md", "accelerators.md", "executors-gpu.md"}  # below
     with_blocks = {p.name for p in PAGES if p.parent.name == "docs" and "```python" in p.read_text()}
     assert with_blocks - run - {"ir.md", "architecture.md"} == set()  # those show texts of traces
 

@@ -1,20 +1,18 @@
-"""``sdpa``: attention by the fastest of ATen's fused kernels (cuDNN, flash, memory-efficient), forward and backward.
+"""``sdpa``: attention without gradients by the fastest of ATen's fused kernels (cuDNN, flash, memory-efficient).
 
-Which kernel is the fastest depends on the GPU and the shapes, and nobody waits for a measurement: without gradients the
+Which kernel is the fastest depends on the GPU and the shapes, and nobody waits for a measurement: the
 first calls of a shape class run the candidates in turn, on the user's own data, with events of the stream around each.
 What they took is read when it is known; after ``SAMPLES`` of each the fastest of the class is kept for the life of the
 process. While a class is measured equal calls may differ in rounding.
 
-In training the first candidate but flash is taken, unmeasured: with candidates in turn the gradients were wrong after a
-few calls on an H100, and the reason is not found yet.
+Programs that are differentiated keep torch's own attention, which chooses among the same kernels by rules.
 
-    class = device, dtype, heads, head size, causal, mask, training, and the sizes of batch and lengths as powers of two
+    class = device, dtype, heads, head size, causal, mask, and the sizes of batch and lengths as powers of two
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from typing import Any
 
@@ -45,16 +43,14 @@ class Choice:
 
     Args:
         candidates: kernels in the order in which they are trusted without a measurement.
-        parts: what is timed and added up: 1 for a forward, 2 for a forward and a backward.
     """
 
-    def __init__(self, candidates: tuple[int, ...], parts: int) -> None:
+    def __init__(self, candidates: tuple[int, ...]) -> None:
         self.candidates = candidates
         self.kernel: int | None = candidates[0] if len(candidates) == 1 else None
-        self.times: dict[tuple[int, int], list[float]] = {(k, p): [] for k in candidates for p in range(parts)}
-        self._parts = parts
+        self.times: dict[int, list[float]] = {k: [] for k in candidates}
         self._calls = 0
-        self._pending: list[tuple[int, int, Any, Any]] = []
+        self._pending: list[tuple[int, Any, Any]] = []
         self._lock = threading.Lock()
 
     def next(self) -> int:
@@ -68,22 +64,22 @@ class Choice:
             self._calls += 1
             return self.candidates[(self._calls - 1) % len(self.candidates)]
 
-    def note(self, kernel: int, part: int, start: Any, end: Any) -> None:
+    def note(self, kernel: int, start: Any, end: Any) -> None:
         """A run between two events."""
         with self._lock:
             if self.kernel is None:
-                self._pending.append((kernel, part, start, end))
+                self._pending.append((kernel, start, end))
 
     def seconds(self, kernel: int) -> float:
-        """The best known time of a kernel, its parts added up; infinite where one is missing."""
-        return sum(min(self.times[kernel, p][1:], default=float("inf")) for p in range(self._parts))
+        """The best known time of a kernel; infinite where there is none."""
+        return min(self.times[kernel][1:], default=float("inf"))
 
     def _collect(self) -> None:
         left = []
         for run in self._pending:
-            kernel, part, start, end = run
+            kernel, start, end = run
             if end.query():
-                self.times[kernel, part].append(start.elapsed_time(end) / 1e3)
+                self.times[kernel].append(start.elapsed_time(end) / 1e3)
             else:
                 left.append(run)
         self._pending = left
@@ -113,27 +109,23 @@ def _bucket(n: int) -> int:
     return (n - 1).bit_length()
 
 
-def _plan(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool, train: bool
-) -> _Plan:
+def _plan(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool) -> _Plan:
     key = (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
-        None if mask is None else (mask.shape, mask.stride()), causal, scale, gqa, train,
+        None if mask is None else (mask.shape, mask.stride()), causal, scale, gqa,
     )  # fmt: skip
     found = _plans.get(key)
     if found is None:
         shape_class = (
             str(q.device), q.dtype, _bucket(q.shape[0]), q.shape[1], k.shape[1], _bucket(q.shape[2]),
-            _bucket(k.shape[2]), q.shape[3], causal, mask is not None, train,
+            _bucket(k.shape[2]), q.shape[3], causal, mask is not None,
         )  # fmt: skip
         candidates = _candidates(q, k, v, mask, causal, gqa)
-        if train:
-            candidates = tuple(kernel for kernel in candidates if kernel != FLASH)[:1]
         if not candidates:
             raise RuntimeError("none of ATen's fused attention kernels takes this call")
         choice = _choices.get(shape_class)
         if choice is None or choice.candidates != candidates:
-            choice = _choices[shape_class] = Choice(candidates, 2 if train else 1)
+            choice = _choices[shape_class] = Choice(candidates)
         found = _plans[key] = _Plan(choice, layout(q.device, q, k, v, causal, gqa, mask))
     return found
 
@@ -185,10 +177,10 @@ def laid_out(t: Tensor, strides: tuple[int, ...]) -> Tensor:
 class _timed:
     """Events around a run while its class is open."""
 
-    __slots__ = ("choice", "end", "kernel", "part", "start")
+    __slots__ = ("choice", "end", "kernel", "start")
 
-    def __init__(self, choice: Choice, kernel: int, part: int) -> None:
-        self.choice, self.kernel, self.part = choice, kernel, part
+    def __init__(self, choice: Choice, kernel: int) -> None:
+        self.choice, self.kernel = choice, kernel
         self.start = None
 
     def __enter__(self) -> None:
@@ -199,7 +191,7 @@ class _timed:
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.start is not None and kind is None:
             self.end.record()
-            self.choice.note(self.kernel, self.part, self.start, self.end)
+            self.choice.note(self.kernel, self.start, self.end)
 
 
 # ---- the kernels ----
@@ -214,50 +206,14 @@ def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return bias.expand(shape)
 
 
-@functools.cache
-def _nothing(device: torch.device) -> Tensor:
-    """In place of a random state that no kernel reads without dropout."""
-    return torch.zeros(2, dtype=torch.int64, device=device)
-
-
 def _run(
-    kernel: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None, train: bool
-) -> tuple[Tensor, Tensor]:
-    """The result and, in the kernel's own shape, the logsumexp of the scores."""
+    kernel: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
     if kernel == FLASH:
-        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[0]
     if kernel == EFFICIENT:
-        return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, train, 0.0, causal, scale=scale)[:2]
-    out, sums = _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, train, 0.0, causal, False, scale=scale)[:2]
-    if train:
-        _ranks[CUDNN] = sums.ndim
-    return out, sums
-
-
-_ranks = {CUDNN: 3}
-"""Of the logsumexp, which is as the backward wants it: (batch, heads, length), in some versions with a last one."""
-
-
-def _run_backward(
-    kernel: int, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, bias: Tensor | None,
-    causal: bool, scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    state, lengths = _nothing(q.device), (q.shape[2], k.shape[2])
-    if kernel == FLASH:
-        return _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, sums, None, None, *lengths, 0.0, causal, state, state, scale=scale
-        )
-    if kernel == EFFICIENT:
-        wide = -(-sums.shape[2] // 32) * 32
-        if wide != sums.shape[2]:
-            sums = torch.nn.functional.pad(sums, (0, wide - sums.shape[2]), value=float("inf"))
-        return _aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, bias, out, sums, state[0], state[1], 0.0, [True, True, True, False], causal, scale=scale
-        )[:3]
-    sums = sums.unsqueeze(-1) if _ranks[CUDNN] == 4 else sums
-    return _aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, sums, state[0], state[1], bias, None, None, *lengths, 0.0, causal, scale=scale
-    )
+        return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, False, 0.0, causal, scale=scale)[0]
+    return _aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False, 0.0, causal, False, scale=scale)[0]
 
 
 # ---- the operators ----
@@ -321,97 +277,18 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(query, key, value, attn_mask, is_causal, scale, enable_gqa, True)
-    kernel = plan.choice.next()
-    with _timed(plan.choice, kernel, 0):
-        out, sums = _run(kernel, query, key, value, _additive(attn_mask, query), is_causal, scale, True)
-        out = laid_out(out, plan.layout)
-        sums = sums.reshape(*sums.shape[:2], -1)[..., : query.shape[2]].contiguous()
-    return out, sums, torch.tensor(kernel)
-
-
-def attention_meta(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The shape rule: a result laid out as torch's, the logsumexp, the number of the kernel."""
-    sums = query.new_empty(query.shape[:3], dtype=torch.float32)
-    with torch.no_grad():
-        out = _torch(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    out = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
-    return out, sums, torch.empty((), dtype=torch.int64, device="cpu")
-
-
-def _without_gradient(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
 ) -> Tensor:
-    plan = _plan(query, key, value, attn_mask, is_causal, scale, enable_gqa, False)
+    plan = _plan(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     kernel = plan.choice.next()
-    with _timed(plan.choice, kernel, 0):
-        out, _ = _run(kernel, query, key, value, _additive(attn_mask, query), is_causal, scale, False)
+    with _timed(plan.choice, kernel):
+        out = _run(kernel, query, key, value, _additive(attn_mask, query), is_causal, scale)
         return laid_out(out, plan.layout)
 
 
-def _like(t: Tensor) -> tuple[int, ...]:
-    return torch.empty_like(t, device="meta").stride()
-
-
-def _attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    kernel: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    number = int(kernel)
-    plan = _plan(query, key, value, attn_mask, is_causal, scale, enable_gqa, True)
-    bias = _additive(attn_mask, query)
-    with _timed(plan.choice, number, 1):
-        grads = _run_backward(number, grad, query, key, value, out, logsumexp, bias, is_causal, scale)
-        return tuple(laid_out(g, _like(t)) for g, t in zip(grads, (query, key, value), strict=True))
-
-
-attention_backward = sdpa_executor.register_operator(
-    "attention_backward",
-    fn=_attention_backward,
-    meta=lambda grad, query, key, value, *rest: tuple(torch.empty_like(t) for t in (query, key, value)),
-)
-
-
-def _rule(ctx, grad, *_):
-    query, key, value, mask, _, causal, scale, gqa = ctx.inputs
-    out, logsumexp, kernel = ctx.outputs
-    grads = attention_backward(grad, query, key, value, out, logsumexp, kernel, mask, causal, scale, gqa)
-    return grads if mask is None else (*grads, None)
-
-
-_operator = sdpa_executor.register_operator("attention", fn=_attention, meta=attention_meta, backward=_rule, saves=2)
 for _name in (
     torch.nn.functional.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,  # under autocast
 ):
-    sdpa_executor.register_implementation(_name, _operator, checker=attention_supported, inference=_without_gradient)
+    sdpa_executor.register_implementation(_name, fn=_attention, checker=attention_supported)
 
 register_executor(sdpa_executor)

@@ -174,6 +174,19 @@ static int run_native(th_frame *f, const unit_data *d, const thx_native_kernel *
     return rc;
 }
 
+static bool has_form(thx *x, th_slot *slot, const th_type *t) { /* all but the strides */
+    int64_t ndim = -1, *sizes = NULL;
+    int32_t dtype = -1;
+    th_h h = thx_slot_handle(x, slot);
+    if (t->kind != TH_TYPE_TENSOR || x->abi.aoti_torch_get_dim(h, &ndim) || ndim != t->ndim ||
+        x->abi.aoti_torch_get_sizes(h, &sizes) || x->abi.aoti_torch_get_dtype(h, &dtype) ||
+        dtype != x->abi.scalar_types[t->dtype])
+        return false;
+    for (int64_t i = 0; i < ndim; i++)
+        if (sizes[i] != t->shape[i]) return false;
+    return true;
+}
+
 /* What comes after relies on the strides that the trace states: a result with others is laid out again. */
 static int lay_out(th_frame *f, const unit_data *d) {
     thx *x = f->user;
@@ -181,7 +194,13 @@ static int lay_out(th_frame *f, const unit_data *d) {
         th_slot *slot = &f->slots[d->slots[d->nins + i]];
         const th_type *type = th_type_get(x->ctx, d->types[i]);
         if (thx_as_predicted(x, slot, type)) continue;
-        PyObject *o = thx_slot_object(x, slot), *device = thx_device_object(x, type->device);
+        PyObject *o = thx_slot_object(x, slot);
+        if (!o || !thx_is_tensor(x, o) || !has_form(x, slot, type)) {
+            PyErr_Format(PyExc_RuntimeError, "%R returned something of another shape or dtype than the operation has",
+                         d->region->executor);
+            return -1;
+        }
+        PyObject *device = thx_device_object(x, type->device);
         PyObject *fresh = o && device ? thx_empty_strided(x, type, device) : NULL;
         PyObject *done = fresh ? PyObject_CallMethod(fresh, "copy_", "O", o) : NULL; /* raises where sizes differ */
         Py_XDECREF(device);

@@ -667,6 +667,21 @@ def test_strides_that_change_later_reach_nobody():
     assert len(ran) == 6
 
 
+def test_another_shape_later_is_an_error():
+    ran = []
+
+    def moody(x, approximate="none"):
+        ran.append(1)
+        return F.gelu(x) if len(ran) < 2 else F.gelu(x)[:1]
+
+    executor = extend.OperatorExecutor("shrinking")
+    executor.register_implementation(F.gelu, fn=moody)
+    compiled = thunder.jit(lambda x: F.gelu(x), executors=[executor])
+    compiled(torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match=r"shrinking.*another shape"):
+        compiled(torch.randn(3, 4))
+
+
 def test_small_differences_of_rounding_are_no_fault():
     executor = extend.OperatorExecutor("rounds")
     executor.register_implementation(F.gelu, fn=lambda x, approximate="none": F.gelu(x.double()).float())

@@ -282,7 +282,7 @@ static th_node values_node(claimer *c, const th_val *values, uint32_t n) {
     return th_node_seq(c->t, TH_N_TUPLE, n, kids);
 }
 
-static void push_unit(claimer *c, const th_op *first, bool fused, const char *hint, void *object) {
+static th_status push_unit(claimer *c, const th_op *first, bool fused, const char *hint, void *object) {
     th_trace *t = c->t;
     th_op op = *first;
     op.def = 0;
@@ -294,8 +294,10 @@ static void push_unit(claimer *c, const th_op *first, bool fused, const char *hi
         op.args = values_node(c, c->ins, c->nins);
         op.outs = values_node(c, c->outs, c->nouts);
         op.outs_list = true;
+        if (!op.args || !op.outs) return TH_ENOMEM;
     }
     th__op_push(t, &op);
+    return th_trace_status(t);
 }
 
 /* Appends to the new list; `old` is the list that levels and units are numbers of. */
@@ -313,9 +315,9 @@ static th_status emit_unit(claimer *c, const th_op *old, th_opref first) {
         }
     }
     if (object) {
-        push_unit(c, &old[first], claim->fuses, hint, object);
-        c->t->opaque_vtable.release(object);
-        return th_trace_status(c->t);
+        th_status status = push_unit(c, &old[first], claim->fuses, hint, object);
+        if (c->t->opaque_vtable.release) c->t->opaque_vtable.release(object); /* the trace has its own */
+        return status;
     }
     for (th_opref o = first; o; o = c->next[o]) th__op_push(c->t, &old[o]);
     return th_trace_status(c->t);

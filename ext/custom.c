@@ -19,7 +19,10 @@ static PyObject *bound_apply(thx *x, PyObject *cls) {
 }
 
 static PyObject *call_original(thx *x, PyObject *args, PyObject *kwargs) {
-    return PyObject_Call(x->function_apply, args, kwargs);
+    x->applying++;
+    PyObject *result = PyObject_Call(x->function_apply, args, kwargs);
+    x->applying--;
+    return result;
 }
 
 /* Reentrant checkpoint: (cls, run_function, preserve_rng_state, *args). The function's operations are recorded with the
@@ -39,7 +42,9 @@ static PyObject *record_whole(thx_recorder *r, PyObject *cls, PyObject *args, Py
     PyObject *bound = bound_apply(x, cls), *rest = PyTuple_GetSlice(args, 1, PyTuple_GET_SIZE(args)), *result = NULL;
     PyObject *quiet = bound && rest ? thx_enter(x, x->modes_off) : NULL;
     if (quiet) {
+        x->applying++;
         result = thx_record_call(r, bound, rest, kwargs);
+        x->applying--;
         thx_leave(x, quiet);
     }
     Py_XDECREF(bound);

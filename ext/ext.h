@@ -78,6 +78,7 @@ typedef struct thx {
     PyObject *apply; /* of the autograd node's class: autograd.c */
     PyObject *top_hooks, *keep_graph, *is_legacy_batched, *below_autograd;
     PyObject *function_class, *function_class_apply, *function_apply, *function_watch;
+    int applying;            /* above 0: we call Function.apply on our own account */
     /* custom.c */           /* NULL in a torch without them */
     struct thx_rule **rules; /* derived ones: derive.c */
     uint32_t nrules, cap_rules;

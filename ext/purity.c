@@ -173,7 +173,12 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
     bool environment = (PyObject *)code == r->x->read_environment;
+    bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
+                 (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
     Py_DECREF(code); /* the frame holds it */
+    if (bound && !r->x->applying && !r->depth && thx_grad_mode(r->x) == 1)
+        return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
+                                 "its backward would not be seen", "write Function.apply(...) where it is called");
     if (!environment || !is_the_programs(r->x, frame, THROUGH_LIBRARY)) return 0;
     return refuse(r, "os.environ", "it reads the environment, and later calls would not look again");
 }

@@ -645,6 +645,26 @@ def generator_functions_inside():
     yield X() + 1
 
 
+class TenTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 20
+
+
+ten_times = TenTimes.apply
+
+
+@program("composition")
+def autograd_function_bound_outside():
+    x = X().requires_grad_()
+    out = yield lambda x: ten_times(x) * 1, x
+    yield torch.autograd.grad(out.sum(), x)[0]
+
+
 @program("composition")
 def vmap_inside():
     yield lambda x: torch.vmap(lambda t: t * 2 + 1)(x), X()

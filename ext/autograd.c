@@ -281,16 +281,9 @@ thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject
 
 /* ---- a pending run ---- */
 
-static void drop_slot(thx *x, th_slot *s) {
-    th_slot was = *s;
-    *s = (th_slot){0};
-    if (was.owns_object) Py_DECREF((PyObject *)was.object);
-    if (was.owns_handle) x->abi.aoti_torch_delete_tensor_object(was.handle);
-}
-
 static void pending_release(pending *p) {
     thx_gradient *g = p->g;
-    for (uint32_t i = 0; i < g->nsaved; i++) drop_slot(g->x, &p->kept[i]);
+    for (uint32_t i = 0; i < g->nsaved; i++) thx_slot_drop(g->x, &p->kept[i]);
     for (uint32_t i = 0; p->inputs && i < g->nroots; i++) Py_XDECREF(p->inputs[i]);
     PyMem_Free(p->inputs);
     PyMem_Free(p->versions);
@@ -362,7 +355,7 @@ static PyObject *result_object(thx *x, th_slot *slot) {
                 0) {
                 PyObject *plain = thx_wrap(&x->abi, h);
                 if (!plain) return NULL;
-                drop_slot(x, slot);
+                thx_slot_drop(x, slot);
                 slot->object = plain;
                 slot->owns_object = true;
             }
@@ -456,7 +449,7 @@ static int take_outs(thx_forward *f, PyObject *outs) {
         th_slot *slot = result_slot(f, g->tangent_of[i]);
         PyObject *o = PyTuple_GET_ITEM(outs, i);
         if (slot->object == o) continue;
-        drop_slot(g->x, slot);
+        thx_slot_drop(g->x, slot);
         slot->object = Py_NewRef(o);
         slot->owns_object = true;
     }
@@ -524,7 +517,7 @@ int thx_forward_run(thx *x, thx_forward *f) {
     if (rc < 0 && f->slots) {
         PyObject *type, *value, *trace;
         PyErr_Fetch(&type, &value, &trace);
-        for (uint32_t i = g->nroots; i < f->program->plan->nslots; i++) drop_slot(x, &f->slots[i]);
+        for (uint32_t i = g->nroots; i < f->program->plan->nslots; i++) thx_slot_drop(x, &f->slots[i]);
         thx_forward_fini(f);
         PyErr_Restore(type, value, trace);
     }
@@ -625,7 +618,7 @@ typedef struct sources {
 
 /* What the run spent is gone; the rest, and objects that were made for handles, go here. */
 static void give_up_inputs(thx *x, const thx_program *program, th_slot *slots) {
-    for (uint32_t i = 0; i < program->plan->nroots; i++) drop_slot(x, &slots[i]);
+    for (uint32_t i = 0; i < program->plan->nroots; i++) thx_slot_drop(x, &slots[i]);
 }
 
 /* Run a program whose inputs are given and collect the gradients: (None, gradient of each input that requires grad,

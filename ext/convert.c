@@ -89,7 +89,7 @@ void thx_leave(thx *x, PyObject *manager) {
     PyErr_Restore(type, value, trace);
 }
 
-static PyObject *int_tuple(const int64_t *items, uint32_t n) {
+PyObject *thx_int_tuple(const int64_t *items, uint32_t n) {
     PyObject *tuple = PyTuple_New(n);
     for (uint32_t i = 0; tuple && i < n; i++) {
         PyObject *item = PyLong_FromLongLong(items[i]);
@@ -102,7 +102,8 @@ static PyObject *int_tuple(const int64_t *items, uint32_t n) {
 }
 
 PyObject *thx_empty_strided(thx *x, const th_type *type, PyObject *device) {
-    PyObject *shape = int_tuple(type->shape, type->ndim), *stride = int_tuple(type->stride, type->ndim), *tensor = NULL;
+    PyObject *shape = thx_int_tuple(type->shape, type->ndim), *stride = thx_int_tuple(type->stride, type->ndim),
+             *tensor = NULL;
     if (shape && stride) {
         PyObject *args[] = {NULL, shape, stride, x->dtype_objects[type->dtype], device};
         tensor = PyObject_Vectorcall(x->empty_strided, args + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, x->elem_kwnames);

@@ -37,6 +37,13 @@ static inline th_h thx_slot_handle(thx *x, th_slot *slot) {
     return slot->handle;
 }
 
+static inline void thx_slot_drop(thx *x, th_slot *s) { /* empty it: what it owns goes */
+    th_slot was = *s;
+    *s = (th_slot){0};
+    if (was.owns_object) Py_DECREF((PyObject *)was.object);
+    if (was.owns_handle) x->abi.aoti_torch_delete_tensor_object(was.handle);
+}
+
 /* A call of a Python object, its arguments prepared; its results go to their slots. */
 typedef struct thx_call thx_call;
 thx_call *thx_call_new(thx_lowering *l, th_opref op); /* NULL with an exception */

@@ -78,18 +78,6 @@ static Py_hash_t proxy_hash(thx_proxy *p) {
     return h == -1 ? -2 : h;
 }
 
-static PyObject *ints(const int64_t *items, uint32_t n) {
-    PyObject *tuple = PyTuple_New(n);
-    for (uint32_t i = 0; tuple && i < n; i++) {
-        PyObject *item = PyLong_FromLongLong(items[i]);
-        if (!item)
-            Py_CLEAR(tuple);
-        else
-            PyTuple_SET_ITEM(tuple, i, item);
-    }
-    return tuple;
-}
-
 static PyObject *proxy_name(thx_proxy *p, void *unused) {
     (void)unused;
     return PyUnicode_FromString(th_str_get(p->x->ctx, p->name));
@@ -97,7 +85,7 @@ static PyObject *proxy_name(thx_proxy *p, void *unused) {
 
 static PyObject *proxy_shape(thx_proxy *p, void *unused) {
     (void)unused;
-    PyObject *shape = ints(type_of(p)->shape, type_of(p)->ndim);
+    PyObject *shape = thx_int_tuple(type_of(p)->shape, type_of(p)->ndim);
     PyObject *size = shape ? PyObject_CallOneArg((PyObject *)p->x->Size, shape) : NULL;
     Py_XDECREF(shape);
     return size;
@@ -132,7 +120,7 @@ static PyObject *proxy_numel(thx_proxy *p, PyObject *unused) {
 static PyObject *proxy_stride(thx_proxy *p, PyObject *args) {
     PyObject *dim = NULL;
     if (!PyArg_ParseTuple(args, "|O", &dim)) return NULL;
-    PyObject *all = ints(type_of(p)->stride, type_of(p)->ndim);
+    PyObject *all = thx_int_tuple(type_of(p)->stride, type_of(p)->ndim);
     if (!all || !dim || dim == Py_None) return all;
     PyObject *one = PyObject_GetItem(all, dim);
     Py_DECREF(all);

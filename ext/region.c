@@ -26,13 +26,6 @@ static void free_unit(void *data) {
 
 /* ---- running the body on torch ---- */
 
-static void drop(thx *x, th_slot *s) {
-    th_slot was = *s;
-    *s = (th_slot){0};
-    if (was.owns_object) Py_DECREF((PyObject *)was.object);
-    if (was.owns_handle) x->abi.aoti_torch_delete_tensor_object(was.handle);
-}
-
 /* Take the n-th result out of the body's slots; one that is an input gets a reference of its own. */
 static int take_result(thx *x, const thx_program *p, th_slot *slots, uint32_t n, th_slot *out) {
     uint32_t at = thx_program_result(p, n);
@@ -60,13 +53,13 @@ static int run_body(thx *x, thx_region *r, const th_slot *ins, uint32_t nins, th
         if (!(slots = PyMem_Calloc(p->plan->nslots + 1, sizeof *slots))) return PyErr_NoMemory(), -1;
         for (uint32_t i = 0; i < nins; i++) slots[i] = (th_slot){.handle = ins[i].handle, .object = ins[i].object};
         rc = thx_program_run(x, p, slots);
-        for (uint32_t i = 0; rc && i < nins; i++) drop(x, &slots[i]);
+        for (uint32_t i = 0; rc && i < nins; i++) thx_slot_drop(x, &slots[i]);
     }
     for (uint32_t i = 0; rc == 0 && i < nouts; i++) rc = take_result(x, p, slots, i, &outs[i]);
     if (rc == 0) {
         th_frame frame = {slots, x, 0};
         th_plan_clear(p->plan, &frame);
-        for (uint32_t i = 0; i < nins; i++) drop(x, &slots[i]);
+        for (uint32_t i = 0; i < nins; i++) thx_slot_drop(x, &slots[i]);
     }
     PyMem_Free(slots);
     return rc;
@@ -81,7 +74,7 @@ static int run_reference(th_frame *f, const unit_data *d) {
     int rc = run_body(x, d->region, own, d->nins, own + d->nins, d->nouts);
     for (uint32_t i = 0; i < d->nouts; i++) {
         if (rc)
-            drop(x, &own[d->nins + i]);
+            thx_slot_drop(x, &own[d->nins + i]);
         else
             f->slots[d->slots[d->nins + i]] = own[d->nins + i];
     }
@@ -113,7 +106,7 @@ static PyObject *try_out(th_frame *f, const unit_data *d, PyObject *copies) {
     PyObject *results = NULL;
     if (thx_call_run(&trial, d->call, d->region->implementation) == 0)
         results = objects(x, slots, d->slots + d->nins, d->nouts);
-    for (uint32_t i = 0; i < d->nslots; i++) drop(x, &slots[i]);
+    for (uint32_t i = 0; i < d->nslots; i++) thx_slot_drop(x, &slots[i]);
     PyMem_Free(slots);
     return results;
 }
@@ -209,7 +202,7 @@ static int lay_out(th_frame *f, const unit_data *d) {
             Py_XDECREF(fresh);
             return -1;
         }
-        drop(x, slot);
+        thx_slot_drop(x, slot);
         *slot = (th_slot){.object = fresh, .owns_object = true};
     }
     return 0;
@@ -335,7 +328,7 @@ static PyObject *region_call(PyObject *self, PyObject *const *args, size_t nargs
             PyTuple_SET_ITEM(result, i, Py_NewRef(o));
         else
             Py_CLEAR(result);
-        drop(r->x, &slots[n + i]);
+        thx_slot_drop(r->x, &slots[n + i]);
     }
     PyMem_Free(slots);
     return result;

@@ -64,6 +64,13 @@ def judge(
     return False
 
 
+def body_of(trace: Any) -> Any:
+    """A region as a Python function of its inputs, of any dtype and under any mode: its text is a program."""
+    names = trace.namespace()
+    exec(str(trace), names)
+    return names["region"]
+
+
 def _gradient_differs(region: Any, inputs: list[Any]) -> str:
     """The derivative that an operator brings along, against the one that torch has of what it stands for."""
     theirs = _gradients(region.origin_trace, inputs)
@@ -96,14 +103,13 @@ def _wide(t: Any) -> Any:
 
 
 def _gradients(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
-    names = trace.namespace()
-    exec(str(trace), names)  # the text of a trace is a program
+    body = body_of(trace)
     leaves = copies(inputs)
     wanted = [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
     with torch.enable_grad():
         for t in wanted:
             t.requires_grad_()
-        outputs = [o for o in names["region"](*leaves) if isinstance(o, Tensor) and o.requires_grad]
+        outputs = [o for o in body(*leaves) if isinstance(o, Tensor) and o.requires_grad]
         given = [_uneven(o) for o in outputs]
         if not outputs or not wanted:
             return [None] * len(wanted)
@@ -188,10 +194,7 @@ def _nearer(region: Any, inputs: list[Any], i: int, e: Tensor, r: Tensor) -> boo
     if e.dtype == torch.float64 or e.dtype.is_complex:
         return False
     try:
-        names = region.trace.namespace()
-        exec(str(region.trace), names)  # the text of a trace is a program
-        body = names["region"]
-        truth = body(*map(_wide, inputs))[i]
+        truth = body_of(region.trace)(*map(_wide, inputs))[i]
     except Exception:  # it says float32 somewhere: nothing decides
         return False
     return nearer(truth, e, r)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from thunder._verify import body_of
 from thunder.extend.executor import FusionExecutor
 from thunder.extend.registry import register_executor
 
@@ -108,9 +109,7 @@ def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    names = trace.namespace()
-    exec(str(trace), names)  # the text of a trace is a program
-    body = names["region"]
+    body = body_of(trace)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def program(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

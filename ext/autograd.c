@@ -15,6 +15,8 @@
 #include "region.h"
 #include "transform.h"
 
+#include "ir/ir.h"
+
 #include <string.h>
 
 typedef struct pending {               /* a run forwards, until it has run backwards for the last time */
@@ -124,7 +126,12 @@ static void rename_use(void *user, th_val *v) {
     if (r->to[*v]) *v = r->to[*v];
 }
 
-/* What the run did to its inputs is done: such writes go, and what they returned is the input. */
+static bool is_batch_norm(const th_trace *t, const th_op *op) {
+    return !op->callee_opaque && strstr(th_str_get(t->ctx, op->callee), "batch_norm") != NULL;
+}
+
+/* What the run did to its inputs is done: such writes go, and what they returned is the input. Batch norm stays: its
+ * statistics will be copies. */
 static int drop_writes(th_trace *t) {
     renaming r = {PyMem_Calloc(t->nvalues, sizeof *r.to), 0};
     if (!r.to) return PyErr_NoMemory(), -1;
@@ -136,13 +143,18 @@ static int drop_writes(th_trace *t) {
             th_val written = t->kids[t->ops[o].writes + i];
             if (index_of(t->inputs, t->ninputs, written) != UINT32_MAX) r.input = written;
         }
-        if (r.input)
+        if (r.input && is_batch_norm(t, &t->ops[o])) {
+            t->ops[n] = t->ops[o];
+            t->ops[n].nwrites = 0;
+            t->ops[n++].effects &= (uint8_t)~TH_FX_WRITES;
+        } else if (r.input)
             th_op_each_out(t, o, rename_result, &r);
         else
             t->ops[n++] = t->ops[o];
     }
     th_node_each_value(t, t->result, rename_use, &r);
     t->nops = n;
+    for (th_opref o = 1; o < n; o++) th__node_define(t, t->ops[o].outs, o);
     PyMem_Free(r.to);
     return 0;
 }
@@ -171,10 +183,6 @@ enum {
     ROOT_COPY = 1, /* statistics that batch norm updates and, in training, does not read: a copy takes the update */
     ROOT_GONE = 2, /* what it held is needed and gone */
 };
-
-static bool is_batch_norm(const th_trace *t, const th_op *op) {
-    return !op->callee_opaque && strstr(th_str_get(t->ctx, op->callee), "batch_norm") != NULL;
-}
 
 typedef struct stale_use {
     thx_gradient *g;

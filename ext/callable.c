@@ -5,6 +5,9 @@
 #include "callable.h"
 
 #include "lower.h"
+#include "shadow.h"
+
+#include "passes/pass.h"
 
 #include <string.h>
 
@@ -118,8 +121,13 @@ static int fill_roots(void *user, th_slot *slots) {
 /* The plan has run: its results as the caller gets them, writes to state replayed, everything else released. */
 static PyObject *finish(thx *x, thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
     output o = {x, e, slots};
-    const thx_inputs inputs = {e->args, leaves->args, e->nargs};
+    const thx_inputs inputs = {e->args, leaves->args, e->nargs, NULL};
     PyObject *result = thx_result_build(x, &e->result, output_leaf, &o, &inputs);
+    if (result && e->effects.count) {
+        PyObject *own = Py_NewRef(PyTuple_GET_ITEM(result, 0));
+        if (thx_effects_apply(&e->effects, &PyTuple_GET_ITEM(result, 1), &inputs) < 0) Py_CLEAR(own);
+        Py_SETREF(result, own);
+    }
     if (result && e->nwrites && replay_writes(x, e, slots) < 0) Py_CLEAR(result);
     th_frame frame = {slots, x, 0};
     th_plan_clear(e->main.plan, &frame);
@@ -135,7 +143,9 @@ static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves) {
         slots = n <= THX_SLOTS_ON_STACK ? fixed : PyMem_Malloc(sizeof *slots * n);
         if (!slots) return PyErr_NoMemory();
         fill_roots(&f, slots);
-        rc = thx_program_run(x, &e->main, slots);
+        PyObject *numbers = e->formula ? thx_numbers_fill(e, leaves, slots + e->nroots) : NULL;
+        rc = e->formula && !numbers ? -1 : thx_program_run(x, &e->main, slots);
+        Py_XDECREF(numbers);
         if (rc == 1 && thx_entry_place(x, e) < 0) rc = -1;
         if (rc == 0) result = finish(x, e, leaves, slots);
         if (slots != fixed) PyMem_Free(slots);
@@ -173,8 +183,7 @@ static PyObject *run_in_inference_mode(thx *x, thx_entry *e, const thx_leaves *l
     return result;
 }
 
-static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves) {
-    thx *x = c->x;
+static PyObject *run_in_mode(thx *x, thx_entry *e, const thx_leaves *leaves) {
     thx_autocast cast;
     if (e->ambient.autocast && thx_autocast_off(x, &cast) < 0) return NULL;
     if (e->generation != thx_guards_generation(e->guards)) refresh_roots(x, e);
@@ -183,6 +192,94 @@ static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leave
                                      : run_plain(x, e, leaves);
     if (e->ambient.autocast) thx_autocast_on(x, &cast);
     return result;
+}
+
+/* ---- entries for values of tensors ---- */
+
+/* How to put back what a run does before it knows the values. */
+static PyObject *remember(thx *x, const thx_entry *e, const thx_leaves *leaves) {
+    PyObject *module = PyImport_ImportModule("thunder._values"), *tensors = PyList_New(e->nundo), *undo = NULL;
+    (void)x;
+    for (uint32_t i = 0; tensors && i < e->nundo; i++) {
+        int32_t leaf = e->root_leaf[e->undo[i]];
+        PyObject *tensor = leaf >= 0 ? leaves->items[leaf] : e->roots[e->undo[i]].object;
+        PyList_SET_ITEM(tensors, i, Py_NewRef(tensor));
+    }
+    if (module && tensors)
+        undo = PyObject_CallMethod(module, "Undo", "OO", tensors, e->undo_random ? Py_True : Py_False);
+    Py_XDECREF(tensors);
+    Py_XDECREF(module);
+    return undo;
+}
+
+static int put_back(PyObject *undo) { /* keeps the pending exception */
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *done = PyObject_CallMethod(undo, "restore", NULL);
+    if (!done) {
+        Py_XDECREF(type);
+        Py_XDECREF(value);
+        Py_XDECREF(trace);
+        return -1;
+    }
+    Py_DECREF(done);
+    PyErr_Restore(type, value, trace);
+    return 0;
+}
+
+static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves) {
+    thx *x = c->x;
+    PyObject *undo = NULL;
+    if (e->expected && (e->nundo || e->undo_random) && !(undo = remember(x, e, leaves))) return NULL;
+    PyObject *result = run_in_mode(x, e, leaves);
+    if (!result && undo && PyErr_ExceptionMatches(x->ValueChanged)) put_back(undo);
+    Py_XDECREF(undo);
+    return result;
+}
+
+/* Is this how the values begin that the entry was captured for? */
+static bool may_serve(const thx_entry *e, PyObject *seen) {
+    if (!seen || !e->expected) return true;
+    Py_ssize_t n = PyTuple_GET_SIZE(seen), expected = PyTuple_GET_SIZE(e->expected);
+    bool same = true;
+    for (Py_ssize_t i = 0; i < n && i < expected && same; i++)
+        same = thx_same_values(PyTuple_GET_ITEM(seen, i), PyTuple_GET_ITEM(e->expected, i));
+    return same;
+}
+
+/* 1: the pending exception says that the run of an entry met another value: it is in call->seen now. 0: another
+ * exception, still pending; -1 error. */
+static int take_value(thx *x, const thx_entry *e, thx_request *call) {
+    if (!e->expected || !PyErr_ExceptionMatches(x->ValueChanged)) return 0;
+    PyObject *type, *value, *trace, *number = NULL, *found = NULL, *seen = NULL;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    PyObject *arguments = value ? PyObject_GetAttrString(value, "args") : NULL;
+    if (arguments && PyArg_ParseTuple(arguments, "OO", &number, &found)) {
+        PyObject *before = PyTuple_GetSlice(e->expected, 0, PyLong_AsSsize_t(number)), *last = PyTuple_Pack(1, found);
+        seen = before && last ? PySequence_Concat(before, last) : NULL;
+        Py_XDECREF(before);
+        Py_XDECREF(last);
+    }
+    Py_XDECREF(arguments);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    if (!seen) return -1;
+    Py_XSETREF(call->seen, seen);
+    return 1;
+}
+
+/* The error for a call that meets ever new values; its line is that of the last value. */
+static int refuse_values(thx *x, const thx_entry *e, thx_request *call, const char *why) {
+    const th_trace *t = e->captured;
+    th_opref at = t->nops;
+    while (--at && !th__op_only_reads(t, &t->ops[at])) continue;
+    const th_op *op = &t->ops[at];
+    call->refusal = PyObject_CallFunction(
+        x->CaptureError, "sIOsss", op->file ? th_str_get(x->ctx, op->file) : "?", (unsigned)op->line, Py_None,
+        "a value of a tensor", why, "compute with the tensor instead of its value, or raise branch_limit");
+    return call->refusal ? 0 : -1;
 }
 
 /* ---- the call ---- */
@@ -259,57 +356,129 @@ static bool begin_anew(thx_callable_object *c) {
     return true;
 }
 
-static PyObject *miss(thx_callable_object *c, const thx_ambient *a, PyObject *const *args, size_t nargsf,
-                      PyObject *kwnames) {
-    thx *x = c->x;
-    Py_ssize_t npositional = PyVectorcall_NARGS(nargsf),
-               total = npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0);
-    if (x->compiling) { /* another thread captures; this call does not wait for it */
-        c->fallbacks++;
-        return call_original(c, args, nargsf, kwnames);
-    }
-    c->misses++;
-    x->compiling = true;
-    thx_entry *e = thx_compile(c, a, args, npositional, kwnames);
-    x->compiling = false;
-    if (!e) return NULL;
-    if (e->eager) {
-        int told = tell_eager(c, e);
-        keep(c, e);
-        c->fallbacks++;
-        return told < 0 ? NULL : call_eager(c, e, args, nargsf, kwnames);
-    }
+static PyObject *run_first(thx_callable_object *c, thx_entry *e, const thx_request *call) {
     thx_leaves leaves;
     thx_leaves_init(&leaves);
-    leaves.args = args;
+    leaves.args = call->args;
     PyObject *result = NULL;
     int same = 1;
-    for (Py_ssize_t i = 0; i < total && same == 1; i++) same = thx_spec_match(x, &e->args[i], args[i], &leaves);
+    for (uint32_t i = 0; i < e->nargs && same == 1; i++)
+        same = thx_spec_match(c->x, &e->args[i], call->args[i], &leaves);
     if (same == 1)
         result = run_entry(c, e, &leaves);
     else if (same == 0)
         PyErr_SetString(PyExc_RuntimeError, "an argument changed while the function was captured");
     thx_leaves_fini(&leaves);
-    if (!result) {
+    return result;
+}
+
+/* Does the call meet ever new values of tensors? Then it gets a refusal. */
+static int limit_branches(thx_callable_object *c, thx_request *call) {
+    const thx_entry *newest = NULL;
+    uint32_t count = 0;
+    thx_leaves leaves;
+    if (!call->seen || call->refusal) return 0;
+    thx_leaves_init(&leaves);
+    leaves.args = call->args;
+    int same = 0;
+    for (thx_entry *e = c->entries; e && same >= 0; e = e->next) {
+        if (!e->expected) continue;
+        same = entry_matches(c, e, call->ambient, call->args, PyVectorcall_NARGS(call->nargsf), call->kwnames, &leaves);
+        count += same == 1;
+        if (same == 1 && !newest) newest = e;
+    }
+    thx_leaves_fini(&leaves);
+    if (same < 0) return -1;
+    char why[120];
+    snprintf(why, sizeof why, "calls have met more than %u different values, each with a program of its own",
+             (unsigned)c->branch_limit);
+    return count >= c->branch_limit && newest ? refuse_values(c->x, newest, call, why) : 0;
+}
+
+/* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
+static void settle(thx_callable_object *c, const thx_request *call) {
+    thx_entry *after = thx_compile(c, &(thx_request){call->ambient, call->args, call->nargsf, call->kwnames, NULL, NULL});
+    PyErr_Clear();
+    if (after && after->eager)
+        thx_entry_free(c->x, after);
+    else if (after)
+        keep(c, after);
+}
+
+/* What made a program unfit whose arguments fit: as thx_guards_cause tells it. */
+static PyObject *find_cause(thx_callable_object *c, const thx_request *call) {
+    thx_leaves leaves;
+    thx_leaves_init(&leaves);
+    leaves.args = call->args;
+    PyObject *cause = NULL;
+    Py_ssize_t npositional = PyVectorcall_NARGS(call->nargsf);
+    int same = 0;
+    for (thx_entry *e = c->entries; e && same >= 0 && (!cause || cause == Py_None); e = e->next) {
+        if (e->dead || memcmp(&e->ambient, call->ambient, sizeof e->ambient) != 0) continue;
+        same = arguments_match(c->x, e, call->args, npositional, call->kwnames, &leaves);
+        if (same != 1) continue;
+        Py_XDECREF(cause);
+        cause = thx_guards_cause(c->x, e->guards);
+        if (!cause) same = -1;
+    }
+    thx_leaves_fini(&leaves);
+    return cause || same < 0 ? cause : Py_NewRef(Py_None);
+}
+
+static int tell_log(thx_callable_object *c, const thx_request *call) {
+    if (!c->log) return 0;
+    Py_ssize_t n = PyVectorcall_NARGS(call->nargsf) + (call->kwnames ? PyTuple_GET_SIZE(call->kwnames) : 0);
+    PyObject *args = PyTuple_New(n), *cause = args ? find_cause(c, call) : NULL, *done = NULL, *none = Py_None;
+    for (Py_ssize_t i = 0; args && i < n; i++) PyTuple_SET_ITEM(args, i, Py_NewRef(call->args[i]));
+    if (cause)
+        done = PyObject_CallMethod(c->log, "note", "KOOOO", (unsigned long long)c->calls, args,
+                                   call->kwnames ? call->kwnames : none, cause, call->seen ? call->seen : none);
+    Py_XDECREF(args);
+    Py_XDECREF(cause);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+enum { MAX_ATTEMPTS = 4 }; /* to find the values that the compiled program finds, where eager's differ in a last bit */
+
+static PyObject *miss(thx_callable_object *c, thx_request *call) {
+    thx *x = c->x;
+    if (x->compiling) { /* another thread captures; this call does not wait for it */
+        c->fallbacks++;
+        return call_original(c, call->args, call->nargsf, call->kwnames);
+    }
+    c->misses++;
+    if (tell_log(c, call) < 0 || limit_branches(c, call) < 0) return NULL;
+    thx_entry *e = NULL;
+    PyObject *result = NULL;
+    for (int attempt = 1; !result; attempt++) {
+        x->compiling = true;
+        e = thx_compile(c, call);
+        x->compiling = false;
+        if (!e) return NULL;
+        if (e->eager) {
+            int told = tell_eager(c, e);
+            keep(c, e);
+            c->fallbacks++;
+            return told < 0 ? NULL : call_eager(c, e, call->args, call->nargsf, call->kwnames);
+        }
+        result = run_first(c, e, call);
+        if (result) break;
+        int another = take_value(x, e, call);
+        if (another == 1 && attempt == MAX_ATTEMPTS)
+            another = refuse_values(x, e, call, "it is another one each time the same program runs") < 0 ? -1 : 1;
         thx_entry_free(x, e);
-        return begin_anew(c) ? miss(c, a, args, nargsf, kwnames) : NULL;
+        if (another == 1) continue;
+        return another == 0 && begin_anew(c) ? miss(c, call) : NULL;
     }
     if (c->cache == 1) { /* kept for last_traces only */
         drop_all(c);
         keep(c, e);
         return result;
     }
-    bool settle = e->nwrites && thx_guards_check(x, e->guards) == 0;
+    bool changed = (e->nwrites || e->effects.count) && thx_guards_check(x, e->guards) == 0;
     keep(c, e);
-    /* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
-    if (settle && c->settled++ < MAX_SETTLED) {
-        thx_entry *after = thx_compile(c, a, args, npositional, kwnames);
-        PyErr_Clear();
-        if (after && after->eager)
-            thx_entry_free(x, after);
-        else if (after)
-            keep(c, after);
-    }
+    if (changed && c->settled++ < MAX_SETTLED) settle(c, call);
     return result;
 }
 
@@ -326,6 +495,53 @@ static void drop_dead(thx_callable_object *c) { /* keep at most 64 entries */
             p = &e->next;
         }
     }
+}
+
+/* False: no entry serves this call. */
+static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) {
+    thx *x = c->x;
+    thx_leaves leaves;
+    thx_leaves_init(&leaves);
+    leaves.args = call->args;
+    Py_ssize_t npositional = PyVectorcall_NARGS(call->nargsf);
+    uint64_t number = c->calls;
+    bool served = false;
+    for (thx_entry **p = &c->entries; !served && *p && c->cache != 1;) {
+        thx_entry *e = *p;
+        int same = e->tried == number || !may_serve(e, call->seen) ? 0
+                   : c->cache == 2
+                       ? arguments_match(x, e, call->args, npositional, call->kwnames, &leaves)
+                       : entry_matches(c, e, call->ambient, call->args, npositional, call->kwnames, &leaves);
+        if (same < 0) break;
+        if (!same) {
+            p = &e->next;
+            continue;
+        }
+        if (e->eager) {
+            c->fallbacks++;
+            *result = call_eager(c, e, call->args, call->nargsf, call->kwnames);
+            served = true;
+            break;
+        }
+        e->hits++;
+        *p = e->next; /* most recent first */
+        e->next = c->entries;
+        c->entries = e;
+        *result = run_entry(c, e, &leaves);
+        int another = *result ? 0 : take_value(x, e, call);
+        if (another < 0) break;
+        if (another) { /* the entry for that value, if there is one */
+            e->hits--;
+            e->tried = number;
+            p = &c->entries;
+            continue;
+        }
+        c->hits++;
+        served = *result || !begin_anew(c);
+        break;
+    }
+    thx_leaves_fini(&leaves);
+    return served || PyErr_Occurred();
 }
 
 static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
@@ -345,47 +561,28 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         c->fallbacks++;
         return call_original(c, args, nargsf, kwnames);
     }
-    Py_ssize_t npositional = PyVectorcall_NARGS(nargsf);
-    thx_leaves leaves;
-    thx_leaves_init(&leaves);
-    leaves.args = args;
-    for (thx_entry **p = &c->entries; *p && c->cache != 1; p = &(*p)->next) {
-        thx_entry *e = *p;
-        int same = c->cache == 2 ? arguments_match(x, e, args, npositional, kwnames, &leaves)
-                                 : entry_matches(c, e, &ambient, args, npositional, kwnames, &leaves);
-        if (same < 0) {
-            thx_leaves_fini(&leaves);
-            return NULL;
-        }
-        if (!same) continue;
-        if (e->eager) {
-            thx_leaves_fini(&leaves);
-            c->fallbacks++;
-            return call_eager(c, e, args, nargsf, kwnames);
-        }
-        c->hits++;
-        e->hits++;
-        *p = e->next; /* most recent first */
-        e->next = c->entries;
-        c->entries = e;
-        PyObject *result = run_entry(c, e, &leaves);
-        thx_leaves_fini(&leaves);
-        return !result && begin_anew(c) ? miss(c, &ambient, args, nargsf, kwnames) : result;
+    thx_request call = {&ambient, args, nargsf, kwnames, NULL, NULL};
+    PyObject *result = NULL;
+    if (!serve(c, &call, &result)) {
+        if (c->entry_count >= 64) drop_dead(c);
+        result = miss(c, &call);
     }
-    thx_leaves_fini(&leaves);
-    if (c->entry_count >= 64) drop_dead(c);
-    return miss(c, &ambient, args, nargsf, kwnames);
+    Py_XDECREF(call.seen);
+    Py_XDECREF(call.refusal);
+    return result;
 }
 
 /* ---- the type ---- */
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"fn",    "module",    "cache",           "refused", "on_event",
-                            "remat", "transform", "needs_transform", "claims",  NULL};
-    PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None, *refused = Py_None;
+                            "remat", "transform", "needs_transform", "claims", "branch_limit", "log", NULL};
+    PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None, *refused = Py_None,
+             *log = Py_None;
     int cache = 0, remat = TH_REMAT_AUTO, needs = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOOiOpO", names, &fn, &module, &cache, &refused, &on_event,
-                                     &remat, &transform, &needs, &claims))
+    unsigned branches = 16;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOOiOpOIO", names, &fn, &module, &cache, &refused, &on_event,
+                                     &remat, &transform, &needs, &claims, &branches, &log))
         return NULL;
     thx_callable_object *c = (thx_callable_object *)type->tp_alloc(type, 0);
     if (!c) return NULL;
@@ -396,6 +593,8 @@ static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     c->on_event = on_event == Py_None ? NULL : Py_NewRef(on_event);
     c->claims = claims == Py_None ? NULL : Py_NewRef(claims);
     c->cache = (uint8_t)cache;
+    c->branch_limit = branches;
+    c->log = log == Py_None ? NULL : Py_NewRef(log);
     c->refused = refused == Py_None ? NULL : Py_NewRef(refused);
     c->remat = (uint8_t)remat;
     c->transform = transform == Py_None ? NULL : Py_NewRef(transform);
@@ -415,6 +614,7 @@ static int callable_clear(thx_callable_object *c) {
     Py_CLEAR(c->fn);
     Py_CLEAR(c->module);
     Py_CLEAR(c->on_event);
+    Py_CLEAR(c->log);
     Py_CLEAR(c->claims);
     Py_CLEAR(c->refused);
     Py_CLEAR(c->transform);
@@ -424,6 +624,7 @@ static int callable_clear(thx_callable_object *c) {
 
 static int entry_traverse(const thx_entry *e, visitproc visit, void *arg) {
     int rc = thx_guards_traverse(e->guards, visit, arg);
+    Py_VISIT(e->formula);
     for (uint32_t i = 0; i < e->nargs && !rc; i++) rc = thx_spec_traverse(&e->args[i], visit, arg);
     if (rc || (rc = thx_spec_traverse(&e->result, visit, arg))) return rc;
     for (uint32_t i = 0; i < e->nwrites; i++) {
@@ -431,7 +632,7 @@ static int entry_traverse(const thx_entry *e, visitproc visit, void *arg) {
         Py_VISIT(e->writes[i].key);
         Py_VISIT(e->writes[i].constant);
     }
-    return 0;
+    return thx_effects_traverse(&e->effects, visit, arg);
 }
 
 static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg) {
@@ -443,6 +644,7 @@ static int callable_traverse(thx_callable_object *c, visitproc visit, void *arg)
     Py_VISIT(c->fn);
     Py_VISIT(c->module);
     Py_VISIT(c->on_event);
+    Py_VISIT(c->log);
     Py_VISIT(c->claims);
     Py_VISIT(c->refused);
     Py_VISIT(c->transform);
@@ -466,14 +668,15 @@ static PyObject *callable_get(PyObject *self, PyObject *object, PyObject *type) 
 
 static PyObject *entry_stats(const thx_entry *e) {
     const thx_gradient *g = e->gradient;
-    return Py_BuildValue("{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:L,s:L,s:I,s:I,s:N}", "hits", e->hits,
+    return Py_BuildValue("{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:L,s:L,s:I,s:I,s:n,s:N}", "hits", e->hits,
                          "capture_ms", e->capture_ms, "passes_ms", e->passes_ms, "lower_ms", e->lower_ms,
                          "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow, "queries", e->nqueries,
                          "evaluated", e->nevals, "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
                          e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
                          "builtin_instructions", e->main.nbuiltin, "saved_bytes", (long long)(g ? g->bytes_kept : 0),
                          "saved_bytes_without_remat", (long long)(g ? g->bytes : 0), "backward_instructions",
-                         g ? g->backward.plan->ninstrs : 0, "catalogue_rules", g ? g->ncatalogue : 0, "derived_rules",
+                         g ? g->backward.plan->ninstrs : 0, "catalogue_rules", g ? g->ncatalogue : 0, "values",
+                         e->expected ? PyTuple_GET_SIZE(e->expected) : (Py_ssize_t)0, "derived_rules",
                          g ? Py_NewRef(g->derived) : PyTuple_New(0));
 }
 

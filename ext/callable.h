@@ -5,6 +5,7 @@
 #include "ambient.h"
 #include "autograd.h"
 #include "capture.h"
+#include "effects.h"
 #include "guards.h"
 #include "structure.h"
 #include "trace_object.h"
@@ -46,6 +47,16 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t nidentical;
     thx_write *writes;
     uint32_t nwrites;
+    thx_effects effects; /* there are some: the result is (what the caller gets, a content for each of them) */
+    thx_number *numbers; /* literals that follow from floats among the arguments */
+    uint32_t nnumbers;
+    uint32_t nfloats, free_floats; /* floats of the arguments: how many; which may be any, by bit */
+    PyObject *formula; /* owned: from these to the literals; NULL: there are none */
+    PyObject *expected; /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
+    uint64_t tried;     /* the call that met another value in it */
+    uint32_t *undo;     /* by undo: the root of a tensor that is written before the last of them is known */
+    uint32_t nundo;
+    bool undo_random;   /* random numbers are drawn before */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
     uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody */
     uint8_t eager;      /* THX_EAGER_*: not compiled, calls like this one run the original */
@@ -62,9 +73,12 @@ typedef struct thx_callable_object {
     PyObject *fn, *module, *weakrefs, *dict;
     PyObject *transform; /* what calls the user's transforms: transform.h; or NULL */
     PyObject *claims;    /* what its executors claim: claim.c; NULL: torch runs everything */
+    PyObject *log;       /* told of each call that is captured; or NULL */
     PyObject *on_event;  /* Python callable for rare things: warnings, fallback decisions */
     thx_entry *entries;  /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
+    uint32_t generalised; /* how often it was tried to let numbers change */
+    uint32_t branch_limit; /* of entries for the values of tensors that one call can meet */
     uint8_t cache;        /* 0 constant values, 1 no caching, 2 same input */
     uint8_t remat;        /* th_remat */
     PyObject *refused;    /* runs what cannot be captured; NULL: it is an error */
@@ -73,12 +87,27 @@ typedef struct thx_callable_object {
     uint32_t settled; /* how often a second capture followed a write to state */
 } thx_callable_object;
 
+typedef struct thx_request { /* a call */
+    const thx_ambient *ambient;
+    PyObject *const *args;
+    size_t nargsf;
+    PyObject *kwnames;
+    PyObject *seen;    /* owned tuple: values of tensors that runs of it have met, in order; or NULL */
+    PyObject *refusal; /* owned: the CaptureError for which it is not to be captured; or NULL */
+} thx_request;
+
 /* compile.c: capture, passes, lowering. NULL with an exception; an entry with `eager` set comes with the exception that
  * says why. */
-thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args,
-                       Py_ssize_t npositional, PyObject *kwnames);
+thx_entry *thx_compile(thx_callable_object *c, const thx_request *call);
 /* Which of the leaves share storage, as thx_entry.sharing describes; out holds leaves->count numbers. */
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
+/* numbers.c. Before a capture: is there an entry for the same call but for values of floats? Then these are followed,
+ * and `*like` is that entry. After it: what differs between the two programs becomes slots; 1 it did, 0 not, -1 error.
+ */
+int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like);
+int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape);
+/* The literals of a call, into their slots: what holds them, or NULL with an exception. */
+PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
 /* Raise for a call that would have to run the original; NULL: for the pending exception. Always NULL. */

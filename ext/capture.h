@@ -25,6 +25,7 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
 } thx_root;
 
 typedef struct thx_pool thx_pool;
+typedef struct thx_shadow thx_shadow;
 
 typedef struct thx_line { /* of the recorder's cache: the line of an instruction */
     PyObject *code;       /* owned */
@@ -66,6 +67,13 @@ typedef struct thx_recorder {
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
+    PyObject **codes;       /* code objects that ran, by address: open addressing (owned) */
+    uint32_t ncodes, cap_codes;
+    bool may_expect;        /* values of tensors may be found out: a call is captured, and has real inputs */
+    PyObject *tape;         /* of numbers that are followed, or NULL (borrowed) */
+    PyObject *oracle;       /* tuple of values of tensors that a run has seen, in order; or NULL (owned) */
+    PyObject *expected;     /* list of all that the program was told, or NULL (owned) */
+    thx_shadow *shadow;     /* shadow.c; NULL until a value is asked for */
     thx_pool *pool;         /* pool.c; NULL until the first fake of our own */
     thx_line *lines;        /* THX_LINES, by code and instruction; NULL until the first look-up */
     int depth;              /* above 0: inside an operation that is recorded whole */
@@ -94,7 +102,7 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
 void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
 int thx_recorder_init(thx *x, PyObject *module);
 
-/* ---- observer.c ---- */
+/* ---- observer.c, data.c ---- */
 PyObject *thx_torch_function(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs);
 PyObject *thx_torch_dispatch(PyObject *module, PyObject *const *args, Py_ssize_t nargs); /* of the fakes */
 bool thx_read_of_fake_data(void); /* does the pending exception say that a kernel wanted a fake's memory? */
@@ -121,6 +129,7 @@ void thx_purity_begin(thx_recorder *r, thx_purity *p);
 /* rc: of the run. -1 with an exception when it drew numbers from numpy's global generator, which is put back. */
 int thx_purity_end(thx_recorder *r, thx_purity *p);
 int thx_purity_init(thx *x);
+PyObject *thx_codes_list(const thx_recorder *r); /* the code that ran */
 bool thx_is_torch_file(const char *path); /* torch's or our own: recorder.c */
 
 /* ---- random.c: seeding inside captured code ---- */

@@ -5,6 +5,8 @@
 #include "region.h"
 #include "transform.h"
 
+#include "passes/pass.h"
+
 #include <string.h>
 #include <time.h>
 
@@ -21,6 +23,10 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     for (uint32_t i = 0; i < e->nargs; i++) thx_spec_fini(&e->args[i]);
     PyMem_Free(e->args);
     Py_XDECREF(e->kwnames);
+    Py_XDECREF(e->expected);
+    PyMem_Free(e->numbers);
+    Py_XDECREF(e->formula);
+    PyMem_Free(e->undo);
     thx_guards_free(x, e->guards);
     th_trace_free(e->captured);
     thx_program_fini(&e->main);
@@ -36,6 +42,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
         Py_XDECREF(e->writes[i].constant);
     }
     PyMem_Free(e->writes);
+    thx_effects_fini(&e->effects);
     for (uint32_t i = 0; i < e->nidentical; i++) Py_DECREF(e->identical[i].tensor);
     PyMem_Free(e->identical);
     PyMem_Free(e);
@@ -44,6 +51,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
 
 typedef struct compile {
     thx_callable_object *c;
+    const thx_request *call;
     thx *x;
     thx_entry *e;
     thx_recorder *r;
@@ -51,6 +59,9 @@ typedef struct compile {
     PyObject *fake_args, *fake_kwargs;
     PyObject **fakes;   /* the same in the order of the specs (borrowed) */
     PyObject *result;   /* what the user's code returned */
+    thx_watched_args watched;
+    thx_entry *like; /* the entry for the same call but for values of floats, or NULL */
+    PyObject *tape;  /* follows these */
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
@@ -59,14 +70,15 @@ typedef struct compile {
 
 /* ---- arguments ---- */
 
-static int describe_args(compile *k, PyObject *const *args, Py_ssize_t npositional, PyObject *kwnames) {
+static int describe_args(compile *k) {
     thx_entry *e = k->e;
-    e->npositional = npositional;
+    PyObject *kwnames = k->call->kwnames;
+    e->npositional = PyVectorcall_NARGS(k->call->nargsf);
     e->kwnames = Py_XNewRef(kwnames);
-    e->nargs = (uint32_t)(npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0));
+    e->nargs = (uint32_t)(e->npositional + (kwnames ? PyTuple_GET_SIZE(kwnames) : 0));
     e->args = PyMem_Calloc(e->nargs + 1, sizeof *e->args);
     if (!e->args) return PyErr_NoMemory(), -1;
-    return thx_specs_init(k->x, e->args, args, e->nargs, &k->leaves);
+    return thx_specs_init(k->x, e->args, k->call->args, e->nargs, &k->leaves);
 }
 
 /* Watch what the callable can reach, and what arguments compared by identity (modules, functions) hold. */
@@ -138,14 +150,24 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
     compile *k = user;
     char text[240];
     (void)before;
-    if (!PyDict_Check(dict) && !PyType_Check(dict)) after = NULL;
-    if (after && thx_is_tensor(k->x, after)) {
+    bool keyed = PyDict_Check(dict) || PyType_Check(dict);
+    if (keyed && after && thx_is_tensor(k->x, after)) {
         thx_cell *cell = thx_recorder_cell(k->r, after);
         if (!cell) return -1;
         th_val value = cell->value;
         return add_write(k, dict, key, NULL, value);
     }
-    if (after && is_plain(after)) return add_write(k, dict, key, after, 0);
+    if (keyed && after && is_plain(after)) return add_write(k, dict, key, after, 0);
+    thx_effect effect = {.owner = dict, .key = keyed ? key : NULL};
+    effect.kind = keyed ? (after ? THX_EFFECT_KEY : THX_EFFECT_DELETE) : PyCell_Check(dict) && after ? THX_EFFECT_CELL : 0;
+    if (effect.kind) return thx_effect_add(&k->e->effects, &effect, after);
+    if (after && (PyList_Check(dict) || PyAnySet_Check(dict))) {
+        effect.kind = THX_EFFECT_BODY;
+        PyObject *none = Py_None, *content = PyTuple_Pack(2, after, none);
+        int rc = content ? thx_effect_add(&k->e->effects, &effect, content) : -1;
+        Py_XDECREF(content);
+        return rc;
+    }
     name_change(k, dict, key, text, sizeof text);
     return thx_capture_error(k->r, text, "this change of state cannot be replayed at later calls",
                              "keep such state outside the compiled function, or pass it in and return it");
@@ -155,7 +177,16 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
 
 static int collect_outputs(compile *k) {
     thx_entry *e = k->e;
-    thx_inputs inputs = {e->args, k->fakes, e->nargs};
+    thx_inputs inputs = {e->args, k->fakes, e->nargs, k->watched.index};
+    if (e->effects.count) { /* they are made like a result */
+        PyObject *contents = PyList_AsTuple(e->effects.contents), *first = contents ? PyTuple_Pack(1, k->result) : NULL;
+        PyObject *all = first ? PySequence_Concat(first, contents) : NULL;
+        Py_XDECREF(first);
+        Py_XDECREF(contents);
+        if (!all) return -1;
+        Py_CLEAR(e->effects.contents);
+        Py_SETREF(k->result, all);
+    }
     if (thx_result_init(k->r, &e->result, k->result, &inputs, e->guards, &k->outputs) < 0) return -1;
     e->nresults = k->outputs.count;
     k->values = PyMem_Calloc(e->nresults + e->nwrites + 1, sizeof *k->values);
@@ -180,10 +211,9 @@ static int collect_outputs(compile *k) {
 
 static int check_arguments_unchanged(compile *k) {
     for (uint32_t i = 0; i < k->e->nargs; i++)
-        if (!thx_spec_unchanged(k->x, &k->e->args[i], k->fakes[i], k->r))
-            return thx_capture_error(k->r, "a write to a list, dictionary or object passed as an argument",
-                                     "changes of arguments other than tensors are not replayed",
-                                     "return the new value instead");
+        if (!thx_spec_buffers_unchanged(&k->e->args[i], k->fakes[i]))
+            return thx_capture_error(k->r, "a write to an array passed as an argument",
+                                     "changes of arrays are not replayed", "pass a tensor, or return the new array");
     return 0;
 }
 
@@ -219,16 +249,32 @@ static int capture(compile *k) {
     }
     k->r = thx_recorder_new(x, params);
     Py_XDECREF(params);
-    if (!k->r || build_fake_args(k) < 0) return -1;
+    if (!k->r) return -1;
+    k->r->oracle = Py_XNewRef(k->call->seen);
+    k->r->may_expect = k->c->branch_limit > 0;
+    int built = build_fake_args(k);
+    k->tape = x->tape;
+    x->tape = NULL;
+    k->r->tape = k->tape;
+    if (built < 0 || thx_args_watch(&k->watched, k->e->args, k->fakes, k->e->nargs) < 0) return -1;
     int rc = refuse_iterators(k);
     if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     if (rc < 0) PyErr_Fetch(&type, &value, &trace);
+    PyObject *codes = rc < 0 ? NULL : thx_codes_list(k->r);
+    thx_guards_ran(k->e->guards, codes);
+    if (codes && k->tape) {
+        PyObject *done = PyObject_CallMethod(k->tape, "ran", "O", codes);
+        if (!done) rc = -1;
+        Py_XDECREF(done);
+    }
+    Py_XDECREF(codes);
+    int kept = thx_args_collect(&k->watched, rc < 0 ? NULL : &k->e->effects);
     int undone = thx_guards_restore(k->x, k->e->guards, rc < 0 ? NULL : on_change, k);
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
-    } else if (undone < 0 || thx_ties_check(k->r, k->e->guards) < 0 || check_arguments_unchanged(k) < 0 ||
+    } else if (kept < 0 || undone < 0 || thx_ties_check(k->r, k->e->guards) < 0 || check_arguments_unchanged(k) < 0 ||
                collect_outputs(k) < 0) {
         rc = -1;
     }
@@ -264,6 +310,15 @@ static int bind_roots(compile *k) {
     return 0;
 }
 
+static bool is_written_before(const th_trace *t, th_val v, th_opref end) {
+    for (th_opref o = 1; o < end; o++)
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
+            th_val w = t->kids[t->ops[o].writes + i];
+            if (w == v || (t->values[w].alias && t->values[w].alias == t->values[v].alias)) return true;
+        }
+    return false;
+}
+
 static bool writes_inputs(const th_trace *t) {
     for (th_opref o = 1; o < t->nops; o++)
         for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
@@ -296,6 +351,22 @@ int thx_entry_place(thx *x, thx_entry *e) {
     return 0;
 }
 
+/* What a run that meets another value than expected has to put back. */
+static int note_undo(compile *k) {
+    thx_entry *e = k->e;
+    const th_trace *t = e->main.t;
+    th_opref last = t->nops;
+    if (!k->r->expected) return 0;
+    while (--last && !th__op_only_reads(t, &t->ops[last])) continue;
+    e->expected = PyList_AsTuple(k->r->expected);
+    e->undo = PyMem_Calloc(t->ninputs + 1, sizeof *e->undo);
+    if (!e->expected || !e->undo) return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
+    for (th_opref o = 1; o < last; o++) e->undo_random |= (t->ops[o].effects & TH_FX_RANDOM) != 0;
+    for (uint32_t i = 0; i < t->ninputs; i++)
+        if (is_written_before(t, t->inputs[i], last)) e->undo[e->nundo++] = i;
+    return 0;
+}
+
 static int lower(compile *k) {
     thx_entry *e = k->e;
     e->nvalues = k->nvalues;
@@ -303,7 +374,7 @@ static int lower(compile *k) {
     if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||
         thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0)
         return -1;
-    return bind_roots(k);
+    return bind_roots(k) < 0 ? -1 : note_undo(k);
 }
 
 /* Between the passes: what the core leaves to whoever can run torch. */
@@ -441,18 +512,22 @@ static int run_passes(compile *k) {
     return more && !e->gradient ? finish_inference(k) : 0;
 }
 
-thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObject *const *args,
-                       Py_ssize_t npositional, PyObject *kwnames) {
+thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
     thx *x = c->x;
-    compile k = {.c = c, .x = x, .e = PyMem_Calloc(1, sizeof(thx_entry))};
+    compile k = {.c = c, .call = call, .x = x, .e = PyMem_Calloc(1, sizeof(thx_entry))};
     if (!k.e) return (thx_entry *)PyErr_NoMemory();
-    k.e->ambient = *ambient;
+    k.e->ambient = *call->ambient;
     thx_leaves_init(&k.leaves);
     thx_leaves_init(&k.outputs);
     double start = now_ms(), captured = 0, passed = 0;
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
-    int rc = describe_args(&k, args, npositional, kwnames);
+    int rc = describe_args(&k);
     rc = rc == 0 ? make_guards(&k) : rc;
+    if (rc == 0 && !c->cache && !call->seen && !c->transform) rc = thx_numbers_begin(c, k.e, &k.like);
+    if (rc == 0 && call->refusal) {
+        PyErr_SetObject(x->CaptureError, call->refusal);
+        rc = -1;
+    }
     if (rc == 0) rc = capture(&k);
     captured = now_ms();
     if (rc == 0) rc = run_passes(&k);
@@ -482,6 +557,15 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_ambient *ambient, PyObj
     PyMem_Free(k.told);
     PyMem_Free(k.fakes);
     Py_XDECREF(k.result);
+    thx_args_fini(&k.watched);
+    if (rc == 0 && k.like) {
+        rc = thx_numbers_end(x, k.e, k.like, k.tape);
+        if (rc == 1) { /* serves its calls too */
+            k.like->dead = true;
+            rc = 0;
+        }
+    }
+    Py_XDECREF(k.tape);
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);
     bool leaves = k.r && k.r->leaves; /* models that do this (wav2vec2) also draw which layers run: eager, as ever */

@@ -272,7 +272,7 @@ th_node thx_to_node(thx *x, th_trace *t, PyObject *o, thx_tensor_fn tensor, void
         int overflow = 0;
         long long number = PyLong_AsLongLongAndOverflow(o, &overflow);
         node = overflow ? th_node_opaque(t, "big", o) : th_node_int(t, number);
-    } else if (type == &PyFloat_Type) {
+    } else if (type == &PyFloat_Type || type == x->number_type) {
         node = th_node_float(t, PyFloat_AS_DOUBLE(o));
     } else if (type == &PyComplex_Type) {
         node = th_node_complex(t, PyComplex_RealAsDouble(o), PyComplex_ImagAsDouble(o));

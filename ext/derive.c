@@ -349,6 +349,26 @@ static void use_public_name(thx *x, th_trace *t, th_op *op) {
     }
 }
 
+/* In training the backward of batch norm does not look at the running statistics, which its forward has changed. */
+static void forget_statistics(th_trace *t, th_op *op) {
+    static const struct {
+        const char *callee;
+        uint32_t training; /* 0: always in training */
+    } backwards[] = {{"torch.ops.aten.native_batch_norm_backward.default", 7},
+                     {"torch.ops.aten.cudnn_batch_norm_backward.default", 0}};
+    const char *name = op->kind != TH_OP_CALL || op->callee_opaque ? "" : th_str_get(t->ctx, op->callee);
+    for (int i = 0; i < 2; i++) {
+        const th_node_data *args = &t->nodes[op->args];
+        if (strcmp(name, backwards[i].callee) != 0 || args->count > 16 || args->count < 8) continue;
+        th_node kids[16];
+        memcpy(kids, t->kids + args->u.kids, args->count * sizeof *kids);
+        const th_node_data *training = &t->nodes[kids[backwards[i].training]];
+        if (backwards[i].training && !(training->kind == TH_N_BOOL && training->u.i)) continue;
+        kids[3] = kids[4] = th_node_none(t);
+        op->args = th_node_seq(t, TH_N_TUPLE, t->nodes[op->args].count, kids);
+    }
+}
+
 /* ---- surroundings ---- */
 
 typedef struct around {
@@ -458,6 +478,7 @@ static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
     if (rc == 0) {
         th_trace *t = d.r->t;
         rc = thx_check(x, th_pipeline_run(t, "functionalize", NULL, x->verify, NULL, NULL));
+        for (th_opref o = 1; rc == 0 && o < t->nops; o++) forget_statistics(t, &t->ops[o]);
         for (th_opref o = 1; rc == 0 && o < t->nops; o++) use_public_name(x, t, &t->ops[o]);
         if (rc == 0) rc = thx_check(x, th_pipeline_run(t, "noop,cse,dce", NULL, x->verify, NULL, NULL));
     }

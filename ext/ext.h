@@ -29,6 +29,7 @@ typedef struct thx_func { /* what is known about a torch function object: funcs.
     const th_opdef *def;
     uint8_t kind;
     bool random;
+    bool in_parts; /* its derivative, where it needs values, is that of the operations it is made of */
 } thx_func;
 
 typedef struct thx_code { /* of the cache of code objects: recorder.c */
@@ -58,6 +59,7 @@ typedef struct thx {
         *Region, *NativeOperator, *NativeKernel, *CudaKernel;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
+    PyObject *ValueChanged;               /* internal: a run met another value than its program was made for */
     PyObject *StaleProgram;               /* internal: a run found out that its program has to be made anew */
     PyObject *dtype_objects[TH_DTYPE_COUNT];
     PyObject *fake_classes; /* dict: device -> subclass of FakeTensor */
@@ -101,6 +103,8 @@ typedef struct thx {
     PyObject *module_dicts;             /* frozenset: the dictionaries that every nn.Module has */
     PyObject *watch_counts;             /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures;
+    PyObject *tape;            /* of numbers that the capture in progress follows, or NULL: numbers.c */
+    PyTypeObject *number_type; /* thunder._numbers.Number; NULL until the first tape */
     thx_code codes[THX_CODES];
     uint32_t facts;         /* TH_FACT_*: what meta rules may rely on */
     const char *passes;     /* the pipeline; NULL: the default one */

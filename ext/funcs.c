@@ -112,6 +112,7 @@ static const char *const refused[] = {"register_post_accumulate_grad_hook",
                                       "set_",
                                       "storage_offset",
                                       NULL};
+static const char *const parted[] = {"index_put", "index_put_", "__setitem__", "index_fill", "index_fill_", NULL};
 static const char *const autograd_names[] = {"requires_grad_", "register_hook", "retain_grad", "backward", NULL};
 static const char *const autograd_properties[] = {"requires_grad", "is_leaf", "grad_fn", "grad", NULL};
 static const char *const random_names[] = {"rand",
@@ -252,6 +253,7 @@ static int describe(thx *x, PyObject *function, thx_func *f) {
     if (!f->callee && utf8[0]) f->callee = dotted_name(x, function, utf8);
     f->kind = kind_of(f->callee ? th_str_get(x->ctx, f->callee) : "", utf8);
     f->random = listed(random_names, utf8);
+    f->in_parts = listed(parted, utf8);
     if (f->callee) f->def = th_catalog_find(x->catalog, f->callee);
     Py_XDECREF(name);
     return 0;

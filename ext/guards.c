@@ -67,7 +67,8 @@ void thx_guards_fini(thx *x) {
 
 thx_guards *thx_guards_new(thx *x, PyObject *roots) {
     thx_guards *g = PyMem_Calloc(1, sizeof *g);
-    if (!g || thx_guards_collect(x, g, roots) < 0) {
+    if (g) g->roots = Py_NewRef(roots);
+    if (!g || thx_guards_collect(x, g, roots, NULL) < 0) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         thx_guards_free(x, g);
         return NULL;
@@ -78,8 +79,9 @@ thx_guards *thx_guards_new(thx *x, PyObject *roots) {
     return g;
 }
 
-void thx_guards_free(thx *x, thx_guards *g) {
-    if (!g) return;
+void thx_guards_ran(thx_guards *g, PyObject *codes) { Py_XSETREF(g->codes, Py_XNewRef(codes)); }
+
+void thx_guards_clear(thx *x, thx_guards *g) {
     for (uint32_t i = 0; i < g->dicts.count; i++) {
         unwatch(x, g->dicts.items[i].dict);
         Py_DECREF(g->dicts.items[i].dict);
@@ -127,6 +129,15 @@ void thx_guards_free(thx *x, thx_guards *g) {
     PyMem_Free(g->tensors.items);
     PyMem_Free(g->bounds.items);
     PyMem_Free(g->live);
+    Py_XDECREF(g->roots);
+    Py_XDECREF(g->codes);
+    Py_XDECREF(g->names);
+    Py_XDECREF(g->cause);
+}
+
+void thx_guards_free(thx *x, thx_guards *g) {
+    if (!g) return;
+    thx_guards_clear(x, g);
     PyMem_Free(g);
 }
 
@@ -164,6 +175,9 @@ int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg) {
         Py_VISIT(g->bounds.items[i].key);
         Py_VISIT(g->live[i]);
     }
+    Py_VISIT(g->roots);
+    Py_VISIT(g->codes);
+    Py_VISIT(g->names);
     return 0;
 }
 
@@ -265,7 +279,6 @@ uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
 }
 uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
 const char *thx_guards_iterator(const thx_guards *g) { return g->iterator ? g->iterator->tp_name : NULL; }
-const char *thx_guards_reason(const thx_guards *g) { return g->reason; }
 
 /* ---- checking ---- */
 
@@ -315,44 +328,91 @@ static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObjec
     return found;
 }
 
-static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
-    if (PyDict_GET_SIZE(w->dict) != w->count) {
-        snprintf(g->reason, sizeof g->reason, "a dictionary went from %zd to %zd entries", w->count,
-                 PyDict_GET_SIZE(w->dict));
-        return false;
-    }
+static void keep_cause(thx_guards *g, PyObject *owner, PyObject *key, PyObject *before, PyObject *after) {
+    if (!g->explain) return;
+    PyObject *none = Py_None;
+    Py_XSETREF(g->cause, PyTuple_Pack(4, owner, key ? key : none, before ? before : none, after ? after : none));
+    PyErr_Clear();
+}
+
+static void say(thx_guards *g, const char *format, PyObject *key) {
+    PyObject *text = PyObject_Repr(key);
+    const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
+    snprintf(g->reason, sizeof g->reason, format, utf8 ? utf8 : "a key");
+    PyErr_Clear();
+    Py_XDECREF(text);
+}
+
+/* Compare with the copy; what changed and cannot matter is taken over. 1 the same, 0 not. */
+static bool compare_items(thx *x, thx_guards *g, watch_dict *w) {
+    bool grown = false;
     for (Py_ssize_t i = 0; i < w->count; i++) {
         PyObject *key = w->items[2 * i], *old = w->items[2 * i + 1], *now = PyDict_GetItemWithError(w->dict, key);
         if (now == old) continue;
-        if (now && (thx_same_value(old, now) || rebind(x, g, w->dict, key, old, now))) {
+        if (now && (thx_same_value(old, now) || rebind(x, g, w->dict, key, old, now) ||
+                    (w->attributes && !thx_relevant_name(g, key)))) {
             Py_SETREF(w->items[2 * i + 1], Py_NewRef(now));
             continue;
         }
-        PyObject *text = PyObject_Repr(key);
-        const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
-        snprintf(g->reason, sizeof g->reason, "the value of %.100s changed", utf8 ? utf8 : "a key");
-        PyErr_Clear();
-        Py_XDECREF(text);
+        if (!now && w->attributes && !thx_relevant_name(g, key)) {
+            grown = true;
+            continue;
+        }
+        say(g, now ? "the value of %.100s changed" : "%.100s was removed", key);
+        keep_cause(g, w->dict, key, old, now);
         return false;
     }
+    if (!grown && PyDict_GET_SIZE(w->dict) == w->count) return true;
+    PyObject *key, *value, **items = PyMem_Malloc(sizeof *items * (size_t)(2 * PyDict_GET_SIZE(w->dict) + 1));
+    Py_ssize_t count = 0;
+    bool same = items != NULL;
+    for (Py_ssize_t at = 0; same && PyDict_Next(w->dict, &at, &key, &value);) {
+        bool known = false;
+        for (Py_ssize_t i = 0; i < w->count && !known; i++) known = thx_same_value(w->items[2 * i], key);
+        same = known || (w->attributes && !thx_relevant_name(g, key));
+        if (!same) {
+            say(g, "%.100s was added", key);
+            keep_cause(g, w->dict, key, NULL, value);
+            break;
+        }
+        items[2 * count] = Py_NewRef(key);
+        items[2 * count++ + 1] = Py_NewRef(value);
+    }
+    if (same) {
+        PyObject **old = w->items;
+        Py_ssize_t n = w->count;
+        w->items = items;
+        w->count = count;
+        items = old;
+        count = n;
+    }
+    for (Py_ssize_t i = 0; items && i < 2 * count; i++) Py_DECREF(items[i]);
+    PyMem_Free(items);
+    return same;
+}
+
+static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
     PyObject *key, *value;
     Py_ssize_t place = 0;
-    for (Py_ssize_t at = 0; PyDict_Next(w->dict, &at, &key, &value); place++)
+    bool same = compare_items(x, g, w);
+    for (Py_ssize_t at = 0; same && PyDict_Next(w->dict, &at, &key, &value); place++)
         if (key != w->items[2 * place] && !thx_same_value(key, w->items[2 * place])) {
             snprintf(g->reason, sizeof g->reason, "the order of a dictionary changed");
-            return false;
+            same = false;
         }
-    w->tag = thx_watch_tag(w->dict);
-    return true;
+    if (!same && !thx_relevant_owner(x, g, w->dict)) same = w->ignored = true;
+    if (same) w->tag = thx_watch_tag(w->dict);
+    return same;
 }
 
 static bool scope_holds(thx_guards *g, watch_scope *s) {
     PyObject *key, *old, *now;
     for (Py_ssize_t at = 0; PyDict_Next(s->copy, &at, &key, &old);) {
         now = PyDict_GetItemWithError(s->dict, key);
-        if (!now || !thx_same_value(old, now)) {
+        if ((!now || !thx_same_value(old, now)) && thx_relevant_name(g, key)) {
             const char *name = PyUnicode_AsUTF8(key);
             snprintf(g->reason, sizeof g->reason, "the global %.100s changed", name ? name : "?");
+            keep_cause(g, s->dict, key, old, now);
             PyErr_Clear();
             return false;
         }
@@ -360,7 +420,9 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
     PyObject *iterator = PyObject_GetIter(s->absent);
     bool holds = iterator != NULL;
     while (holds && (key = PyIter_Next(iterator))) {
-        holds = !PyDict_GetItemWithError(s->dict, key);
+        PyObject *found = PyDict_GetItemWithError(s->dict, key);
+        holds = !found || !thx_relevant_name(g, key);
+        if (!holds) keep_cause(g, s->dict, key, NULL, found);
         Py_DECREF(key);
     }
     if (!holds) snprintf(g->reason, sizeof g->reason, "a global was added");
@@ -370,10 +432,24 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
     return holds;
 }
 
+static bool object_holds(thx *x, thx_guards *g, watch_other *w) {
+    if (w->ignored || thx_watch_other_holds(x, w)) return true;
+    w->ignored = w->kind == WATCH_SLOT ? !thx_relevant_name(g, w->name) : !thx_relevant_owner(x, g, w->object);
+    if (!w->ignored) {
+        PyObject *now = w->kind == WATCH_SLOT ? PyObject_GetAttr(w->object, w->name) : NULL;
+        PyErr_Clear();
+        snprintf(g->reason, sizeof g->reason, "%s changed", thx_watch_other_text(w));
+        keep_cause(g, w->object, w->name, now ? w->copy : NULL, now);
+        Py_XDECREF(now);
+    }
+    return w->ignored;
+}
+
 int thx_guards_check(thx *x, thx_guards *g) {
 #if HAVE_VERSION_TAGS
     for (uint32_t i = 0; i < g->dicts.count; i++)
-        if (thx_watch_tag(g->dicts.items[i].dict) != g->dicts.items[i].tag && !dict_holds(x, g, &g->dicts.items[i]))
+        if (thx_watch_tag(g->dicts.items[i].dict) != g->dicts.items[i].tag && !g->dicts.items[i].ignored &&
+            !dict_holds(x, g, &g->dicts.items[i]))
             return 0;
     for (uint32_t i = 0; i < g->scopes.count; i++)
         if (thx_watch_tag(g->scopes.items[i].dict) != g->scopes.items[i].tag && !scope_holds(g, &g->scopes.items[i]))
@@ -382,7 +458,7 @@ int thx_guards_check(thx *x, thx_guards *g) {
     if (x->dict_watcher < 0 || g->events != dict_events) {
         uint64_t events = dict_events;
         for (uint32_t i = 0; i < g->dicts.count; i++)
-            if (!dict_holds(x, g, &g->dicts.items[i])) return 0;
+            if (!g->dicts.items[i].ignored && !dict_holds(x, g, &g->dicts.items[i])) return 0;
         for (uint32_t i = 0; i < g->scopes.count; i++)
             if (!scope_holds(g, &g->scopes.items[i])) return 0;
         g->events = events;
@@ -392,21 +468,23 @@ int thx_guards_check(thx *x, thx_guards *g) {
         if (Py_TYPE(g->objects.items[i].object) != g->objects.items[i].type) {
             snprintf(g->reason, sizeof g->reason, "an object of type %.100s changed its class",
                      g->objects.items[i].type->tp_name);
+            keep_cause(g, g->objects.items[i].object, NULL, NULL, NULL);
             return 0;
         }
     for (uint32_t i = 0; i < g->others.count; i++)
-        if (!thx_watch_other_holds(x, &g->others.items[i])) {
-            snprintf(g->reason, sizeof g->reason, "%s changed", thx_watch_other_text(&g->others.items[i]));
-            return 0;
-        }
+        if (!object_holds(x, g, &g->others.items[i])) return 0;
     for (uint32_t i = 0; i < g->cells.count; i++)
-        if (!thx_watch_cell_holds(&g->cells.items[i])) {
+        if (!g->cells.items[i].ignored && !thx_watch_cell_holds(&g->cells.items[i])) {
+            if ((g->cells.items[i].ignored = !thx_relevant_owner(x, g, g->cells.items[i].cell))) continue;
             snprintf(g->reason, sizeof g->reason, "a variable of an enclosing function changed");
+            keep_cause(g, g->cells.items[i].cell, NULL, g->cells.items[i].value, PyCell_GET(g->cells.items[i].cell));
             return 0;
         }
     for (uint32_t i = 0; i < g->sequences.count; i++)
-        if (!thx_watch_sequence_holds(&g->sequences.items[i])) {
+        if (!g->sequences.items[i].ignored && !thx_watch_sequence_holds(&g->sequences.items[i])) {
+            if ((g->sequences.items[i].ignored = !thx_relevant_owner(x, g, g->sequences.items[i].object))) continue;
             snprintf(g->reason, sizeof g->reason, "a list or set of the module changed");
+            keep_cause(g, g->sequences.items[i].object, NULL, NULL, NULL);
             return 0;
         }
     for (uint32_t i = 0; i < g->bounds.count; i++)
@@ -414,9 +492,27 @@ int thx_guards_check(thx *x, thx_guards *g) {
             snprintf(g->reason, sizeof g->reason,
                      "a parameter or buffer changed its shape, strides, dtype, device or "
                      "requires_grad");
+            if (g->bounds.items[i].dict) keep_cause(g, g->bounds.items[i].dict, g->bounds.items[i].key, NULL, NULL);
             return 0;
         }
     return 1;
+}
+
+PyObject *thx_guards_cause(thx *x, thx_guards *g) {
+    g->explain = true;
+    int holds = thx_guards_check(x, g);
+    g->explain = false;
+    PyObject *cause = g->cause, *none = Py_None;
+    g->cause = NULL;
+    if (holds < 0 || holds == 1) {
+        Py_XDECREF(cause);
+        return holds < 0 ? NULL : Py_NewRef(none);
+    }
+    PyObject *result = cause ? Py_BuildValue("(sOOOO)", g->reason, PyTuple_GET_ITEM(cause, 0), PyTuple_GET_ITEM(cause, 1),
+                                             PyTuple_GET_ITEM(cause, 2), PyTuple_GET_ITEM(cause, 3))
+                             : Py_BuildValue("(sOOOO)", g->reason, none, none, none, none);
+    Py_XDECREF(cause);
+    return result;
 }
 
 PyObject *thx_guards_name(const thx_guards *g, PyObject *object) {

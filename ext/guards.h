@@ -10,11 +10,14 @@ typedef struct thx_guards thx_guards;
  * hooks. Roots of the trace that live in a module's dictionary are re-bound when they are replaced by an equal kind. */
 thx_guards *thx_guards_new(thx *x, PyObject *roots);
 void thx_guards_free(thx *x, thx_guards *g);
+/* The code that ran while it was captured, as a list: names that it does not mention cannot matter. */
+void thx_guards_ran(thx_guards *g, PyObject *codes);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
 /* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */
 const char *thx_guards_iterator(const thx_guards *g);
-const char *thx_guards_reason(const thx_guards *g);
+/* What does not hold: (text, owner, key, before, after), None for what there is not; Py_None when it holds. */
+PyObject *thx_guards_cause(thx *x, thx_guards *g);
 /* Parameters and buffers of the outermost modules. dict: id of a tensor -> (dict, key, dotted name); new reference. */
 PyObject *thx_guards_params(thx *x, const thx_guards *g);
 bool thx_guards_knows(const thx_guards *g, PyObject *object);      /* a container or object that is watched */

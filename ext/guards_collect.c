@@ -35,6 +35,7 @@ typedef struct walker {
     PyTypeObject *types[64]; /* the last types looked at, by address, and whether they are foreign */
     bool foreign[64];
     bool in_module;
+    PyObject *names; /* of attributes and globals to follow; NULL: all */
 } walker;
 
 enum { MAX_WATCHED = 4096 };
@@ -94,21 +95,25 @@ static PyObject **copy_items(PyObject *dict, Py_ssize_t *count) {
     return items;
 }
 
-/* `inside`: what the values hold matters too. */
-static int watch_items(walker *w, PyObject *dict, int depth, bool inside) {
+static bool follows(const walker *w, PyObject *name) { return !w->names || PySet_Contains(w->names, name) == 1; }
+
+/* `inside`: what the values hold matters too. attributes: they are read by name. */
+static int watch_items(walker *w, PyObject *dict, int depth, bool inside, bool attributes) {
     thx_guards *g = w->g;
     if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
     if (RESERVE(g->dicts) < 0 || thx_watch(w->x, dict) < 0) return -1;
     Py_ssize_t count = 0;
     PyObject **items = copy_items(dict, &count);
     if (count < 0) return -1;
-    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, thx_watch_tag(dict)};
+    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, thx_watch_tag(dict), attributes, false};
     for (Py_ssize_t i = 0; inside && i < count; i++)
-        if (walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
+        if ((!attributes || follows(w, items[2 * i])) && walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
     return 0;
 }
 
-static int walk_dict(walker *w, PyObject *dict, int depth) { return watch_items(w, dict, depth, true); }
+static int walk_dict(walker *w, PyObject *dict, int depth) { return watch_items(w, dict, depth, true, false); }
+
+static int walk_attributes(walker *w, PyObject *dict, int depth) { return watch_items(w, dict, depth, true, true); }
 
 static int walk_sequence(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
@@ -120,7 +125,7 @@ static int walk_sequence(walker *w, PyObject *o, int depth) {
     if (PyTuple_Check(o))
         Py_DECREF(copy);
     else
-        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy};
+        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy, false};
     if (PyAnySet_Check(o)) return 0;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); i++)
         if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0) return -1;
@@ -174,6 +179,7 @@ static watch_scope *scope_of(walker *w, PyObject *dict) {
 }
 
 static int walk_name(walker *w, PyObject *globals, PyObject *name, int depth) {
+    if (!follows(w, name)) return 0;
     watch_scope *scope = scope_of(w, globals);
     PyObject *value = scope ? PyDict_GetItemWithError(globals, name) : NULL;
     if (!value) return PyErr_Occurred() || !scope ? -1 : PySet_Add(scope->absent, name);
@@ -226,7 +232,7 @@ static int walk_cell(walker *w, PyObject *cell, int depth) {
     if (fresh <= 0) return fresh;
     if (RESERVE(g->cells) < 0) return -1;
     PyObject *value = PyCell_GET(cell);
-    g->cells.items[g->cells.count++] = (watch_cell){Py_NewRef(cell), Py_XNewRef(value)};
+    g->cells.items[g->cells.count++] = (watch_cell){Py_NewRef(cell), Py_XNewRef(value), false};
     return value ? walk(w, value, depth + 1) : 0;
 }
 
@@ -277,9 +283,9 @@ static int walk_module_dict(walker *w, PyObject *dict, int depth) {
         if (!is_torchs_own(w, key, value)) continue;
         int fresh = first_visit(w, value);
         bool inside = fresh == 1 && (!PyDict_GET_SIZE(value) || !holds_backward_hooks(key));
-        if (fresh < 0 || (fresh == 1 && watch_items(w, value, depth + 1, inside) < 0)) return -1;
+        if (fresh < 0 || (fresh == 1 && watch_items(w, value, depth + 1, inside, false) < 0)) return -1;
     }
-    return walk_dict(w, dict, depth);
+    return walk_attributes(w, dict, depth);
 }
 
 /* ---- classes ---- */
@@ -339,7 +345,7 @@ static int walk_slots(walker *w, PyObject *o, int depth) {
             if (Py_TYPE(value) != &PyMemberDescr_Type) continue;
             rc = thx_watch_other(w->x, w->g, WATCH_SLOT, o, key);
             PyObject *held = rc == 0 ? w->g->others.items[w->g->others.count - 1].copy : NULL;
-            if (held && held != Py_NotImplemented) rc = walk(w, held, depth + 1);
+            if (held && held != Py_NotImplemented && follows(w, key)) rc = walk(w, held, depth + 1);
         }
     }
     return rc;
@@ -362,7 +368,7 @@ static int walk_object(walker *w, PyObject *o, int depth) {
             (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o))};
         int fresh = first_visit(w, dict);
         bool module = fresh == 1 && PyObject_TypeCheck(o, w->x->NnModule);
-        rc = fresh != 1 ? fresh : module ? walk_module_dict(w, dict, depth) : walk_dict(w, dict, depth);
+        rc = fresh != 1 ? fresh : module ? walk_module_dict(w, dict, depth) : walk_attributes(w, dict, depth);
     }
     Py_DECREF(dict);
     return rc;
@@ -377,8 +383,19 @@ static bool is_iterator(PyObject *o) {
              Py_TYPE(o) == &PyMap_Type || Py_TYPE(o) == &PyFilter_Type || (end && strstr(end, "iterator"))));
 }
 
+/* What reads attributes whose names its caller's code does not mention. */
+static bool reads_by_string(PyObject *o) {
+    const char *name = PyCFunction_Check(o) ? ((PyCFunctionObject *)o)->m_ml->ml_name : Py_TYPE(o)->tp_name;
+    static const char *const readers[] = {"operator.attrgetter", "operator.methodcaller", "getattr", "hasattr", "vars",
+                                          "dir", NULL};
+    for (int i = 0; readers[i]; i++)
+        if (strcmp(name, readers[i]) == 0) return true;
+    return false;
+}
+
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
+    g->unnamed |= reads_by_string(o);
     if (PyDict_CheckExact(o)) { /* holds no attributes */
         int fresh = depth > 64 ? 0 : first_visit(w, o);
         return fresh == 1 ? walk_dict(w, o, depth) : fresh;
@@ -447,8 +464,8 @@ static int walk_root(walker *w, PyObject *o) {
     return rc;
 }
 
-int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots) {
-    walker w = {.x = x, .g = g};
+int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots, PyObject *names) {
+    walker w = {.x = x, .g = g, .names = names};
     int rc = walk_global_hooks(&w);
     for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(roots); i++) rc = walk_root(&w, PyList_GET_ITEM(roots, i));
     PyMem_Free(w.seen);

@@ -15,10 +15,12 @@ typedef struct watch_dict {
     PyObject *dict, **items; /* items: key, value, key, value as at the capture; one block of memory, NULL when empty */
     Py_ssize_t count;        /* of pairs */
     uint64_t tag;
+    bool attributes, ignored; /* attributes: of an object, read by name. ignored (here and below): it cannot matter */
 } watch_dict;
 
 typedef struct watch_sequence { /* list, deque-like or set: length, then elements by identity (sets by equality) */
     PyObject *object, *copy;
+    bool ignored;
 } watch_sequence;
 
 typedef struct watch_object {
@@ -28,6 +30,7 @@ typedef struct watch_object {
 
 typedef struct watch_cell { /* a variable of an enclosing function */
     PyObject *cell, *value; /* value NULL: not assigned yet */
+    bool ignored;
 } watch_cell;
 
 typedef struct watch_scope {        /* globals that code names */
@@ -39,6 +42,7 @@ typedef enum watch_kind { WATCH_FUNCTION, WATCH_CLASS, WATCH_ORDER, WATCH_DEQUE,
 
 typedef struct watch_other {
     uint8_t kind;
+    bool ignored;
     unsigned version;               /* of a class */
     PyObject *object, *copy, *name; /* name: of a slot, else NULL */
 } watch_other;
@@ -66,9 +70,13 @@ struct thx_guards {
     VEC(PyObject *) modules; /* outermost modules (owned) */
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
     VEC(bound) bounds;
+    PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
     PyObject **live;        /* the bound tensors (owned), parallel to bounds: handed out as an array */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
     uint64_t generation, events;
+    bool explain;    /* keep what does not hold, for a report */
+    PyObject *cause; /* (owner, key, before, after), or NULL (owned) */
+    bool unnamed; /* something that can be reached reads attributes by names of its own */
     char reason[200];
 };
 
@@ -97,7 +105,12 @@ void thx_watch_other_put_back(const watch_other *w);
 bool thx_watch_is_ours(PyObject *key); /* an attribute that we keep in a class */
 const char *thx_watch_other_text(const watch_other *w);
 
-/* guards_collect.c: everything reachable from the roots becomes watched */
-int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots);
+/* guards_collect.c: everything reachable from the roots becomes watched; names: through these alone, NULL: all */
+int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots, PyObject *names);
+void thx_guards_clear(thx *x, thx_guards *g);
+
+/* ---- guards_relevance.c ---- */
+bool thx_relevant_name(thx_guards *g, PyObject *name);           /* of an attribute or a global */
+bool thx_relevant_owner(thx *x, thx_guards *g, PyObject *owner); /* of a container, class, function or variable */
 
 #endif

@@ -271,6 +271,21 @@ static PyObject *differentiable_scatter(thx *x) {
     return function;
 }
 
+static bool has_number(const thx_lowering *l, th_opref o) {
+    for (uint32_t i = 0; i < l->nnumbers; i++)
+        if (l->numbers[i].op == o) return true;
+    return false;
+}
+
+static void put_numbers(const thx_lowering *l, thx_call *c, th_opref o) {
+    for (uint32_t i = 0; i < l->nnumbers; i++) {
+        if (l->numbers[i].op != o) continue;
+        arg *a = &c->args[l->numbers[i].argument];
+        arg_fini(a);
+        *a = (arg){.kind = ARG_SLOT, .slot = l->t->ninputs + i};
+    }
+}
+
 static int call_init(thx_lowering *l, thx_call *c, const th_op *op) {
     const th_trace *t = l->t;
     const th_node_data *args = &t->nodes[op->args];
@@ -305,7 +320,10 @@ thx_call *thx_call_new(thx_lowering *l, th_opref o) {
     thx_call *c = PyMem_Calloc(1, sizeof *c);
     if (!c) return (thx_call *)PyErr_NoMemory();
     c->head.free = free_call;
-    if (call_init(l, c, &l->t->ops[o]) == 0) return c;
+    if (call_init(l, c, &l->t->ops[o]) == 0) {
+        put_numbers(l, c, o);
+        return c;
+    }
     free_call(c);
     return NULL;
 }
@@ -363,28 +381,31 @@ static th_opref *last_uses(const thx_lowering *l) {
 static int lower_ops(thx_lowering *l) {
     for (th_opref o = 1; o < l->t->nops; o++) {
         const th_op *op = &l->t->ops[o];
-        int rc = op->kind == TH_OP_DEL ? lower_del(l, op) : thx_lower_region(l, o);
-        if (rc == 0 && op->kind != TH_OP_DEL) rc = thx_lower_shim(l, o);
-        if (rc == 0 && op->kind != TH_OP_DEL) rc = thx_lower_dispatch(l, o);
-        if (rc == 0 && op->kind != TH_OP_DEL) rc = lower_builtin(l, o);
+        bool call = op->kind != TH_OP_DEL, whole = call && !has_number(l, o);
+        int rc = call ? 0 : lower_del(l, op);
+        if (rc == 0 && whole) rc = thx_lower_region(l, o);
+        if (rc == 0 && whole) rc = thx_lower_shim(l, o);
+        if (rc == 0 && whole) rc = thx_lower_dispatch(l, o);
+        if (rc == 0 && call) rc = lower_builtin(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL && l->last) rc = spend_inputs(l, l->last, o);
         if (rc < 0) return -1;
     }
     return 0;
 }
 
-th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, uint32_t **slot_of, uint32_t *nshim,
-                   uint32_t *nbuiltin) {
-    thx_lowering l = {.x = x, .t = t, .plain = plain};
+th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, const thx_number *numbers, uint32_t nnumbers,
+                   uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin) {
+    thx_lowering l = {.x = x, .t = t, .plain = plain, .numbers = numbers, .nnumbers = nnumbers};
     l.slots = PyMem_Malloc(sizeof(uint32_t) * t->nvalues);
     l.free_slots = PyMem_Malloc(sizeof(uint32_t) * (t->nvalues + 1));
-    l.plan = th_plan_new(x->ctx, 0, t->ninputs, release, x, free_data);
+    l.plan = th_plan_new(x->ctx, 0, t->ninputs + nnumbers, release, x, free_data);
     if (!l.slots || !l.free_slots || !l.plan) {
         PyErr_NoMemory();
         goto fail;
     }
     memset(l.slots, 0xff, sizeof(uint32_t) * t->nvalues);
     for (uint32_t i = 0; i < t->ninputs; i++) l.slots[t->inputs[i]] = l.next_slot++;
+    l.next_slot += nnumbers;
     if ((spends && !(l.last = last_uses(&l))) || lower_ops(&l) < 0) goto fail;
     l.plan->nslots = l.next_slot;
     PyMem_Free(l.free_slots);

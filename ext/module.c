@@ -6,6 +6,7 @@
 #include "derive.h"
 #include "native.h"
 #include "region.h"
+#include "shadow.h"
 #include "trace_object.h"
 
 #include "base/env.h"
@@ -204,7 +205,8 @@ static int load_errors(thx *x) {
     Py_XDECREF(errors);
     x->GradNeeded = PyErr_NewException("thunder._C.GradNeeded", NULL, NULL);
     x->StaleProgram = PyErr_NewException("thunder._C.StaleProgram", NULL, NULL);
-    return x->CaptureError && x->GradNeeded && x->StaleProgram ? 0 : -1;
+    x->ValueChanged = PyErr_NewException("thunder._C.ValueChanged", NULL, NULL);
+    return x->CaptureError && x->GradNeeded && x->StaleProgram && x->ValueChanged ? 0 : -1;
 }
 
 /* ---- functions ---- */
@@ -333,6 +335,9 @@ static PyMethodDef functions[] = {
      "values, \"refuse\", ..."},
     {"opaque_call", (PyCFunction)(void (*)(void))thx_opaque_call, METH_VARARGS | METH_KEYWORDS,
      "opaque_call(function, args, like): see thunder.transforms.opaque_call."},
+    {"expect", (PyCFunction)(void (*)(void))thx_expect, METH_FASTCALL,
+     "expect(number, function, args, kwargs, value): raise ValueChanged(number, found) unless function(*args, **kwargs) "
+     "gives the value that the program was captured for, bit by bit."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},
 };

@@ -6,20 +6,9 @@
  * code, legacy constructors, code under functorch, and everything under autocast (where the ATen level holds the
  * casts).
  */
-#include "capture.h"
+#include "observe.h"
 
 #include <string.h>
-
-typedef struct call { /* one operation being recorded */
-    thx_recorder *r;
-    const thx_func *f;
-    PyObject *func, *args, *kwargs; /* borrowed; kwargs NULL when empty */
-    th_str callee;
-    const th_opdef *def;
-    th_node anode, knode;
-    bool random;
-    thx_grad_note note;
-} call;
 
 static long version_of(thx *x, PyObject *tensor) {
     PyObject *v = x->version_get(tensor, x->version_closure);
@@ -34,14 +23,12 @@ static long version_of(thx *x, PyObject *tensor) {
 
 /* ---- real tensors in arguments become their fakes ---- */
 
-static PyObject *fakeify(thx_recorder *r, PyObject *o);
-
 static PyObject *fakeify_sequence(thx_recorder *r, PyObject *o) {
     Py_ssize_t n = PySequence_Fast_GET_SIZE(o);
     PyObject **items = PySequence_Fast_ITEMS(o);
     PyObject *result = PyTuple_CheckExact(o) ? PyTuple_New(n) : PyList_New(n);
     for (Py_ssize_t i = 0; result && i < n; i++) {
-        PyObject *item = fakeify(r, items[i]);
+        PyObject *item = thx_fakeify(r, items[i]);
         if (!item)
             Py_CLEAR(result);
         else if (PyTuple_CheckExact(o))
@@ -56,14 +43,14 @@ static PyObject *fakeify_dict(thx_recorder *r, PyObject *o) {
     PyObject *result = PyDict_New(), *key, *value;
     Py_ssize_t at = 0;
     while (result && PyDict_Next(o, &at, &key, &value)) {
-        PyObject *item = fakeify(r, value);
+        PyObject *item = thx_fakeify(r, value);
         if (!item || PyDict_SetItem(result, key, item) < 0) Py_CLEAR(result);
         Py_XDECREF(item);
     }
     return result;
 }
 
-static PyObject *fakeify(thx_recorder *r, PyObject *o) {
+PyObject *thx_fakeify(thx_recorder *r, PyObject *o) {
     if (thx_is_tensor(r->x, o)) {
         return Py_XNewRef(thx_recorder_fake(r, o));
     }
@@ -71,7 +58,7 @@ static PyObject *fakeify(thx_recorder *r, PyObject *o) {
     if (PyDict_CheckExact(o)) return fakeify_dict(r, o);
     if (PySlice_Check(o)) {
         PySliceObject *s = (PySliceObject *)o;
-        PyObject *a = fakeify(r, s->start), *b = a ? fakeify(r, s->stop) : NULL, *c = b ? fakeify(r, s->step) : NULL;
+        PyObject *a = thx_fakeify(r, s->start), *b = a ? thx_fakeify(r, s->stop) : NULL, *c = b ? thx_fakeify(r, s->step) : NULL;
         PyObject *slice = c ? PySlice_New(a, b, c) : NULL;
         Py_XDECREF(a);
         Py_XDECREF(b);
@@ -83,7 +70,7 @@ static PyObject *fakeify(thx_recorder *r, PyObject *o) {
 
 /* ---- results become values ---- */
 
-static uint32_t alias_group(th_trace *t, th_val v) {
+uint32_t thx_alias_group(th_trace *t, th_val v) {
     if (!t->values[v].alias) t->values[v].alias = th_trace_alias(t);
     return t->values[v].alias;
 }
@@ -102,7 +89,7 @@ static int find_alias(thx_recorder *r, PyObject *out, th_val value, const thx_me
         if (!cell || thx_read_meta(x, r->inputs[i], true, &base) < 0) return -1;
         th_value *source = &r->t->values[cell->value];
         r->t->values[value].offset = meta->offset - base.offset + source->offset;
-        r->t->values[value].alias = alias_group(r->t, cell->value);
+        r->t->values[value].alias = thx_alias_group(r->t, cell->value);
         return 0;
     }
     return 0;
@@ -138,7 +125,7 @@ static th_node out_tensor(thx_recorder *r, PyObject *out, const thx_grad_note *n
     if (is_input(r, out)) { /* the operation returns an input object: a new value for the same tensor */
         thx_cell *cell = thx_recorder_cell(r, out);
         if (!cell) return 0;
-        r->t->values[value].alias = alias_group(r->t, cell->value);
+        r->t->values[value].alias = thx_alias_group(r->t, cell->value);
         r->t->values[value].offset = r->t->values[cell->value].offset;
         bool before = th_type_get(x->ctx, r->t->values[cell->value].type)->flags & TH_TYPE_REQUIRES_GRAD;
         r->t->values[value].type = th_type_set_grad(x->ctx, type, note->grad || before);
@@ -184,7 +171,7 @@ int thx_emit(thx_recorder *r, const th_op_args *op) {
     return 0;
 }
 
-static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes, uint32_t nwrites) {
+int thx_call_emit(thx_recording *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes, uint32_t nwrites) {
     thx_recorder *r = c->r;
     if (!outs && !nwrites) effects |= TH_FX_STATE; /* what gives nothing and writes nothing is there for its effect */
     th_op_args op = {.kind = TH_OP_CALL,
@@ -204,13 +191,13 @@ static int emit(call *c, th_node outs, bool outs_list, uint8_t effects, const th
 
 /* ---- our own meta rules ---- */
 
-static PyObject *fast_out(call *c, const th_out *out, th_node *node) {
+static PyObject *fast_out(thx_recording *c, const th_out *out, th_node *node) {
     thx_recorder *r = c->r;
     th_val value = th_trace_value(r->t, 0, thx_flag_type(r, th_type_set_grad(r->x->ctx, out->type, false), &c->note));
     PyObject *fake = thx_pool_fake(r, out->type);
     if (!fake) return NULL;
     if (out->alias_of) {
-        r->t->values[value].alias = alias_group(r->t, out->alias_of);
+        r->t->values[value].alias = thx_alias_group(r->t, out->alias_of);
         r->t->values[value].offset = out->offset;
     }
     *node = th_node_value(r->t, value);
@@ -222,25 +209,25 @@ static PyObject *fast_out(call *c, const th_out *out, th_node *node) {
 }
 
 /* In place: the first argument's tensor takes a new value of the same type and storage. */
-static PyObject *fast_inplace(call *c, const th_call *rule) {
+static PyObject *fast_inplace(thx_recording *c, const th_call *rule) {
     thx_recorder *r = c->r;
     PyObject *self = r->inputs[0];
     thx_cell *cell = thx_recorder_cell(r, self);
     if (!cell || rule->outs[0].type != r->t->values[cell->value].type) return NULL;
     th_val before = cell->value, value = th_trace_value(r->t, 0, rule->outs[0].type);
     cell->ours = false;
-    r->t->values[value].alias = alias_group(r->t, before);
+    r->t->values[value].alias = thx_alias_group(r->t, before);
     r->t->values[value].offset = r->t->values[before].offset;
     uint8_t effects = TH_FX_WRITES | (c->random ? TH_FX_RANDOM : 0);
     thx_note_write(r, before, &c->note);
     r->t->values[value].type = r->t->values[before].type;
-    if (thx_recorder_define(r, self, value) < 0 || emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
+    if (thx_recorder_define(r, self, value) < 0 || thx_call_emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
         return NULL;
     return Py_NewRef(self);
 }
 
 /* NULL without an exception: the rule declined. */
-static PyObject *fast(call *c) {
+static PyObject *fast(thx_recording *c) {
     thx_recorder *r = c->r;
     th_call rule = {.default_dtype = r->default_dtype, .default_device = r->default_device};
     if (th_call_bind(&rule, c->def, r->t, c->anode, c->knode) != TH_OK) return NULL;
@@ -256,7 +243,7 @@ static PyObject *fast(call *c) {
     if (!rule.outs_list && rule.nouts == 1) {
         th_node node = 0;
         PyObject *fake = fast_out(c, &rule.outs[0], &node);
-        if (fake && emit(c, node, false, effects, NULL, 0) < 0) Py_CLEAR(fake);
+        if (fake && thx_call_emit(c, node, false, effects, NULL, 0) < 0) Py_CLEAR(fake);
         return fake;
     }
     th_node nodes[TH_MAX_OUTS];
@@ -268,7 +255,7 @@ static PyObject *fast(call *c) {
         else
             PyTuple_SET_ITEM(tuple, i, fake);
     }
-    if (tuple && emit(c, th_node_seq(r->t, TH_N_TUPLE, rule.nouts, nodes), true, effects, NULL, 0) < 0) Py_CLEAR(tuple);
+    if (tuple && thx_call_emit(c, th_node_seq(r->t, TH_N_TUPLE, rule.nouts, nodes), true, effects, NULL, 0) < 0) Py_CLEAR(tuple);
     return tuple;
 }
 
@@ -296,208 +283,59 @@ static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject 
     return result;
 }
 
-static bool raised(const char *const *names) {
-    PyObject *type = PyErr_Occurred();
-    for (; type && *names; names++)
-        if (strcmp(((PyTypeObject *)type)->tp_name, *names) == 0) return true;
-    return false;
-}
-
-static const char *const data_dependent[] = {"DataDependentOutputException", "DynamicOutputShapeException",
-                                             "GuardOnDataDependentSymNode", NULL};
-/* What torch says when a kernel wants to read a fake's memory. */
-bool thx_read_of_fake_data(void) {
-    static const char *const texts[] = {
-        "data is not allocated yet",        "Cannot copy out of meta tensor",
-        "cannot be called on meta tensors", "data pointer of Tensor that doesn't have storage",
-        "Cannot access data pointer of",    NULL};
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    PyObject *string = value ? PyObject_Str(value) : NULL;
-    const char *utf8 = string ? PyUnicode_AsUTF8(string) : NULL;
-    bool found = false;
-    for (int i = 0; utf8 && texts[i] && !found; i++) found = strstr(utf8, texts[i]) != NULL;
-    Py_XDECREF(string);
-    PyErr_Clear();
-    PyErr_Restore(type, value, trace);
-    return found;
-}
-
-static const char *const fake_limits[] = {"UnsupportedFakeTensorException", "UnsupportedOperatorException",
-                                          "MetadataMismatchError", "UnsupportedMutationAliasingException", NULL};
-
-static PyObject *const_object(void *user, th_val value) {
-    PyObject *real = thx_recorder_constant(user, value);
-    if (!real && !PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "not a constant");
-    return Py_XNewRef(real);
-}
-
-/* Evaluate the call for real when its tensors depend on no input. NULL without an exception when they do. */
-static PyObject *evaluate(call *c) {
-    thx_recorder *r = c->r;
-    for (uint32_t i = 0; i < r->ninputs; i++) {
-        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
-        if (!cell || !thx_recorder_constant(r, cell->value)) return NULL;
-    }
-    PyObject *args = thx_from_node(r->x, r->t, c->anode, const_object, r);
-    PyObject *kwargs = args && c->knode ? thx_from_node(r->x, r->t, c->knode, const_object, r) : NULL;
-    PyObject *result = args && (kwargs || !c->knode) ? PyObject_Call(c->func, args, kwargs) : NULL;
-    Py_XDECREF(args);
-    Py_XDECREF(kwargs);
-    r->nevals++;
-    return result;
-}
-
-static PyObject *data_error(call *c) {
-    char text[200];
-    snprintf(text, sizeof text, "%s", c->callee ? th_str_get(c->r->x->ctx, c->callee) : Py_TYPE(c->func)->tp_name);
-    thx_capture_error(c->r, text, "the result, or its shape, depends on the values of a tensor",
-                      "compute it outside, or express it with torch.where and fixed shapes");
-    return NULL;
-}
-
-/* Real tensors become constant roots. */
-static PyObject *adopt_real_results(thx_recorder *r, PyObject *result) {
-    PyObject *fakes = result ? fakeify(r, result) : NULL;
-    Py_XDECREF(result);
-    return fakes;
-}
-
-static bool lacks_fake(void) { /* a custom operator without a shape function */
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    PyObject *string = value ? PyObject_Str(value) : NULL;
-    const char *utf8 = string ? PyUnicode_AsUTF8(string) : NULL;
-    bool found = utf8 && strstr(utf8, "no fake impl registered");
-    Py_XDECREF(string);
-    PyErr_Clear();
-    PyErr_Restore(type, value, trace);
-    return found;
-}
-
-/* A copy of the arguments with scalar tensors that depend on no input as numbers: x[:n], torch.narrow(x, 0, start, 2).
- */
-static PyObject *concretise(thx_recorder *r, PyObject *o, bool *changed) {
-    if (thx_is_tensor(r->x, o)) {
-        thx_cell *cell = thx_recorder_cell(r, o);
-        const th_type *type = cell ? th_type_get(r->x->ctx, r->t->values[cell->value].type) : NULL;
-        PyObject *real = type && !type->ndim ? thx_recorder_constant(r, cell->value) : NULL;
-        *changed |= real != NULL;
-        return real ? PyObject_CallMethod(real, "item", NULL) : PyErr_Occurred() ? NULL : Py_NewRef(o);
-    }
-    if (PyTuple_CheckExact(o) || PyList_CheckExact(o)) {
-        Py_ssize_t n = PySequence_Fast_GET_SIZE(o);
-        PyObject *copy = PyTuple_CheckExact(o) ? PyTuple_New(n) : PyList_New(n);
-        for (Py_ssize_t i = 0; copy && i < n; i++) {
-            PyObject *item = concretise(r, PySequence_Fast_ITEMS(o)[i], changed);
-            if (!item)
-                Py_CLEAR(copy);
-            else if (PyTuple_CheckExact(o))
-                PyTuple_SET_ITEM(copy, i, item);
-            else
-                PyList_SET_ITEM(copy, i, item);
-        }
-        return copy;
-    }
-    if (PySlice_Check(o)) {
-        PySliceObject *s = (PySliceObject *)o;
-        PyObject *a = concretise(r, s->start, changed), *b = a ? concretise(r, s->stop, changed) : NULL;
-        PyObject *c = b ? concretise(r, s->step, changed) : NULL, *slice = c ? PySlice_New(a, b, c) : NULL;
-        Py_XDECREF(a);
-        Py_XDECREF(b);
-        Py_XDECREF(c);
-        return slice;
-    }
-    return Py_NewRef(o);
-}
-
-static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
-
-/* Record the call again with constants as numbers, all but the first argument, which is what is operated on. NULL
- * without an exception when there are none. */
-static PyObject *retry_concrete(call *c) {
-    Py_ssize_t n = PyTuple_GET_SIZE(c->args);
-    bool changed = false;
-    if (!c->f || n < 2) return NULL;
-    PyObject *head = PyTuple_GetSlice(c->args, 0, 1), *tail = PyTuple_GetSlice(c->args, 1, n);
-    PyObject *concrete = tail ? concretise(c->r, tail, &changed) : NULL, *args = NULL, *result = NULL;
-    if (head && concrete && changed && (args = PySequence_Concat(head, concrete))) {
-        thx_func f = *c->f;
-        result = record(c->r, &f, c->func, args, c->kwargs);
-    }
-    Py_XDECREF(args);
-    Py_XDECREF(concrete);
-    Py_XDECREF(tail);
-    Py_XDECREF(head);
-    return result;
-}
-
-/* The operator in terms of others, under the observer, when it is known in such terms. NULL without an exception: not.
- */
-static PyObject *decompose(call *c) {
-    thx_recorder *r = c->r;
-    PyObject *module = c->callee ? PyImport_ImportModule("thunder._decompositions") : NULL;
-    PyObject *table = module ? PyObject_GetAttrString(module, "TABLE") : NULL;
-    PyObject *function = table ? PyDict_GetItemString(table, th_str_get(r->x->ctx, c->callee)) : NULL, *result = NULL;
-    PyObject *pushed = function ? PyObject_CallOneArg(r->x->push_function, (PyObject *)r) : NULL;
-    if (pushed) {
-        result = PyObject_Call(function, c->args, c->kwargs);
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *popped = PyObject_CallNoArgs(r->x->pop_function);
-        Py_XDECREF(popped);
-        PyErr_Clear();
-        PyErr_Restore(type, value, trace);
-    }
-    Py_XDECREF(pushed);
-    Py_XDECREF(table);
-    Py_XDECREF(module);
-    return result;
-}
-
 /* A check of data: kept, in its place. */
-static PyObject *record_check(call *c) {
-    if (emit(c, 0, false, TH_FX_STATE, NULL, 0) < 0) return NULL;
+static PyObject *record_check(thx_recording *c) {
+    if (thx_call_emit(c, 0, false, TH_FX_STATE, NULL, 0) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
-static PyObject *explain_failure(call *c) {
-    if (raised(data_dependent) || thx_read_of_fake_data()) {
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *result = evaluate(c);
-        Py_XDECREF(type);
-        Py_XDECREF(value);
-        Py_XDECREF(trace);
-        if (result) return adopt_real_results(c->r, result);
-        if (!PyErr_Occurred()) result = retry_concrete(c);
-        if (!result && !PyErr_Occurred()) result = decompose(c);
-        return result || PyErr_Occurred() ? result : data_error(c);
-    }
-    if (raised(fake_limits) || PyErr_ExceptionMatches(PyExc_NotImplementedError) || lacks_fake()) {
-        char text[200], why[300];
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyObject *string = value ? PyObject_Str(value) : NULL;
-        const char *utf8 = string ? PyUnicode_AsUTF8(string) : NULL;
-        snprintf(why, sizeof why, "torch cannot tell its result's shape without running it (%.200s)", utf8 ? utf8 : "");
-        Py_XDECREF(string);
-        Py_XDECREF(type);
-        Py_XDECREF(value);
-        Py_XDECREF(trace);
-        snprintf(text, sizeof text, "%s", c->callee ? th_str_get(c->r->x->ctx, c->callee) : Py_TYPE(c->func)->tp_name);
-        thx_capture_error(c->r, text, why, "call this part outside the compiled function");
-    }
-    return NULL;
+/* torch._assert_async and its kind, and operators from outside torch: they give nothing, and are there for what they
+ * do. */
+static bool acts(const thx_recording *c) {
+    const char *name = c->callee ? th_str_get(c->r->x->ctx, c->callee) : "";
+    bool foreign = strncmp(name, "torch.ops.", 10) == 0 && strncmp(name, "torch.ops.aten.", 15) != 0 &&
+                   strncmp(name, "torch.ops.prim", 14) != 0;
+    return foreign || strstr(name, "assert") != NULL;
 }
 
-/* torch._assert_async and its kind: they give nothing, and are there for what they raise. */
-static bool asserts(const call *c) {
-    return c->callee && strstr(th_str_get(c->r->x->ctx, c->callee), "assert") != NULL;
+static PyObject *argument(const thx_recording *c, int position, const char *name) { /* borrowed; NULL: not given */
+    if (position < PyTuple_GET_SIZE(c->args)) return PyTuple_GET_ITEM(c->args, position);
+    return c->kwargs ? PyDict_GetItemString(c->kwargs, name) : NULL;
+}
+
+/* Batch norm in training updates its running statistics, of which neither its schema nor a version counter tells. */
+static void note_statistics(thx_recording *c) {
+    static const struct {
+        const char *callee;
+        int mean, training; /* the variance follows the mean; -1: always */
+    } norms[] = {{"torch.nn.functional.batch_norm", 1, 5},
+                 {"torch.batch_norm", 3, 5},
+                 {"torch.native_batch_norm", 3, 5},
+                 {"torch.cudnn_batch_norm", 3, 5},
+                 {"torch.miopen_batch_norm", 3, 5},
+                 {"torch.batch_norm_update_stats", 1, -1},
+                 {"torch.ops.aten.batch_norm.default", 3, 5},
+                 {"torch.ops.aten._batch_norm_impl_index.default", 3, 5},
+                 {"torch.ops.aten.native_batch_norm.default", 3, 5},
+                 {"torch.ops.aten.cudnn_batch_norm.default", 3, 5},
+                 {"torch.ops.aten.miopen_batch_norm.default", 3, 5},
+                 {"torch.ops.aten.batch_norm_update_stats.default", 1, -1}};
+    thx_recorder *r = c->r;
+    const char *callee = c->callee ? th_str_get(r->x->ctx, c->callee) : "";
+    for (size_t i = 0; strstr(callee, "batch_norm") && i < sizeof norms / sizeof *norms; i++) {
+        if (strcmp(callee, norms[i].callee) != 0) continue;
+        PyObject *training = norms[i].training < 0 ? Py_True : argument(c, norms[i].training, "training");
+        for (int k = 0; training == Py_True && k < 2; k++) {
+            PyObject *written = argument(c, norms[i].mean + k, k ? "running_var" : "running_mean");
+            thx_cell *cell = written && thx_is_tensor(r->x, written) ? thx_recorder_cell(r, written) : NULL;
+            for (uint32_t j = 0; cell && j < r->ninputs && j < 64; j++)
+                if (thx_recorder_cell(r, r->inputs[j])->value == cell->value) r->schema_writes |= UINT64_C(1) << j;
+        }
+    }
 }
 
 /* Emit what a slow call did: outputs, writes seen by version counters, randomness seen by the watcher. */
-static int emit_slow(call *c, PyObject **result, const long *versions) {
+static int emit_slow(thx_recording *c, PyObject **result, const long *versions) {
     thx_recorder *r = c->r;
     th_val writes[64];
     uint32_t nwrites = 0, tensors = 0;
@@ -514,28 +352,28 @@ static int emit_slow(call *c, PyObject **result, const long *versions) {
         if (!PyErr_Occurred()) PyErr_NoMemory();
         return -1;
     }
-    if (!tensors && !nwrites && !r->saw_random && !asserts(c)) {
+    if (!tensors && !nwrites && !r->saw_random && !acts(c)) {
         r->nqueries++;
         return 0;
     }
     if (!tensors) outs = 0;
     uint8_t effects = (nwrites ? TH_FX_WRITES : 0) | (r->saw_random || c->random ? TH_FX_RANDOM : 0);
-    if (emit(c, outs, !thx_is_tensor(r->x, *result), effects, writes, nwrites) < 0) return -1;
+    if (thx_call_emit(c, outs, !thx_is_tensor(r->x, *result), effects, writes, nwrites) < 0) return -1;
     for (uint32_t i = 0; i < nwrites; i++) {
-        alias_group(r->t, writes[i]);
+        thx_alias_group(r->t, writes[i]);
         thx_note_write(r, writes[i], &c->note);
     }
     if (thx_is_tensor(r->x, *result) && !thx_is_fake(r->x, *result)) {
-        PyObject *fake = fakeify(r, *result);
+        PyObject *fake = thx_fakeify(r, *result);
         Py_SETREF(*result, fake);
     }
     return *result ? 0 : -1;
 }
 
-static PyObject *slow(call *c) {
+static PyObject *slow(thx_recording *c) {
     thx_recorder *r = c->r;
-    PyObject *args = r->real_inputs ? fakeify(r, c->args) : Py_NewRef(c->args);
-    PyObject *kwargs = args && c->kwargs ? (r->real_inputs ? fakeify(r, c->kwargs) : Py_NewRef(c->kwargs)) : NULL;
+    PyObject *args = r->real_inputs ? thx_fakeify(r, c->args) : Py_NewRef(c->args);
+    PyObject *kwargs = args && c->kwargs ? (r->real_inputs ? thx_fakeify(r, c->kwargs) : Py_NewRef(c->kwargs)) : NULL;
     if (!args || (c->kwargs && !kwargs)) {
         Py_XDECREF(args);
         return NULL;
@@ -556,8 +394,8 @@ static PyObject *slow(call *c) {
     PyObject *result = call_under_fake_mode(r, c->func, args, kwargs);
     r->nslow++;
     if (!result)
-        result = explain_failure(c);
-    else if (emit_slow(c, &result, versions) < 0)
+        result = thx_call_otherwise(c);
+    else if (note_statistics(c), emit_slow(c, &result, versions) < 0)
         Py_CLEAR(result);
     if (versions != fixed) PyMem_Free(versions);
     Py_DECREF(args);
@@ -609,9 +447,9 @@ static PyObject *call_below_autograd(thx_recorder *r, PyObject *func, PyObject *
     return result;
 }
 
-static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
+PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
-    call c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
+    thx_recording c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
     if (!indifferent_to_functorch(f) &&
         thx_under_functorch(x)) /* what vmap or grad makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
@@ -625,14 +463,7 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
         PyErr_Clear(); /* under vmap or grad: what functorch makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     }
-    if (f->kind == THX_FUNC_DATA) {
-        PyObject *result = evaluate(&c);
-        const char *name = f->callee ? th_str_get(x->ctx, f->callee) : "";
-        r->forgivable = strstr(name, ".__repr__") || strstr(name, ".__str__") || strstr(name, ".__format__");
-        if (!result && !PyErr_Occurred()) data_error(&c);
-        r->forgivable = false;
-        return result;
-    }
+    if (f->kind == THX_FUNC_DATA) return thx_call_for_data(&c);
     if (f->kind == THX_FUNC_CHECK) return record_check(&c);
     if (f->kind == THX_FUNC_REFUSE) {
         char text[200];
@@ -642,8 +473,12 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
         return NULL;
     }
     if (thx_note_grad(r, c.callee, c.def, &c.note) < 0) return NULL;
+    if (f->in_parts && c.note.grad) {
+        PyObject *result = thx_call_in_parts(&c);
+        if (result || PyErr_Occurred()) return result;
+    }
     if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
-        PyObject *fa = fakeify(r, args), *fk = fa && kwargs ? fakeify(r, kwargs) : NULL;
+        PyObject *fa = thx_fakeify(r, args), *fk = fa && kwargs ? thx_fakeify(r, kwargs) : NULL;
         PyObject *result = !fa || (kwargs && !fk) ? NULL
                            : c.note.grad          ? call_below_autograd(r, func, fa, fk)
                                                   : PyObject_Call(func, fa, fk);
@@ -663,7 +498,7 @@ static PyObject *record(thx_recorder *r, const thx_func *f, PyObject *func, PyOb
 
 PyObject *thx_record_call(thx_recorder *r, PyObject *callee, PyObject *args, PyObject *kwargs) {
     const thx_func f = {.key = callee, .kind = THX_FUNC_RECORD};
-    return record(r, &f, callee, args, kwargs);
+    return thx_record(r, &f, callee, args, kwargs);
 }
 
 static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
@@ -681,7 +516,7 @@ static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     if (tuple && f.kind == THX_FUNC_GRAD && !thx_under_functorch(r->x))
         result = thx_ask_autograd(r, &f, func, tuple, kwargs);
     else if (tuple)
-        result = record(r, &f, func, tuple, kwargs);
+        result = thx_record(r, &f, func, tuple, kwargs);
     Py_XDECREF(tuple);
     return result;
 }
@@ -697,6 +532,16 @@ PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
 
 /* ---- layer 2 ---- */
 
+static void mark_written(thx_recorder *r, PyObject *written) { /* a tensor, or a list of tensors */
+    if (PyList_Check(written) || PyTuple_Check(written)) {
+        for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(written); i++)
+            mark_written(r, PySequence_Fast_ITEMS(written)[i]);
+        return;
+    }
+    for (uint32_t j = 0; j < r->ninputs && j < 64; j++)
+        if (r->inputs[j] == written) r->schema_writes |= UINT64_C(1) << j;
+}
+
 /* Which tensors does an overload write, by its schema? Version counters do not tell for every custom kernel. */
 static int note_writes(thx_recorder *r, PyObject *overload, PyObject *args, PyObject *kwargs) {
     PyObject *schema = PyObject_GetAttrString(overload, "_schema");
@@ -710,8 +555,7 @@ static int note_writes(thx_recorder *r, PyObject *overload, PyObject *args, PyOb
                            : i < PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, i)
                            : kwargs                     ? PyDict_GetItemWithError(kwargs, name)
                                                         : NULL;
-        for (uint32_t j = 0; tensor && j < r->ninputs && j < 64; j++)
-            if (r->inputs[j] == tensor) r->schema_writes |= UINT64_C(1) << j;
+        if (tensor) mark_written(r, tensor);
         Py_XDECREF(name);
         Py_XDECREF(write);
         Py_XDECREF(alias);
@@ -768,7 +612,7 @@ PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
 
 static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
-    call c = {.r = r, .func = func, .args = args, .kwargs = kwargs};
+    thx_recording c = {.r = r, .func = func, .args = args, .kwargs = kwargs};
     const thx_func *f = thx_func_find(x, func);
     if (!f) return NULL;
     c.callee = f->callee;

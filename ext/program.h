@@ -3,12 +3,15 @@
 #define THUNDER_PROGRAM_H
 
 #include "ext.h"
+#include "lower.h"
 
 #include "runtime/plan.h"
 
 typedef struct thx_program {
     th_trace *t; /* owned */
     th_plan *plan;
+    const thx_number *numbers; /* borrowed: literals in slots after those of the inputs */
+    uint32_t nnumbers;
     uint32_t *slot_of; /* by value of the trace; UINT32_MAX: none */
     bool checked;      /* a run has confirmed the sizes and strides that the trace states */
     bool once;         /* it writes to its inputs: a run that went wrong cannot be started over */

@@ -135,10 +135,23 @@ static int refuse(thx_recorder *r, const char *what, const char *why) {
     return thx_capture_error(r, what, why, "do it outside the compiled function");
 }
 
+/* C code that takes a float's value without asking the object. */
+static bool reads_numbers(PyObject *function) {
+    PyObject *self = PyCFunction_GET_SELF(function);
+    const char *name = self && PyModule_Check(self) ? PyModule_GetName(self) : "";
+    PyErr_Clear();
+    return name && (strcmp(name, "math") == 0 || strcmp(name, "cmath") == 0 || strcmp(name, "_struct") == 0);
+}
+
 static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
     thx *x = r->x;
     if (!PyCFunction_Check(function)) return 0;
     const PyMethodDef *method = ((PyCFunctionObject *)function)->m_ml;
+    if (r->tape && reads_numbers(function)) {
+        PyObject *done = PyObject_CallMethod(r->tape, "fix_all", NULL);
+        Py_XDECREF(done);
+        return done ? 0 : -1;
+    }
     const PyMethodDef **known = &x->pure[((uintptr_t)method >> 5) % THX_CODES];
     if (*known == method) return 0;
     const char *name = method->ml_name;
@@ -170,8 +183,47 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     return refuse(r, text, reason);
 }
 
+/* ---- which code ran ---- */
+
+static PyObject **code_place(PyObject **table, uint32_t cap, PyObject *code) {
+    uint32_t at = (uint32_t)(((uintptr_t)code >> 5) * 2654435761u) & (cap - 1);
+    while (table[at] && table[at] != code) at = (at + 1) & (cap - 1);
+    return &table[at];
+}
+
+static int note_code(thx_recorder *r, PyObject *code) {
+    if (r->ncodes * 2 >= r->cap_codes) {
+        uint32_t cap = r->cap_codes ? r->cap_codes * 2 : 256;
+        PyObject **table = PyMem_Calloc(cap, sizeof *table);
+        if (!table) return PyErr_NoMemory(), -1;
+        for (uint32_t i = 0; i < r->cap_codes; i++)
+            if (r->codes[i]) *code_place(table, cap, r->codes[i]) = r->codes[i];
+        PyMem_Free(r->codes);
+        r->codes = table;
+        r->cap_codes = cap;
+    }
+    PyObject **place = code_place(r->codes, r->cap_codes, code);
+    if (*place) return 0;
+    *place = Py_NewRef(code);
+    r->ncodes++;
+    return 0;
+}
+
+PyObject *thx_codes_list(const thx_recorder *r) {
+    PyObject *list = PyList_New(0);
+    for (uint32_t i = 0; list && i < r->cap_codes; i++)
+        if (r->codes[i] && PyList_Append(list, r->codes[i]) < 0) Py_CLEAR(list);
+    return list;
+}
+
+/* ---- events ---- */
+
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
+    if (note_code(r, (PyObject *)code) < 0) {
+        Py_DECREF(code);
+        return -1;
+    }
     bool environment = (PyObject *)code == r->x->read_environment;
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);

@@ -138,12 +138,12 @@ static PyObject *build_object(builder *b, const thx_spec *s) {
     return o;
 }
 
-static PyObject *build_input(const builder *b, const thx_spec *s) { /* walk the path through this call's arguments */
-    uint32_t at = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(s->object, 0));
-    const thx_spec *spec = &b->inputs->specs[at];
-    PyObject *o = Py_NewRef(b->inputs->objects[at]);
-    for (Py_ssize_t i = 1; o && i < PyTuple_GET_SIZE(s->object); i++) {
-        at = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(s->object, i));
+PyObject *thx_argument_at(const thx_inputs *inputs, PyObject *path) {
+    uint32_t at = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(path, 0));
+    const thx_spec *spec = &inputs->specs[at];
+    PyObject *o = Py_NewRef(inputs->objects[at]);
+    for (Py_ssize_t i = 1; o && i < PyTuple_GET_SIZE(path); i++) {
+        at = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(path, i));
         PyObject *next = thx_spec_part(spec, o, at);
         spec = &spec->kids[at];
         Py_SETREF(o, next);
@@ -154,7 +154,10 @@ static PyObject *build_input(const builder *b, const thx_spec *s) { /* walk the 
 static PyObject *build_plain(builder *b, const thx_spec *s) {
     switch ((thx_spec_kind)s->kind) {
     case THX_S_TENSOR: return b->leaf(b->user, s->leaf);
-    case THX_S_CONST: return s->type == &PySet_Type && !s->by_identity ? PySet_New(s->object) : Py_NewRef(s->object);
+    case THX_S_NUMBER: break; /* of matched arguments, which are not built */
+    case THX_S_CONST:
+        if (s->number && b->x->tape) return PyObject_CallMethod(b->x->tape, "argument", "O", s->object);
+        return s->type == &PySet_Type && !s->by_identity ? PySet_New(s->object) : Py_NewRef(s->object);
     case THX_S_TUPLE: return build_tuple(b, s);
     case THX_S_NAMED: return build_named(b, s);
     case THX_S_SLICE: return build_slice(b, s);
@@ -164,7 +167,7 @@ static PyObject *build_plain(builder *b, const thx_spec *s) {
     case THX_S_OBJECT: return build_object(b, s);
     case THX_S_BUFFER: return thx_copy_of(s->object);
     case THX_S_SAME: return Py_NewRef(b->shared[s->leaf]);
-    case THX_S_INPUT: return build_input(b, s);
+    case THX_S_INPUT: return thx_argument_at(b->inputs, s->object);
     }
     return thx_raise(b->x, TH_EINTERNAL);
 }

@@ -3,6 +3,7 @@
  * The recorder owns every fake of its capture, so that an address in the table cannot be reused while it runs.
  */
 #include "capture.h"
+#include "shadow.h"
 
 #include <string.h>
 
@@ -601,6 +602,11 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_XDECREF(r->hooks);
     Py_XDECREF(r->ties);
     Py_XDECREF(r->leaves);
+    Py_XDECREF(r->oracle);
+    for (uint32_t i = 0; i < r->cap_codes; i++) Py_XDECREF(r->codes[i]);
+    PyMem_Free(r->codes);
+    Py_XDECREF(r->expected);
+    thx_shadow_free(r->shadow);
     th_trace_free(r->t);
     type->tp_free((PyObject *)r);
     Py_DECREF(type);

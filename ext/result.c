@@ -66,29 +66,6 @@ bool thx_has_tensor_inside(const thx_describer *d, PyObject *o) {
     return found;
 }
 
-/* ---- containers of the arguments ---- */
-
-static int index_inputs(const thx_spec *s, PyObject *o, PyObject *path, PyObject *into) {
-    bool set = s->kind == THX_S_CONST && Py_IS_TYPE(o, &PySet_Type);
-    if (s->kind == THX_S_TENSOR || s->kind == THX_S_SLICE || s->kind == THX_S_SAME || (s->kind == THX_S_CONST && !set))
-        return 0;
-    PyObject *id = PyLong_FromVoidPtr(o);
-    int rc = id ? PyDict_SetItem(into, id, path) : -1;
-    Py_XDECREF(id);
-    for (uint32_t i = 0; i < s->nkids && rc == 0; i++) {
-        PyObject *kid = thx_spec_part(s, o, i), *step = Py_BuildValue("(I)", i),
-                 *longer = step ? PySequence_Concat(path, step) : NULL;
-        if (kid && longer)
-            rc = index_inputs(&s->kids[i], kid, longer, into);
-        else
-            PyErr_Clear(); /* the user's code took it out: that is reported elsewhere */
-        Py_XDECREF(longer);
-        Py_XDECREF(step);
-        Py_XDECREF(kid);
-    }
-    return rc;
-}
-
 /* How often does the result refer to each of its objects, and which hold tensors? 1 this one does, 0 not, -1 error. */
 static int survey(thx_describer *d, PyObject *o, int depth) {
     thx *x = d->x;
@@ -120,15 +97,10 @@ int thx_result_init(thx_recorder *r, thx_spec *spec, PyObject *result, const thx
                     const thx_guards *guards, thx_leaves *leaves) {
     thx_describer d = {.x = r->x, .leaves = leaves, .r = r, .guards = guards};
     d.seen = PyDict_New();
-    d.inputs = PyDict_New();
+    d.inputs = Py_XNewRef(inputs->index);
     d.counts = PyDict_New();
     d.tensors = PySet_New(NULL);
     int rc = d.seen && d.inputs && d.counts && d.tensors ? 0 : -1;
-    for (uint32_t i = 0; i < inputs->count && rc == 0; i++) {
-        PyObject *path = Py_BuildValue("(I)", i);
-        rc = path ? index_inputs(&inputs->specs[i], inputs->objects[i], path, d.inputs) : -1;
-        Py_XDECREF(path);
-    }
     rc = rc == 0 && survey(&d, result, 0) < 0 ? -1 : rc;
     rc = rc == 0 ? thx_describe(&d, spec, result, 0) : rc;
     Py_XDECREF(d.seen);

@@ -10,6 +10,7 @@
 typedef enum thx_spec_kind {
     THX_S_CONST = 1, /* equal value of the same type (numbers, strings, ...), or the same object */
     THX_S_TENSOR,
+    THX_S_NUMBER, /* any float: `leaf` is its place among the numbers */
     THX_S_TUPLE,  /* exact tuple */
     THX_S_LIST,   /* list and its subclasses, with instance attributes if any */
     THX_S_NAMED,  /* named tuple or structseq */
@@ -30,6 +31,7 @@ typedef struct thx_spec {
     PyObject *object;       /* owned: the constant; or the tuple of keys, of items first, then of attributes */
     PyObject *original;     /* owned or NULL: an OBJECT argument without tensors is passed on as it is */
     uint32_t nkids, nitems; /* the first nitems kids are items, the rest attributes */
+    uint32_t number;        /* CONST: above 0 for a float that a capture follows, from 1; numbers.c */
     uint32_t memo;          /* above 0: SAME specs refer to this container by memo - 1 */
     struct thx_spec *kids;
     /* TENSOR */
@@ -40,6 +42,7 @@ typedef struct thx_spec {
     int64_t ndim, *dims; /* ndim sizes, then ndim strides; owned */
 } thx_spec;
 
+enum { THX_MAX_NUMBERS = 16 }; /* floats among the arguments that may be another one at each call */
 enum { THX_MAX_SHARED = 16 }; /* containers that may occur more than once among arguments, and in a result */
 
 typedef struct thx_leaves { /* distinct tensors in the order of the walk (borrowed) */
@@ -47,6 +50,7 @@ typedef struct thx_leaves { /* distinct tensors in the order of the walk (borrow
     uint32_t count, cap;
     PyObject *const *args;            /* of the call */
     PyObject *shared[THX_MAX_SHARED]; /* by memo - 1 (borrowed) */
+    PyObject *numbers[THX_MAX_NUMBERS];                 /* by place (borrowed) */
     PyObject *fixed[24];
 } thx_leaves;
 void thx_leaves_init(thx_leaves *l);
@@ -71,13 +75,16 @@ typedef struct thx_inputs {
     const thx_spec *specs;
     PyObject *const *objects;
     uint32_t count;
+    PyObject *index; /* of a capture: dict: id of a container of theirs -> path */
 } thx_inputs;
+PyObject *thx_argument_at(const thx_inputs *inputs, PyObject *path); /* new reference: the part of this call's */
 int thx_result_init(struct thx_recorder *r, thx_spec *spec, PyObject *result, const thx_inputs *inputs,
                     const thx_guards *guards, thx_leaves *leaves);
 PyObject *thx_result_build(thx *x, const thx_spec *spec, thx_leaf_fn leaf, void *user, const thx_inputs *inputs);
 
-/* Is `fake`, built from spec with fakes, still as it was built? Tensors by identity, through the recorder's roots. */
-bool thx_spec_unchanged(thx *x, const thx_spec *spec, PyObject *fake, struct thx_recorder *r);
+/* Do arrays and the like in `fake`, built from spec, hold what they did? */
+bool thx_spec_buffers_unchanged(const thx_spec *spec, PyObject *fake);
+bool thx_same_constant(PyObject *a, PyObject *b); /* numbers, by their bits, and strings */
 bool thx_spec_has_tensor(const thx_spec *spec);
 /* Append the objects that are compared by identity only to `list`. */
 int thx_spec_identities(const thx_spec *spec, PyObject *list);

@@ -370,64 +370,14 @@ def test_decorator_with_a_bad_option_raises_at_the_decorator():
 # ---- programs that depend on data ----
 
 
-def branch(a):
-    if a.sum() > 0:  # here
-        return a
-    return -a
-
-
-def item(a):
-    return a * a[0, 0].item()  # here
-
-
-def to_float(a):
-    return a * float(a[0, 0])  # here
-
-
-def to_int(a):
-    return a[: int(a.sum())]  # here
-
-
-def nonzero(a):
-    return a.nonzero()  # here
-
-
-def boolean_mask(a):
-    return a[a > 0]  # here
-
-
-def unique(a):
-    return torch.unique(a)  # here
-
-
-def tolist(a):
-    return a.tolist()  # here
-
-
-def loop(a):
-    while (a > 0).any():  # here
-        a = a - 1
-    return a
-
-
-def index_by_value(a):
-    return [1, 2, 3][a[0, 0].int()]  # here
-
-
 def to_numpy(a):
     return a.numpy().sum()  # here
 
 
-def masked_select(a):
-    return torch.masked_select(a, a > 0)  # here
-
-
-def equal(a):
-    return a if torch.equal(a, a) else -a  # here
-
-
-def membership(a):
-    return a if 3.0 in a else -a  # here
+def branch_by_numpy(a):
+    if a.numpy().sum() > 0:  # here
+        return a
+    return -a
 
 
 def formatted(a):
@@ -443,25 +393,11 @@ def memory(a):
     return a, a.data_ptr()  # here
 
 
-DATA = [
-    branch,
-    item,
-    to_float,
-    to_int,
-    nonzero,
-    boolean_mask,
-    unique,
-    tolist,
-    loop,
-    index_by_value,
-    to_numpy,
-    masked_select,
-    equal,
-    membership,
-    formatted,
-    printed,
-    memory,
-]
+def sparse(a):
+    return a.to_sparse()  # here
+
+
+DATA = [to_numpy, branch_by_numpy, formatted, printed, memory, sparse]
 
 
 @pytest.mark.parametrize("fn", DATA, ids=lambda f: f.__name__)
@@ -473,7 +409,7 @@ def test_data_dependence_names_file_line_construct_reason_and_fix(fn):
         assert error.file == __file__
         assert error.line == line_of(fn, "# here")
         assert error.function == fn.__name__
-        assert "torch" in error.construct or error.construct == "print"
+        assert "torch" in error.construct or error.construct in ("print", "an operation with a sparse result")
         assert error.reason
         assert error.fix
         for part in (error.file, str(error.line), error.construct, error.reason, error.fix):
@@ -488,7 +424,7 @@ def test_line_in_a_module_is_the_line_in_its_forward():
 
         def forward(self, a):
             b = self.layer(a)
-            if b.sum() > 0:  # here
+            if b.numpy().sum() > 0:  # here
                 return b
             return -b
 
@@ -510,7 +446,7 @@ def test_line_is_the_users_when_torchs_own_python_asks_for_data():
 def test_swallowed_capture_error_is_raised_at_the_end():
     def f(a):
         try:
-            if a.sum() > 0:  # here
+            if a.numpy().sum() > 0:  # here
                 return a * 2
         except:  # noqa: E722
             pass
@@ -524,7 +460,7 @@ def test_swallowed_capture_error_is_raised_at_the_end():
 def test_swallowed_capture_error_wins_over_a_later_error():
     def f(a):
         try:
-            a.item()  # here
+            a.numpy()  # here
         except Exception:
             raise ValueError("user's own") from None
 
@@ -534,7 +470,7 @@ def test_swallowed_capture_error_wins_over_a_later_error():
 
 
 def test_capture_error_can_be_pickled_and_is_a_thunder_error():
-    error = fails(thunder.jit(branch), x())
+    error = fails(thunder.jit(branch_by_numpy), x())
     assert isinstance(error, thunder.ThunderError)
     copy = pickle.loads(pickle.dumps(error))
     assert str(copy) == str(error)
@@ -543,7 +479,7 @@ def test_capture_error_can_be_pickled_and_is_a_thunder_error():
 
 def test_callable_works_after_a_data_dependent_call():
     def f(a, use):
-        return a[a > 0] if use else a * 2
+        return a[a.numpy() > 0] if use else a * 2
 
     compiled = thunder.jit(f)
     fails(compiled, x(), True)
@@ -553,10 +489,10 @@ def test_callable_works_after_a_data_dependent_call():
 
 
 def test_fallback_eager_warns_once_and_gives_eagers_result():
-    compiled = thunder.jit(boolean_mask, fallback="eager")
-    with pytest.warns(thunder.ThunderWarning, match="boolean_mask: runs eager.*What to do") as caught:
+    compiled = thunder.jit(branch_by_numpy, fallback="eager")
+    with pytest.warns(thunder.ThunderWarning, match="branch_by_numpy: runs eager.*What to do") as caught:
         for step in range(4):
-            assert_same(boolean_mask(x() + step), compiled(x() + step))
+            assert_same(branch_by_numpy(x() + step), compiled(x() + step))
     assert len(caught) == 1
     assert thunder.compile_stats(compiled).fallbacks == 4
 
@@ -568,7 +504,7 @@ def test_fallback_eager_still_raises_the_users_own_errors():
 
 def test_fallback_eager_compiles_what_it_can():
     def f(a, use):
-        return a[a > 0] if use else a * 2
+        return a[a.numpy() > 0] if use else a * 2
 
     compiled = thunder.jit(f, fallback="eager")
     with pytest.warns(thunder.ThunderWarning):
@@ -583,7 +519,7 @@ def test_fallback_does_not_run_side_effects_twice():
 
     def f(a):
         calls.append(1)
-        return a[a > 0]
+        return a[a.numpy() > 0]
 
     compiled = thunder.jit(f, fallback="eager")
     with pytest.warns(thunder.ThunderWarning):
@@ -669,7 +605,7 @@ def test_endless_recursion_is_a_recursion_error():
 def test_failure_inside_autocast_and_grad_mode_blocks_restores_them():
     def f(a):
         with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            return a[a > 0]
+            return a[a.numpy() > 0]
 
     error = fails(thunder.jit(f), x())
     assert isinstance(error, thunder.CaptureError)
@@ -678,7 +614,7 @@ def test_failure_inside_autocast_and_grad_mode_blocks_restores_them():
 def test_failure_while_a_mode_is_switched_by_hand_restores_it():
     def f(a):
         torch.set_grad_enabled(True)
-        return a[a > 0]
+        return a[a.numpy() > 0]
 
     error = fails(thunder.jit(f), x())
     assert isinstance(error, thunder.CaptureError)
@@ -688,18 +624,18 @@ def test_failure_restores_the_random_state():
     def f(a):
         b = torch.rand(3) + torch.tensor([1.0, 2.0, 3.0])
         torch.rand(2)
-        return a[a > 0] + b.sum()
+        return a[a.numpy() > 0] + b.sum()
 
     torch.manual_seed(1)
     fails(thunder.jit(f), x())
 
 
 def test_error_inside_nested_capture_clears_both():
-    inner = thunder.jit(branch)
+    inner = thunder.jit(branch_by_numpy)
     outer = thunder.jit(lambda a: inner(a) + 1)
     error = fails(outer, x())
     assert isinstance(error, thunder.CaptureError)
-    assert error.function == "branch"
+    assert error.function == "branch_by_numpy"
 
 
 def test_error_inside_vmap_inside_capture_leaves_nothing():

@@ -610,13 +610,12 @@ def test_batch_norm_statistics_follow_eager_in_training():
     p.same(x())
 
 
-def test_batch_norm_that_reads_its_own_counter_is_refused_and_left_as_it_was():
-    net = nn.BatchNorm1d(3, momentum=None).train()
+def test_batch_norm_that_reads_its_own_counter():
+    net, eager = nn.BatchNorm1d(3, momentum=None).train(), nn.BatchNorm1d(3, momentum=None).train()
     compiled = thunder.jit(net)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(thunder.CaptureError, match="__float__"):
-        compiled(x())
-    assert_same(before, dict(net.state_dict()))
+    for step in range(3):
+        assert_same(eager(x() * step), compiled(x() * step))
+        assert_same(dict(eager.state_dict()), dict(net.state_dict()))
     assert_no_fakes(net)
 
 
@@ -753,42 +752,6 @@ def test_flag_written_in_forward():
         assert (p.eager.ready, p.eager.label) == (p.model.ready, p.model.label)
 
 
-def test_list_appended_in_forward_is_refused_and_put_back():
-    class Log(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-
-        def forward(self, a):
-            self.seen.append(a.mean())
-            return a
-
-    net = Log()
-    compiled = thunder.jit(net)
-    with pytest.raises(thunder.CaptureError, match=r"list .seen.") as error:
-        compiled(x())
-    assert "What to do" in str(error.value)
-    assert net.seen == []
-    assert_no_fakes(net)
-
-
-def test_object_attribute_written_in_forward_is_refused_and_put_back():
-    class Keep(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.last = None
-
-        def forward(self, a):
-            self.last = {"activation": a * 2}
-            return a
-
-    net = Keep()
-    compiled = thunder.jit(net)
-    with pytest.raises(thunder.CaptureError, match="last"):
-        compiled(x())
-    assert net.last is None
-
-
 def test_nothing_is_left_in_the_module_after_a_failed_capture():
     class Bad(nn.Module):
         def __init__(self):
@@ -802,7 +765,7 @@ def test_nothing_is_left_in_the_module_after_a_failed_capture():
             self.box.append(a)
             self.named["a"] = a
             self.fresh = a
-            if a.sum() > 0:
+            if a.numpy().sum() > 0:
                 return a
             return -a
 

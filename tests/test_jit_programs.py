@@ -96,15 +96,13 @@ def test_constant_written_after_it_was_made():
     check(f, x())
 
 
-def test_constant_read_after_a_write_that_depends_on_inputs_is_refused():
+def test_constant_read_after_a_write_that_depends_on_inputs():
     def f(a):
         w = torch.zeros(3)
         w.add_(a[0])
         return a * w[0].item()
 
-    compiled = thunder.jit(f)
-    with pytest.raises(thunder.CaptureError, match="item"):
-        compiled(x())
+    check(f, x())
 
 
 def test_real_tensor_in_a_closure_is_not_a_constant_of_the_program():
@@ -357,7 +355,7 @@ def test_custom_operator_by_decorator():
     def scaled(a: torch.Tensor, by: float) -> torch.Tensor:
         return a * by
 
-    compiled = thunder.jit(lambda a: scaled(a, 3.0) + 1)
+    compiled = thunder.jit(lambda a: scaled(a, 3.0) + 1, branch_limit=0)  # not run to find out its result's shape
     with pytest.raises(thunder.CaptureError, match="scaled"):
         compiled(x())
 

@@ -303,8 +303,8 @@ def test_what_changes_modules_wants_one_that_can_be_copied(net):
 
 
 def test_a_program_that_needs_its_transforms_never_runs_as_the_original(net, x):
-    compiled = thunder.jit(lambda x: F.gelu(x * x.sum().item()), transforms=[Silu()], fallback="eager")
-    with pytest.raises(thunder.CaptureError, match="item"):
+    compiled = thunder.jit(lambda x: F.gelu(x * float(x.numpy().sum())), transforms=[Silu()], fallback="eager")
+    with pytest.raises(thunder.CaptureError, match="numpy"):
         compiled(x)
     inner = thunder.jit(net, transforms=[Silu()])
     with pytest.raises(thunder.CaptureError, match="transforms would be left out"):

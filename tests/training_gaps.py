@@ -10,8 +10,6 @@ RUNS_IN_EAGER = "the call runs in eager"
 CRASHES = "the process dies"
 
 TRAINING_GAPS = {
-    # LayerDrop: which layers run is drawn anew in each call, by torch.rand([]) < p.
-    "test_coverage_models.py::test_model_trains_like_eager[wav2vec2]": RUNS_IN_EAGER,
     "test_train_hooks.py::test_autograd_function_that_marks_its_input_dirty": RUNS_IN_EAGER,
     "test_train_semantics.py::test_leaf_is_mutated_under_no_grad": RUNS_IN_EAGER,
 }

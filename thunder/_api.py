@@ -14,6 +14,7 @@ import torch
 from thunder import _C
 from thunder._errors import ThunderWarning
 from thunder._module import ThunderModule
+from thunder._recompile import Log, Recompiles
 from thunder.dynamo import Fallback
 from thunder.extend import Executor, resolve_executors
 from thunder.extend.claims import TIERS, VERIFY, make_claims
@@ -38,6 +39,8 @@ def jit(
     verify: str = "first",
     tier: str = "background",
     fuel: int | None = None,
+    branch_limit: int = 16,
+    recompile_limit: int = 8,
     **options: Any,
 ) -> Any:
     """Compile a PyTorch callable or module.
@@ -60,6 +63,10 @@ def jit(
         tier: what to do while an executor builds a region: ``"background"`` has torch run it until then, ``"block"``
             waits.
         fuel: how many units executors may claim in all; None: any number. ``thunder.bisect`` turns it.
+        branch_limit: how many programs a call may have for different values of tensors that steer it (``if x.sum() >
+            0``, ``x.item()``, ``nonzero``); beyond, it takes the fallback. 0: it always does.
+        recompile_limit: after how many captures, the first not counted, to warn once of what makes them necessary;
+            ``thunder.explain_recompile`` lists the causes. Calls go on being compiled.
 
     Returns:
         For a module a ``thunder.ThunderModule`` that shares its parameters and buffers; for another callable an object
@@ -81,6 +88,8 @@ def jit(
         "verify": verify,
         "tier": tier,
         "fuel": fuel,
+        "branch_limit": branch_limit,
+        "recompile_limit": recompile_limit,
     }
     if fn is None:
         return lambda target: jit(target, **settings, **options)
@@ -105,6 +114,7 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False, quiet
     result: list[Any] = []  # the hooks are told the compiled module
     claims = make_claims(settings["executors"], verify=settings["verify"], tier=settings["tier"], fuel=settings["fuel"])
     final = (*transforms, *decompositions(claims))
+    log = Log(fn, _name(fn), settings["recompile_limit"], quiet or cache == "no caching")
     # A module is called through a plain function so that all of its hooks run during the capture.
     compiled = _C.Callable(
         fn,
@@ -116,9 +126,12 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False, quiet
         transform=trace_hook(final, lambda: result[0] if is_module else None),
         needs_transform=any(overrides(t, "transform_trace") for t in transforms),
         claims=claims,
+        branch_limit=settings["branch_limit"],
+        log=log,
     )
     compiled._thunder_settings = settings
     compiled._thunder_claims = claims
+    compiled._thunder_log = log
     if is_module:
         result.append(ThunderModule(fn, compiled))
         for transform in changing if not transformed else ():
@@ -143,6 +156,9 @@ def _check_options(settings: dict[str, Any], unknown: dict[str, Any]) -> None:
     fuel = settings["fuel"]
     if fuel is not None and (not isinstance(fuel, int) or fuel < 0):
         raise ValueError(f"fuel must be None or a number of units, not {fuel!r}")
+    for name in ("branch_limit", "recompile_limit"):
+        if not isinstance(settings[name], int) or settings[name] < 0:
+            raise ValueError(f"{name} must be a number of programs, not {settings[name]!r}")
 
 
 def _uses_torch_compile(fn: Any) -> str | None:
@@ -256,6 +272,20 @@ def cache_misses(fn: Any) -> int:
     return _compiled(fn)._stats()["cache_misses"]
 
 
+def explain_recompile(fn: Any) -> Recompiles:
+    """Why calls of ``fn`` were captured after the first: what had changed, from what to what.
+
+    ::
+
+        >>> print(thunder.explain_recompile(compiled))
+        Net: captured again 2 times
+          call 2: Net.scale went from 1.0 to 2.0
+          call 3: shape of argument 'x' went from (2, 3) to (4, 3), and 1 more
+    """
+    log = _compiled(fn)._thunder_log
+    return Recompiles(log.name, list(log.recompiles))
+
+
 def cache_option(fn: Any) -> str:
     """The ``cache`` option that ``fn`` was compiled with."""
     return last_compile_options(fn)["cache"]
@@ -280,9 +310,10 @@ class CompileStats:
         last_trace_tracing_start, last_trace_tracing_stop: when the newest program was captured, in nanoseconds; their
             difference is what counts.
         entries: a dict for each compiled program, most recent first: ``hits``, times in milliseconds (``capture_ms``,
-            ``passes_ms``, ``lower_ms``), ``operations``, ``instructions``, and how operations were recorded. Of one
-            that was differentiated: ``saved_bytes``, ``catalogue_rules`` (how many operations had a derivative of ours)
-            and ``derived_rules`` (the names of those whose derivative was taken from torch's autograd).
+            ``passes_ms``, ``lower_ms``), ``operations``, ``instructions``, ``values`` (of tensors: how many it was
+            captured for), and how operations were recorded. Of one that was differentiated: ``saved_bytes``,
+            ``catalogue_rules`` (how many operations had a derivative of ours) and ``derived_rules`` (the names of those
+            whose derivative was taken from torch's autograd).
     """
 
     def __init__(self, stats: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
-"""Operators whose fake kernels want data only to check it, in terms of others.
+"""Operators whose fake kernels want data, in terms of others.
 
-torch's own code reads a value in the middle ("are the weights negative?") and raises or warns. Here the check is an
-operation of its own, made at each call, so the rest can be captured and differentiated. Formulas and messages are
-torch's: torch/nn/functional.py and aten/src/ATen/native/Correlation.cpp.
+Some want it only to check it: torch's own code reads a value in the middle ("are the weights negative?") and raises or
+warns. Here the check is an operation of its own, made at each call, so the rest can be captured and differentiated.
+Others have a result whose shape depends on data: there, the operation that finds the shape out becomes one of its own,
+and the rest has fixed shapes. Formulas and messages are torch's: torch/nn/functional.py, and Correlation.cpp,
+IndexingUtils.h and Repeat.cpp of aten/src/ATen/native.
 """
 
 from __future__ import annotations
@@ -132,6 +134,140 @@ def corrcoef(input: torch.Tensor) -> torch.Tensor:
     return torch.complex(c.real.clip(-1, 1), c.imag.clip(-1, 1)) if c.is_complex() else c.clip(-1, 1)
 
 
+# ---- shapes that depend on data ----
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8) and index.dim() > 0
+
+
+def _places(mask: torch.Tensor, input: torch.Tensor, dim: int, position: int) -> tuple[torch.Tensor, ...]:
+    """Where a mask is true, as one index tensor for each of its dimensions; it is applied at dimension ``dim``."""
+    if tuple(mask.shape) != tuple(input.shape[dim : dim + mask.dim()]):
+        raise IndexError(
+            f"The shape of the mask {list(mask.shape)} at index {position} does not match the shape of the indexed "
+            f"tensor {list(input.shape)} at index {dim}"
+        )
+    return torch.nonzero(mask, as_tuple=True)
+
+
+def _taken(index: Any) -> int:
+    """How many dimensions an index uses up."""
+    if index is None or isinstance(index, bool):
+        return 0
+    if isinstance(index, torch.Tensor):
+        return index.dim() if index.dtype in (torch.bool, torch.uint8) else 1
+    return 1
+
+
+def _without_masks(input: torch.Tensor, index: Any) -> tuple[Any, ...] | None:
+    """The index with a mask's places instead of the mask; None: there is no mask in it."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    if not any(map(_is_mask, items)):
+        return None
+    dim, result = 0, []
+    for position, item in enumerate(items):
+        if item is Ellipsis:
+            dim = input.dim() - sum(_taken(rest) for rest in items[position + 1 :])
+            result.append(item)
+            continue
+        result.extend(_places(item, input, dim, position) if _is_mask(item) else [item])
+        dim += _taken(item)
+    return tuple(result)
+
+
+def getitem(input: torch.Tensor, index: Any) -> torch.Tensor:
+    """``input[index]`` with masks in the index."""
+    places = _without_masks(input, index)
+    return NotImplemented if places is None else input[places]
+
+
+def index(input: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
+    """``torch.ops.aten.index`` with masks."""
+    dim, result = 0, []
+    for position, item in enumerate(indices):
+        result.extend(_places(item, input, dim, position) if _is_mask(item) else [item])
+        dim += _taken(item) if item is not None else 1
+    return torch.ops.aten.index.Tensor(input, result)
+
+
+def masked_select(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``torch.masked_select``."""
+    input, mask = torch.broadcast_tensors(input, mask)
+    return input[mask] if input.dim() else input.reshape(1)[mask.reshape(1)]
+
+
+def repeat_interleave(
+    input: torch.Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
+) -> torch.Tensor:
+    """``torch.repeat_interleave`` with the number of repeats in a tensor."""
+    if repeats is None:
+        return torch.ops.aten.repeat_interleave.Tensor(input, output_size=output_size)
+    if not isinstance(repeats, torch.Tensor):
+        return NotImplemented
+    if dim is None:
+        input, dim = input.flatten(), 0
+    if repeats.dim() == 0 or (repeats.dim() == 1 and repeats.size(0) == 1):
+        repeats = repeats.reshape(1).expand(input.size(dim))
+    elif repeats.dim() != 1:
+        raise RuntimeError("repeats must be 0-dim or 1-dim tensor")
+    elif repeats.size(0) != input.size(dim):
+        raise RuntimeError(
+            f"repeats must have the same size as input along dim, but got repeats.size(0) = {repeats.size(0)} and "
+            f"input.size({dim}) = {input.size(dim)}"
+        )
+    places = torch.ops.aten.repeat_interleave.Tensor(repeats.contiguous(), output_size=output_size)
+    return input.index_select(dim, places)
+
+
+def tensor_split(input: torch.Tensor, indices: Any, dim: int = 0) -> Any:
+    """``torch.tensor_split`` at the places in a tensor."""
+    if not isinstance(indices, torch.Tensor):
+        return NotImplemented
+    places = indices.tolist()
+    return torch.tensor_split(input, places, dim)
+
+
+# ---- derivatives whose shapes depend on data ----
+
+
+def setitem(input: torch.Tensor, index: Any, value: Any) -> Any:
+    """``input[index] = value`` with masks in the index."""
+    places = _without_masks(input, index) if isinstance(value, torch.Tensor) else None
+    return NotImplemented if places is None else torch.Tensor.__setitem__(input, places, value)
+
+
+def index_put(input: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False) -> Any:
+    """``torch.index_put`` with masks."""
+    places = _without_masks(input, indices)
+    return NotImplemented if places is None else torch.index_put(input, places, values, accumulate)
+
+
+def index_put_(input: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False) -> Any:
+    """In place."""
+    places = _without_masks(input, indices)
+    return NotImplemented if places is None else input.index_put_(places, values, accumulate)
+
+
+def index_fill(input: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> Any:
+    """``torch.index_fill`` with a tensor: its derivative counts an index that occurs twice once."""
+    if not isinstance(value, torch.Tensor) or value.dim() or not input.dim():
+        return NotImplemented
+    filled = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device).index_fill(0, index, True)
+    shape = [1] * input.dim()
+    shape[dim] = -1
+    return torch.where(filled.view(shape), value.to(input.dtype), input)
+
+
+GRADIENTS: dict[str, Callable[..., Any]] = {
+    "torch.Tensor.__setitem__": setitem,
+    "torch.index_put": index_put,
+    "torch.Tensor.index_put": index_put,
+    "torch.Tensor.index_put_": index_put_,
+    "torch.index_fill": index_fill,
+    "torch.Tensor.index_fill": index_fill,
+}
+
 TABLE: dict[str, Callable[..., Any]] = {
     "torch.nn.functional.gaussian_nll_loss": gaussian_nll_loss,
     "torch.combinations": combinations,
@@ -139,4 +275,13 @@ TABLE: dict[str, Callable[..., Any]] = {
     "torch.Tensor.cov": cov,
     "torch.corrcoef": corrcoef,
     "torch.Tensor.corrcoef": corrcoef,
+    "torch.Tensor.__getitem__": getitem,
+    "torch.ops.aten.index.Tensor": index,
+    "torch.masked_select": masked_select,
+    "torch.Tensor.masked_select": masked_select,
+    "torch.ops.aten.masked_select.default": masked_select,
+    "torch.repeat_interleave": repeat_interleave,
+    "torch.Tensor.repeat_interleave": repeat_interleave,
+    "torch.tensor_split": tensor_split,
+    "torch.Tensor.tensor_split": tensor_split,
 }

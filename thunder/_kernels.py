@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from thunder._C import expect as expect
+
 
 def as_strided_scatter(
     input: torch.Tensor,

@@ -154,7 +154,7 @@ static bool ties_base(const pass *p, th_opref op) {
 static bool is_suspicious(pass *p, th_opref op) {
     const th_op *data = &p->t->ops[op];
     const char *callee = th__op_callee(p->t, data);
-    p->suspicious = ((data->effects & TH_FX_STATE) && !ties_base(p, op)) || strstr(callee, "storage") ||
+    p->suspicious = ((data->effects & TH_FX_STATE) && !th__op_only_reads(p->t, data) && !ties_base(p, op)) || strstr(callee, "storage") ||
                     strstr(callee, "data_ptr") || (!data->nwrites && th__op_named_in_place(p->t, data));
     th_op_each_out(p->t, op, find_object, p);
     return p->suspicious;
@@ -226,7 +226,8 @@ static th_status examine_op(pass *p, th_opref op) {
     p->op = op;
     if (t->ops[op].kind == TH_OP_DEL) return TH_OK;
     if (t->ops[op].nwrites) TRY(examine_write(p, op));
-    if ((t->ops[op].effects & TH_FX_STATE) && !th__tie_of(t, &t->ops[op])) p->last_state = op;
+    if ((t->ops[op].effects & TH_FX_STATE) && !th__tie_of(t, &t->ops[op]) && !th__op_only_reads(t, &t->ops[op]))
+        p->last_state = op;
     if (th__tie_of(t, &t->ops[op]) == TH__TIE_GRAD)
         group_of(p, th__node_as_value(t, th__op_arg(t, &t->ops[op], 0, NULL)))->kept = true;
     is_suspicious(p, op);

@@ -76,7 +76,7 @@ uint8_t *th__groups(th_trace *t, th__scratch *s) {
         m.flag = TH__GROUP_ESCAPES;
         m.object = false;
         th_op_each_out(t, op, find_object, &m);
-        if (m.object || (t->ops[op].effects & TH_FX_STATE)) {
+        if (m.object || ((t->ops[op].effects & TH_FX_STATE) && !th__op_only_reads(t, &t->ops[op]))) {
             th_op_each_use(t, op, mark, &m);
             th_op_each_out(t, op, mark, &m);
         }
@@ -204,6 +204,8 @@ th_opref th__rewrite_copy(th__rewrite *r, const th_op *op) {
     }
     return th__op_push(t, &copy);
 }
+
+bool th__op_only_reads(const th_trace *t, const th_op *op) { return th__op_is(t, op, "thunder._kernels.expect"); }
 
 bool th__op_is(const th_trace *t, const th_op *op, const char *dotted) {
     return op->kind == TH_OP_CALL && !op->callee_opaque && strcmp(th_str_get(t->ctx, op->callee), dotted) == 0;

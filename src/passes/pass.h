@@ -63,6 +63,9 @@ th_opref th__op_push(th_trace *t, const th_op *op);
 /* Is the callee of a call this dotted name? */
 bool th__op_is(const th_trace *t, const th_op *op, const char *dotted);
 
+/* An effect on the run alone: it compares what it reads with what the program was captured for, and keeps nothing. */
+bool th__op_only_reads(const th_trace *t, const th_op *op);
+
 /* Does its name say that it changes its argument: add_, torch.ops.aten.squeeze_.dim? Not whether it does. */
 bool th__op_named_in_place(const th_trace *t, const th_op *op);
 

@@ -1,0 +1,53 @@
+/* Changes of Python state that a program makes: to its arguments, and to what its callable can reach.
+ *
+ * What a container or object holds in the end is described like a result and made anew at each call, after the plan
+ * has run; then the containers take it over. Tensors and plain constants written under a key of a watched dictionary
+ * need none of this (thx_write).
+ */
+#ifndef THUNDER_EFFECTS_H
+#define THUNDER_EFFECTS_H
+
+#include "structure.h"
+
+typedef enum thx_effect_kind {
+    THX_EFFECT_BODY = 1, /* a container or object: (items or None, changed attributes or None) */
+    THX_EFFECT_KEY,      /* dictionary or class, key: a value */
+    THX_EFFECT_DELETE,   /* dictionary or class, key */
+    THX_EFFECT_CELL,     /* variable of an enclosing function: a value */
+} thx_effect_kind;
+
+typedef struct thx_effect {
+    uint8_t kind;
+    bool members;      /* BODY: as in thx_spec */
+    PyObject *owner;   /* what changes; NULL: an argument, at `path` */
+    PyObject *path;    /* as in thx_spec of kind INPUT */
+    PyObject *key;     /* KEY, DELETE */
+    PyObject *removed; /* BODY: tuple of attributes that are gone */
+} thx_effect;
+
+typedef struct thx_effects {
+    thx_effect *items;
+    uint32_t count;
+    PyObject *contents; /* while captured: list, one for each effect (None for DELETE) */
+} thx_effects;
+
+int thx_effect_add(thx_effects *e, const thx_effect *effect, PyObject *content); /* takes new references */
+void thx_effects_fini(thx_effects *e);
+int thx_effects_traverse(const thx_effects *e, visitproc visit, void *arg);
+/* contents: one for each effect, in order. */
+int thx_effects_apply(const thx_effects *e, PyObject *const *contents, const thx_inputs *inputs);
+
+/* ---- arguments while they are captured ---- */
+
+typedef struct thx_watched_args {
+    PyObject *index; /* dict: id of a container of the arguments -> path */
+    PyObject *alive; /* list of those containers: an id stays theirs */
+    PyObject *rows;  /* list of (container, path, items, attributes, is the caller's own, members) before the run */
+} thx_watched_args;
+
+int thx_args_watch(thx_watched_args *w, const thx_spec *specs, PyObject *const *objects, uint32_t count);
+/* After the run: what changed becomes effects (NULL: nothing is kept), the caller's own objects are as before. */
+int thx_args_collect(thx_watched_args *w, thx_effects *effects);
+void thx_args_fini(thx_watched_args *w);
+
+#endif

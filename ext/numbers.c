@@ -1,0 +1,314 @@
+/* Numbers that change from call to call, such as a learning rate.
+ *
+ * The second capture for arguments that differ in floats alone follows them: they are Numbers (thunder/_numbers.py),
+ * which write down what is computed of them. Then the two final programs are compared. When they are the same but for
+ * literals, and each of these is one of the numbers computed, literals become slots that every call fills:
+ *
+ *     lr = 0.1                                          lr = 0.05
+ *     t0 = torch.Tensor.mul(g, -0.1)                    t0 = torch.Tensor.mul(g, -0.05)       ->  -a0
+ *
+ * A number whose value was looked at (compared, rounded, printed) stays a constant. So do all where gradients are
+ * computed: a backward that waits would have to keep the numbers of its forward.
+ */
+#include "callable.h"
+
+#include <string.h>
+
+enum { MAX_TRIES = 4, MAX_LITERALS = 64 };
+
+/* ---- arguments ---- */
+
+static void count_floats(thx_spec *s, uint32_t *n) {
+    if (s->kind == THX_S_OBJECT && s->original) return; /* passed on as it is */
+    if (s->kind == THX_S_CONST && s->type == &PyFloat_Type) s->number = ++*n;
+    for (uint32_t i = 0; i < s->nkids; i++) count_floats(&s->kids[i], n);
+}
+
+static void forget_floats(thx_spec *s) {
+    s->number = 0;
+    for (uint32_t i = 0; i < s->nkids; i++) forget_floats(&s->kids[i]);
+}
+
+static bool same_constant(PyObject *a, PyObject *b, bool by_identity) {
+    if (a == b) return true;
+    if (by_identity || !a || !b || Py_TYPE(a) != Py_TYPE(b)) return false;
+    if (thx_same_constant(a, b)) return true;
+    bool same = (PyTuple_CheckExact(a) || PyFrozenSet_CheckExact(a)) && PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+    PyErr_Clear();
+    return same;
+}
+
+/* The same but for the values of floats; *differ: some do. */
+static bool alike(const thx_spec *a, const thx_spec *b, bool *differ) {
+    bool number = a->kind == THX_S_NUMBER || (a->kind == THX_S_CONST && a->type == &PyFloat_Type && b->number);
+    if (a->type != b->type || a->nkids != b->nkids || a->nitems != b->nitems || a->memo != b->memo) return false;
+    if (number && b->number) {
+        *differ |= a->kind == THX_S_NUMBER || !thx_same_constant(a->object, b->object);
+        return true;
+    }
+    if (a->kind != b->kind || a->by_identity != b->by_identity) return false;
+    if (a->kind == THX_S_TENSOR)
+        return a->leaf == b->leaf && a->repeated == b->repeated && a->requires_grad == b->requires_grad &&
+               a->dtype == b->dtype && a->device_type == b->device_type && a->device_index == b->device_index &&
+               a->ndim == b->ndim && !a->dims == !b->dims &&
+               (!a->dims || memcmp(a->dims, b->dims, sizeof *a->dims * (size_t)(2 * a->ndim)) == 0);
+    if (a->kind == THX_S_SAME && a->leaf != b->leaf) return false;
+    if (a->kind == THX_S_BUFFER || !same_constant(a->object, b->object, a->by_identity)) return false;
+    for (uint32_t i = 0; i < a->nkids; i++)
+        if (!alike(&a->kids[i], &b->kids[i], differ)) return false;
+    return true;
+}
+
+static bool same_names(PyObject *a, PyObject *b) {
+    return a == b || (a && b && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
+}
+
+static bool alike_calls(const thx_entry *a, const thx_entry *b) {
+    bool same = !a->eager && !a->dead && !a->expected && !a->effects.count && a->nargs == b->nargs &&
+                a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
+                memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0,
+         differ = false;
+    for (uint32_t i = 0; i < a->nargs && same; i++) same = alike(&a->args[i], &b->args[i], &differ);
+    return same && differ;
+}
+
+static PyObject *new_tape(thx *x) {
+    PyObject *module = PyImport_ImportModule("thunder._numbers"), *tape = NULL;
+    if (module && !x->number_type) x->number_type = (PyTypeObject *)PyObject_GetAttrString(module, "Number");
+    if (module && x->number_type) tape = PyObject_CallMethod(module, "Tape", NULL);
+    Py_XDECREF(module);
+    return tape;
+}
+
+int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
+    uint32_t n = 0;
+    *like = NULL;
+    for (uint32_t i = 0; i < e->nargs; i++) count_floats(&e->args[i], &n);
+    for (thx_entry *a = c->entries; a && n && n <= THX_MAX_NUMBERS && c->generalised < MAX_TRIES && !*like; a = a->next) {
+        int holds = alike_calls(a, e) ? thx_guards_check(c->x, a->guards) : 0;
+        if (holds < 0) return -1;
+        if (holds) *like = a;
+    }
+    if (!*like) {
+        for (uint32_t i = 0; i < e->nargs; i++) forget_floats(&e->args[i]);
+        return 0;
+    }
+    e->nfloats = n;
+    c->generalised++;
+    return (c->x->tape = new_tape(c->x)) ? 0 : -1;
+}
+
+/* ---- comparing two programs ---- */
+
+typedef struct literal {
+    thx_number place;
+    double before, now;
+} literal;
+
+typedef struct comparison {
+    thx *x;
+    const th_trace *a, *b;
+    literal found[MAX_LITERALS];
+    uint32_t count;
+    thx_number at;
+    bool direct; /* the node being compared is an argument itself, not inside of one */
+} comparison;
+
+static bool same_node(comparison *k, th_node na, th_node nb, bool direct);
+
+static bool same_kids(comparison *k, const th_node_data *a, const th_node_data *b) {
+    bool same = a->count == b->count;
+    uint32_t ka = a->u.kids, kb = b->u.kids;
+    for (uint32_t i = 0; i < a->count && same; i++) same = same_node(k, k->a->kids[ka + i], k->b->kids[kb + i], false);
+    return same;
+}
+
+static bool note_literal(comparison *k, double before, double now, bool direct) {
+    if (memcmp(&before, &now, sizeof now) == 0) return true;
+    if (!direct || k->count == MAX_LITERALS) return false;
+    k->found[k->count++] = (literal){k->at, before, now};
+    return true;
+}
+
+static bool same_node(comparison *k, th_node na, th_node nb, bool direct) {
+    const th_node_data *a = &k->a->nodes[na], *b = &k->b->nodes[nb];
+    if (a->kind != b->kind) return false;
+    switch ((th_node_kind)a->kind) {
+    case TH_N_ABSENT:
+    case TH_N_NONE:
+    case TH_N_ELLIPSIS: return true;
+    case TH_N_BOOL:
+    case TH_N_INT: return a->u.i == b->u.i;
+    case TH_N_FLOAT: return note_literal(k, a->u.f, b->u.f, direct);
+    case TH_N_COMPLEX: return a->u.f == b->u.f && a->f2 == b->f2;
+    case TH_N_OPAQUE: return k->a->opaques[a->u.ref].object == k->b->opaques[b->u.ref].object;
+    case TH_N_VALUE:
+        return a->u.ref == b->u.ref && k->a->values[a->u.ref].type == k->b->values[b->u.ref].type &&
+               k->a->values[a->u.ref].alias == k->b->values[b->u.ref].alias;
+    case TH_N_TUPLE:
+    case TH_N_LIST:
+    case TH_N_DICT:
+    case TH_N_SLICE: return same_kids(k, a, b);
+    default: return a->u.ref == b->u.ref; /* strings, dtypes, devices, symbols: interned */
+    }
+}
+
+static bool same_arguments(comparison *k, const th_op *a, const th_op *b) {
+    const th_node_data *pa = &k->a->nodes[a->args], *pb = &k->b->nodes[b->args];
+    uint32_t n = pa->count, la = pa->u.kids, lb = pb->u.kids;
+    if (n != pb->count) return false;
+    for (uint32_t i = 0; i < n; i++) {
+        k->at.argument = i;
+        if (!same_node(k, k->a->kids[la + i], k->b->kids[lb + i], true)) return false;
+    }
+    if (!a->kwargs || !b->kwargs) return !a->kwargs && !b->kwargs;
+    uint32_t m = k->a->nodes[a->kwargs].count;
+    la = k->a->nodes[a->kwargs].u.kids, lb = k->b->nodes[b->kwargs].u.kids;
+    if (m != k->b->nodes[b->kwargs].count) return false;
+    for (uint32_t i = 0; i + 1 < m; i += 2) {
+        k->at.argument = n + i / 2;
+        if (!same_node(k, k->a->kids[la + i], k->b->kids[lb + i], false) ||
+            !same_node(k, k->a->kids[la + i + 1], k->b->kids[lb + i + 1], true))
+            return false;
+    }
+    return true;
+}
+
+static bool same_op(comparison *k, th_opref o) {
+    const th_op *a = &k->a->ops[o], *b = &k->b->ops[o];
+    k->at.op = o;
+    bool callee = a->callee_opaque && b->callee_opaque
+                      ? k->a->opaques[a->callee_opaque].object == k->b->opaques[b->callee_opaque].object
+                      : !a->callee_opaque && !b->callee_opaque && a->callee == b->callee;
+    if (!callee || a->kind != b->kind || a->effects != b->effects || a->marks != b->marks || a->nwrites != b->nwrites ||
+        a->outs_list != b->outs_list)
+        return false;
+    for (uint32_t i = 0; i < a->nwrites; i++)
+        if (k->a->kids[a->writes + i] != k->b->kids[b->writes + i]) return false;
+    return same_arguments(k, a, b) && same_node(k, a->outs, b->outs, false);
+}
+
+static bool same_program(comparison *k, const th_trace *a, const th_trace *b) {
+    k->a = a;
+    k->b = b;
+    bool same = a->nops == b->nops && a->ninputs == b->ninputs;
+    for (uint32_t i = 0; i < a->ninputs && same; i++)
+        same = a->inputs[i] == b->inputs[i] && a->values[a->inputs[i]].type == b->values[b->inputs[i]].type;
+    for (th_opref o = 1; o < a->nops && same; o++) same = same_op(k, o);
+    return same && same_node(k, a->result, b->result, false);
+}
+
+/* Inputs that are no arguments: the same parameters and buffers, and constants that are equal. */
+static bool same_roots(thx *x, const thx_entry *a, const thx_entry *b) {
+    bool same = a->nroots == b->nroots;
+    for (uint32_t i = 0; i < a->nroots && same; i++) {
+        same = a->root_leaf[i] == b->root_leaf[i];
+        PyObject *p = a->roots[i].object, *q = b->roots[i].object;
+        if (!same || a->root_leaf[i] >= 0 || p == q) continue;
+        PyObject *pair[] = {NULL, p, q};
+        PyObject *equal = PyObject_Vectorcall(x->equal, pair + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        same = equal == Py_True;
+        PyErr_Clear();
+        Py_XDECREF(equal);
+    }
+    return same;
+}
+
+static bool same_result(const thx_spec *a, const thx_spec *b) {
+    bool differ = false;
+    return alike(a, b, &differ) && !differ;
+}
+
+static bool same_writes(const thx_entry *a, const thx_entry *b) {
+    bool same = a->nwrites == b->nwrites;
+    for (uint32_t i = 0; i < a->nwrites && same; i++) {
+        const thx_write *p = &a->writes[i], *q = &b->writes[i];
+        same = p->dict == q->dict && same_constant(p->key, q->key, false) && !p->constant == !q->constant &&
+               (!p->constant || same_constant(p->constant, q->constant, false));
+    }
+    return same;
+}
+
+/* ---- making slots of literals ---- */
+
+/* The values that the other entry's arguments had where this one's are followed. */
+static int former_floats(const thx_spec *a, const thx_spec *b, PyObject *list) {
+    int rc = b->number ? PyList_Append(list, a->object) : 0;
+    for (uint32_t i = 0; i < b->nkids && rc == 0; i++) rc = former_floats(&a->kids[i], &b->kids[i], list);
+    return rc;
+}
+
+/* Floats that may be any from here on; bit by place. */
+static uint32_t free_arguments(thx_spec *s, PyObject *free) {
+    uint32_t bits = 0;
+    if (s->number) {
+        PyObject *place = PyLong_FromUnsignedLong(s->number - 1);
+        s->leaf = s->number - 1;
+        if (place && PySet_Contains(free, place) == 1) {
+            s->kind = THX_S_NUMBER;
+            bits = UINT32_C(1) << s->leaf;
+        }
+        Py_XDECREF(place);
+    }
+    s->number = 0;
+    for (uint32_t i = 0; i < s->nkids; i++) bits |= free_arguments(&s->kids[i], free);
+    return bits;
+}
+
+static PyObject *ask_tape(thx_entry *e, const thx_entry *like, PyObject *tape, const comparison *k) {
+    PyObject *before = PyList_New(0), *pairs = PyList_New(k->count), *answer = NULL;
+    int rc = before && pairs ? 0 : -1;
+    for (uint32_t i = 0; i < e->nargs && rc == 0; i++) rc = former_floats(&like->args[i], &e->args[i], before);
+    for (uint32_t i = 0; i < k->count && rc == 0; i++) {
+        PyObject *pair = Py_BuildValue("(dd)", k->found[i].before, k->found[i].now);
+        if (pair)
+            PyList_SET_ITEM(pairs, i, pair);
+        else
+            rc = -1;
+    }
+    PyObject *tuple = rc == 0 ? PyList_AsTuple(before) : NULL;
+    if (tuple) answer = PyObject_CallMethod(tape, "formula", "OO", tuple, pairs);
+    Py_XDECREF(tuple);
+    Py_XDECREF(pairs);
+    Py_XDECREF(before);
+    return answer;
+}
+
+static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *answer) {
+    e->numbers = PyMem_Calloc(k->count + 1, sizeof *e->numbers);
+    if (!e->numbers) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < k->count; i++) e->numbers[i] = k->found[i].place;
+    e->nnumbers = k->count;
+    e->formula = Py_NewRef(PyTuple_GET_ITEM(answer, 0));
+    for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], PyTuple_GET_ITEM(answer, 1));
+    e->main.numbers = e->numbers;
+    e->main.nnumbers = e->nnumbers;
+    bool checked = e->main.checked;
+    if (thx_program_lower(x, &e->main, false) < 0) return -1;
+    e->main.checked &= checked;
+    e->placed = NULL;
+    return thx_entry_place(x, e);
+}
+
+int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape) {
+    comparison k = {.x = x};
+    bool same = !e->gradient && !like->gradient && !e->expected && !e->effects.count && same_writes(like, e) &&
+                same_result(&like->result, &e->result) && same_roots(x, like, e) &&
+                same_program(&k, like->main.t, e->main.t) && k.count;
+    PyObject *answer = same ? ask_tape(e, like, tape, &k) : Py_NewRef(Py_None);
+    int rc = !answer ? -1 : answer == Py_None ? 0 : take_formula(x, e, &k, answer) < 0 ? -1 : 1;
+    if (rc == 0)
+        for (uint32_t i = 0; i < e->nargs; i++) forget_floats(&e->args[i]);
+    Py_XDECREF(answer);
+    return rc;
+}
+
+/* ---- running ---- */
+
+PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
+    PyObject *floats[THX_MAX_NUMBERS];
+    for (uint32_t i = 0; i < e->nfloats; i++) floats[i] = e->free_floats >> i & 1 ? leaves->numbers[i] : Py_None;
+    PyObject *found = PyObject_Vectorcall(e->formula, floats, e->nfloats, NULL);
+    for (uint32_t i = 0; found && i < e->nnumbers; i++) slots[i] = (th_slot){.object = PyTuple_GET_ITEM(found, i)};
+    return found; /* it holds the numbers */
+}

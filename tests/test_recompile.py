@@ -1,0 +1,320 @@
+"""What makes a call be captured again, what does not, and what is said of it."""
+
+from __future__ import annotations
+
+import math
+import operator
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import thunder
+from tests.jit_checks import nothing_leaks  # noqa: F401
+
+# ---- names that the code does not mention ----
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.scale, self.step, self.losses, self.log = 1.0, 0, [], {"a": 1}
+        self.config = types.SimpleNamespace(used=1.0, unused=2.0)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale * self.config.used
+
+
+X = torch.linspace(0, 1, 6).reshape(2, 3)
+
+
+def test_a_training_loop_may_write_what_the_program_does_not_read():
+    net = Net()
+    compiled = thunder.jit(net)
+    for step in range(20):
+        net.step = step
+        net.losses.append(step)
+        net.log["a"] = net.log[step] = step
+        net.config.unused = net.layer.note = step
+        setattr(net, f"new{step}", step)
+        torch.testing.assert_close(compiled(X), net(X))
+    for step in range(20):
+        delattr(net, f"new{step}")
+    compiled(X)
+    assert thunder.cache_misses(compiled) == 1
+    net.scale, net.config.used = 2.0, 3.0
+    torch.testing.assert_close(compiled(X), net(X))
+    assert thunder.cache_misses(compiled) == 2
+
+
+get_step = operator.attrgetter("step")
+look_up = getattr
+
+
+class Reads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, net):
+        ctx.net = net
+        return x * net.step
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.net.step, None
+
+
+READS = {
+    "a name that is made": lambda net, x: x * getattr(net, "st" + "ep".lower()),
+    "a formatted name": lambda net, x: x * getattr(net, f"{'step'}"),
+    "attrgetter": lambda net, x: x * get_step(net),
+    "getattr by another name": lambda net, x: x * look_up(net, "step"),
+    "vars": lambda net, x: x * vars(net)["step"],
+    "__dict__": lambda net, x: x * net.__dict__["step"],
+    "a constant name": lambda net, x: x * getattr(net, "step", 1),
+    "hasattr": lambda net, x: x * (2 if hasattr(net, "late") else 3) * net.step,
+    "vmap": lambda net, x: torch.vmap(lambda row: row * net.step)(x),
+    "checkpoint": lambda net, x: torch.utils.checkpoint.checkpoint(lambda y: y * net.step, x, use_reentrant=False),
+    "an autograd function": lambda net, x: Reads.apply(x, net),
+    "map": lambda net, x: sum(map(lambda k: x * k * net.step, [1, 2])),
+    "eval": lambda net, x: x * eval("net.step", {"net": net}),
+    "format": lambda net, x: x * int(f"{net.step}"),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_what_is_read_in_a_roundabout_way_counts(read):
+    class Reader(Net):
+        def forward(self, x):
+            return READS[read](self, self.layer(x))
+
+    net = Reader()
+    compiled = thunder.jit(net)
+    for step in range(4):
+        net.step = step
+        torch.testing.assert_close(compiled(X), net(X))
+        if step == 2:
+            net.late = True
+            torch.testing.assert_close(compiled(X), net(X))
+
+
+def test_training_steps_are_captured_once():
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.1), nn.LayerNorm(8), nn.Linear(8, 1))
+    compiled, optimizer = thunder.jit(net), torch.optim.AdamW(net.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
+    for step in range(50):
+        net.step = step
+        optimizer.zero_grad()
+        compiled(X).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    assert thunder.cache_misses(compiled) == 1
+
+
+# ---- numbers that change at every call ----
+
+
+def sgd(params, grads, lr):
+    for p, g in zip(params, grads, strict=True):
+        p.add_(g, alpha=-lr)
+
+
+def decayed(params, grads, lr):
+    for p, g in zip(params, grads, strict=True):
+        p.mul_(1 - lr * 0.01).sub_(lr * g / (1 - 0.9**lr) + abs(lr))
+
+
+def foreach(params, grads, lr):
+    torch._foreach_add_(params, grads, alpha=-lr)
+
+
+def returned(params, grads, lr):
+    return [p - lr * g for p, g in zip(params, grads, strict=True)]
+
+
+def by_keyword(params, grads, lr):
+    return torch.add(params[0], grads[0], alpha=lr), torch.lerp(params[1], grads[1], weight=lr)
+
+
+def steered(params, grads, lr):
+    return [p - (lr if lr > 0.05 else 0.05) * g for p, g in zip(params, grads, strict=True)]
+
+
+def rooted(params, grads, lr):
+    return [p - math.sqrt(lr) * g for p, g in zip(params, grads, strict=True)]
+
+
+def floored(params, grads, lr):
+    return [p - math.floor(lr * 40) * g for p, g in zip(params, grads, strict=True)]
+
+
+def kept(params, grads, lr):
+    return params[0] * lr, lr * 2
+
+
+def printed(params, grads, lr):
+    return params[0] * len(str(lr))
+
+
+def tensor_of(params, grads, lr):
+    return params[0] * torch.tensor(lr)
+
+
+def arguments():
+    return [torch.ones(3), torch.ones(4)], [torch.full((3,), 2.0), torch.linspace(0, 1, 4)]
+
+
+@pytest.mark.filterwarnings("ignore::thunder.ThunderWarning")
+@pytest.mark.parametrize(
+    ("program", "most"),
+    [(sgd, 2), (decayed, 2), (foreach, 2), (returned, 2), (by_keyword, 2)]
+    + [(f, 40) for f in (steered, rooted, floored, kept, printed, tensor_of)],
+    ids=lambda v: v.__name__ if callable(v) else "",
+)
+def test_a_learning_rate(program, most):
+    compiled = thunder.jit(program)
+    with torch.no_grad():
+        for step in range(40):
+            lr = 0.1 * 0.93**step
+            ours, eager = arguments(), arguments()
+            torch.testing.assert_close(compiled(*ours, lr), program(*eager, lr), rtol=0, atol=0)
+            torch.testing.assert_close(ours, eager, rtol=0, atol=0)
+        for lr in (0.0, -0.0, float("inf"), float("nan"), 1e-300):
+            if program not in (rooted, floored):
+                ours, eager = arguments(), arguments()
+                torch.testing.assert_close(compiled(*ours, lr), program(*eager, lr), rtol=0, atol=0, equal_nan=True)
+    assert thunder.cache_misses(compiled) <= most + (5 if most > 2 else 0)
+
+
+def test_a_thousand_steps_of_an_optimizer_under_a_schedule():
+    compiled = thunder.jit(sgd)
+    params, grads = arguments()
+    optimizer = torch.optim.SGD(params, lr=0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.995)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", thunder.ThunderWarning)
+        for _ in range(1000):
+            with torch.no_grad():
+                compiled(params, grads, schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+    assert thunder.cache_misses(compiled) == 2
+
+
+def test_two_numbers_and_one_that_comes_to_change_later():
+    def program(x, options):
+        return x * options["a"] + options["b"] * options["c"]
+
+    compiled = thunder.jit(program)
+    for step in range(30):
+        options = {"a": 1.0 + step, "b": 0.5 if step < 15 else 0.1 * step, "c": 3.0}
+        torch.testing.assert_close(compiled(X, options), program(X, options))
+    assert thunder.cache_misses(compiled) <= 4
+
+
+def test_gradients_keep_the_number_of_their_forward():
+    compiled = thunder.jit(lambda x, k: (x * x * k).sum())
+    x = X.clone().requires_grad_()
+    losses = [compiled(x, k) for k in (1.0, 2.0, 3.0, 4.0)]
+    for k, loss in zip((1.0, 2.0, 3.0, 4.0), losses, strict=True):
+        (grad,) = torch.autograd.grad(loss, x)
+        torch.testing.assert_close(grad, 2 * k * x.detach())
+
+
+# ---- reports ----
+
+SCALE = 1.0
+
+
+def test_explain_recompile_names_what_changed():
+    global SCALE
+
+    class Report(Net):
+        def forward(self, x, k=1):
+            return super().forward(x) * k * SCALE * len(self.losses)
+
+    net = Report()
+    compiled = thunder.jit(net, recompile_limit=100)
+    assert "once" in str(thunder.explain_recompile(compiled))
+    causes = []
+
+    def call(*args, **kwargs):
+        compiled(*args, **kwargs)
+        found = thunder.explain_recompile(compiled).recompiles
+        causes.append(found[-1].cause if len(found) > len(causes) - 1 and found else "")
+
+    call(X)
+    net.scale = 2.0
+    call(X)
+    call(torch.ones(5, 3))
+    net.config.used = 5.0
+    call(X)
+    net.losses.append(1)
+    call(X)
+    SCALE = 3.0
+    call(X)
+    call(X.double().float().double() if False else X, 2)
+    call(X, k=3)
+    net.eval()
+    with torch.no_grad():
+        call(X)
+    net.layer.weight.requires_grad_(False)
+    call(X)
+    net.layer.register_forward_hook(lambda m, a, o: o * 2)
+    call(X)
+    expected = [
+        "Report.scale went from 1.0 to 2.0",
+        "shape of argument 'x' went from (2, 3) to (5, 3)",
+        "Report.config.used went from 1.0 to 5.0",
+        "Report.losses changed",
+        "the global 'SCALE' of tests.test_recompile went from 1.0 to 3.0",
+        "number of arguments went from 1 to 2",
+        "argument 'k' went from 2 to 3",
+        "grad mode went from on to off",
+        "Report.layer.weight changed its",
+        "Report.layer._forward_hooks",
+    ]
+    for cause, part in zip(causes[1:], expected, strict=True):
+        assert part in cause, f"{part!r} is not in {cause!r}"
+    report = thunder.explain_recompile(compiled)
+    assert report.name == "Report" and [r.call for r in report.recompiles] == list(range(2, 12))
+
+
+def test_variables_and_values_are_named():
+    def make():
+        q = 1
+
+        def program(x):
+            return x * q if x.sum() > 0 else x
+
+        def change(v):
+            nonlocal q
+            q = v
+
+        return program, change
+
+    program, change = make()
+    compiled = thunder.jit(program)
+    compiled(X), change(5), compiled(X), compiled(-X - 1)
+    first, second = thunder.explain_recompile(compiled).recompiles
+    assert "the variable 'q' of an enclosing function went from 1 to 5" in first.cause
+    assert second.by_value and "False" in second.cause
+
+
+def test_the_limit_warns_once_and_calls_stay_compiled():
+    def program(x, k):
+        return x * k
+
+    compiled = thunder.jit(program, recompile_limit=2)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for k in range(6):
+            torch.testing.assert_close(compiled(X, k), X * k)
+    (warning,) = seen
+    assert "program was captured again 3 times" in str(warning.message)
+    assert "argument 'k' went from 2 to 3" in str(warning.message)
+    stats = thunder.compile_stats(compiled)
+    assert stats.fallbacks == 0 and stats.cache_misses == 6
+    with pytest.raises(ValueError, match="recompile_limit"):
+        thunder.jit(program, recompile_limit=-1)

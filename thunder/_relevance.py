@@ -1,0 +1,78 @@
+"""Which attributes and globals can matter to a program that ran: those whose names occur in the code that ran.
+
+Code reads an attribute by a name in its ``co_names``, or by a string of its own given to ``getattr``. Where it may have
+made the name up (``getattr(self, f"layer{i}")``, ``vars(self)``), every name can matter.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+# What gives attributes without naming them.
+_WHOLE = frozenset(
+    ("__dict__", "vars", "dir", "__getattribute__", "__getstate__", "__reduce_ex__", "locals", "globals", "attrgetter")
+)
+_BY_STRING = frozenset(("getattr", "hasattr", "setattr", "delattr"))
+# nn.Module's own look-up: its names are those that the caller's code mentions, or keys of dictionaries watched whole.
+_LOOKS_UP = "torch/nn/modules/module.py"
+
+
+def names(codes: Iterable[CodeType]) -> frozenset[str] | None:
+    """Names that code mentions; ``None``: any name can matter."""
+    found: set[str] = set()
+    for code in codes:
+        known = _names_of(code)
+        if known is None:
+            return None
+        found |= known
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_of(code: CodeType) -> frozenset[str] | None:
+    mentioned = frozenset(code.co_names)
+    looks_up = code.co_filename.replace("\\", "/").endswith(_LOOKS_UP)
+    if not looks_up and (mentioned & _WHOLE or (mentioned & _BY_STRING and _makes_names(code))):
+        return None
+    return mentioned | frozenset(_strings(code.co_consts))
+
+
+def _strings(constant: Any) -> Iterable[str]:
+    if isinstance(constant, str):
+        yield constant
+    elif isinstance(constant, (tuple, frozenset)):
+        for part in constant:
+            yield from _strings(part)
+
+
+def _makes_names(code: CodeType) -> bool:
+    """Is ``getattr`` or the like used with anything but a constant for the name, or passed on?"""
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
+    return any(
+        i.argval in _BY_STRING and i.opname.startswith("LOAD_") and not _names_a_constant(instructions[at + 1 :])
+        for at, i in enumerate(instructions)
+    )
+
+
+def _names_a_constant(following: list[dis.Instruction]) -> bool:
+    """Do these instructions, after the one that loads the function, push an object, then a string, then call?"""
+    depth, constant = 0, False  # of what is on the stack above the function; the second thing there is a string
+    for instruction in following:
+        name, argument = instruction.opname, instruction.arg
+        if name == "PUSH_NULL":
+            continue
+        if name in ("PRECALL", "CALL", "CALL_KW", "CALL_FUNCTION") and depth == argument:
+            return constant
+        if "JUMP" in name or name.startswith(("RETURN", "STORE", "FOR_ITER")):
+            return False
+        before = depth
+        depth += dis.stack_effect(instruction.opcode, argument if instruction.opcode >= dis.HAVE_ARGUMENT else None)
+        if before == 1 and depth == 2:
+            constant = name.startswith("LOAD_CONST") and isinstance(instruction.argval, str)
+        elif depth <= 2:  # what stood there went into something
+            constant = False
+    return False

@@ -276,9 +276,9 @@ static int refuse_values(thx *x, const thx_entry *e, thx_request *call, const ch
     th_opref at = t->nops;
     while (--at && !th__op_only_reads(t, &t->ops[at])) continue;
     const th_op *op = &t->ops[at];
-    call->refusal = PyObject_CallFunction(
-        x->CaptureError, "sIOsss", op->file ? th_str_get(x->ctx, op->file) : "?", (unsigned)op->line, Py_None,
-        "a value of a tensor", why, "compute with the tensor instead of its value, or raise branch_limit");
+    call->refusal = PyObject_CallFunction(x->CaptureError, "sIOsss", op->file ? th_str_get(x->ctx, op->file) : "?",
+                                          (unsigned)op->line, Py_None, "a value of a tensor", why,
+                                          "compute with the tensor instead of its value, or raise branch_limit");
     return call->refusal ? 0 : -1;
 }
 
@@ -397,7 +397,8 @@ static int limit_branches(thx_callable_object *c, thx_request *call) {
 
 /* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
 static void settle(thx_callable_object *c, const thx_request *call) {
-    thx_entry *after = thx_compile(c, &(thx_request){call->ambient, call->args, call->nargsf, call->kwnames, NULL, NULL});
+    thx_entry *after =
+        thx_compile(c, &(thx_request){call->ambient, call->args, call->nargsf, call->kwnames, NULL, NULL});
     PyErr_Clear();
     if (after && after->eager)
         thx_entry_free(c->x, after);
@@ -575,10 +576,10 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 /* ---- the type ---- */
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"fn",    "module",    "cache",           "refused", "on_event",
-                            "remat", "transform", "needs_transform", "claims", "branch_limit", "log", NULL};
+    static char *names[] = {"fn",        "module",          "cache",  "refused",      "on_event", "remat",
+                            "transform", "needs_transform", "claims", "branch_limit", "log",      NULL};
     PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None, *refused = Py_None,
-             *log = Py_None;
+                  *log = Py_None;
     int cache = 0, remat = TH_REMAT_AUTO, needs = 0;
     unsigned branches = 16;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOOiOpOIO", names, &fn, &module, &cache, &refused, &on_event,

@@ -51,10 +51,10 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_number *numbers; /* literals that follow from floats among the arguments */
     uint32_t nnumbers;
     uint32_t nfloats, free_floats; /* floats of the arguments: how many; which may be any, by bit */
-    PyObject *formula; /* owned: from these to the literals; NULL: there are none */
-    PyObject *expected; /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
-    uint64_t tried;     /* the call that met another value in it */
-    uint32_t *undo;     /* by undo: the root of a tensor that is written before the last of them is known */
+    PyObject *formula;             /* owned: from these to the literals; NULL: there are none */
+    PyObject *expected;            /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
+    uint64_t tried;                /* the call that met another value in it */
+    uint32_t *undo;                /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
@@ -77,12 +77,12 @@ typedef struct thx_callable_object {
     PyObject *on_event;  /* Python callable for rare things: warnings, fallback decisions */
     thx_entry *entries;  /* most recent first */
     uint64_t hits, misses, fallbacks, entry_count, calls;
-    uint32_t generalised; /* how often it was tried to let numbers change */
+    uint32_t generalised;  /* how often it was tried to let numbers change */
     uint32_t branch_limit; /* of entries for the values of tensors that one call can meet */
-    uint8_t cache;        /* 0 constant values, 1 no caching, 2 same input */
-    uint8_t remat;        /* th_remat */
-    PyObject *refused;    /* runs what cannot be captured; NULL: it is an error */
-    bool needs_transform; /* the original computes something else: it is no way out */
+    uint8_t cache;         /* 0 constant values, 1 no caching, 2 same input */
+    uint8_t remat;         /* th_remat */
+    PyObject *refused;     /* runs what cannot be captured; NULL: it is an error */
+    bool needs_transform;  /* the original computes something else: it is no way out */
     bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */
 } thx_callable_object;

@@ -69,14 +69,14 @@ typedef struct thx_recorder {
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;       /* code objects that ran, by address: open addressing (owned) */
     uint32_t ncodes, cap_codes;
-    bool may_expect;        /* values of tensors may be found out: a call is captured, and has real inputs */
-    PyObject *tape;         /* of numbers that are followed, or NULL (borrowed) */
-    PyObject *oracle;       /* tuple of values of tensors that a run has seen, in order; or NULL (owned) */
-    PyObject *expected;     /* list of all that the program was told, or NULL (owned) */
-    thx_shadow *shadow;     /* shadow.c; NULL until a value is asked for */
-    thx_pool *pool;         /* pool.c; NULL until the first fake of our own */
-    thx_line *lines;        /* THX_LINES, by code and instruction; NULL until the first look-up */
-    int depth;              /* above 0: inside an operation that is recorded whole */
+    bool may_expect;    /* values of tensors may be found out: a call is captured, and has real inputs */
+    PyObject *tape;     /* of numbers that are followed, or NULL (borrowed) */
+    PyObject *oracle;   /* tuple of values of tensors that a run has seen, in order; or NULL (owned) */
+    PyObject *expected; /* list of all that the program was told, or NULL (owned) */
+    thx_shadow *shadow; /* shadow.c; NULL until a value is asked for */
+    thx_pool *pool;     /* pool.c; NULL until the first fake of our own */
+    thx_line *lines;    /* THX_LINES, by code and instruction; NULL until the first look-up */
+    int depth;          /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
     th_dev default_device;
     uint32_t nfast, nslow, nqueries, nevals;
@@ -130,7 +130,7 @@ void thx_purity_begin(thx_recorder *r, thx_purity *p);
 int thx_purity_end(thx_recorder *r, thx_purity *p);
 int thx_purity_init(thx *x);
 PyObject *thx_codes_list(const thx_recorder *r); /* the code that ran */
-bool thx_is_torch_file(const char *path); /* torch's or our own: recorder.c */
+bool thx_is_torch_file(const char *path);        /* torch's or our own: recorder.c */
 
 /* ---- random.c: seeding inside captured code ---- */
 int thx_random_begin(thx_recorder *r);

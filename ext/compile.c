@@ -57,11 +57,11 @@ typedef struct compile {
     thx_recorder *r;
     thx_leaves leaves; /* real tensors of the arguments */
     PyObject *fake_args, *fake_kwargs;
-    PyObject **fakes;   /* the same in the order of the specs (borrowed) */
-    PyObject *result;   /* what the user's code returned */
+    PyObject **fakes; /* the same in the order of the specs (borrowed) */
+    PyObject *result; /* what the user's code returned */
     thx_watched_args watched;
-    thx_entry *like; /* the entry for the same call but for values of floats, or NULL */
-    PyObject *tape;  /* follows these */
+    thx_entry *like;    /* the entry for the same call but for values of floats, or NULL */
+    PyObject *tape;     /* follows these */
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
@@ -159,7 +159,9 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
     }
     if (keyed && after && is_plain(after)) return add_write(k, dict, key, after, 0);
     thx_effect effect = {.owner = dict, .key = keyed ? key : NULL};
-    effect.kind = keyed ? (after ? THX_EFFECT_KEY : THX_EFFECT_DELETE) : PyCell_Check(dict) && after ? THX_EFFECT_CELL : 0;
+    effect.kind = keyed                         ? (after ? THX_EFFECT_KEY : THX_EFFECT_DELETE)
+                  : PyCell_Check(dict) && after ? THX_EFFECT_CELL
+                                                : 0;
     if (effect.kind) return thx_effect_add(&k->e->effects, &effect, after);
     if (after && (PyList_Check(dict) || PyAnySet_Check(dict))) {
         effect.kind = THX_EFFECT_BODY;

@@ -273,10 +273,10 @@ static PyObject *take_result(thx_recording *c, PyObject *real, results *out) {
     }
     if (fakes) {
         out->node = th_node_seq(c->r->t, TH_N_TUPLE, (uint32_t)n, kids);
-        result = PyList_CheckExact(real) ? Py_NewRef(fakes)
-                                         : PyObject_CallOneArg(PyTuple_CheckExact(real) ? (PyObject *)&PyTuple_Type
-                                                                                        : (PyObject *)Py_TYPE(real),
-                                                               fakes);
+        result = PyList_CheckExact(real)
+                     ? Py_NewRef(fakes)
+                     : PyObject_CallOneArg(
+                           PyTuple_CheckExact(real) ? (PyObject *)&PyTuple_Type : (PyObject *)Py_TYPE(real), fakes);
     }
     Py_XDECREF(fakes);
     return result;

@@ -103,7 +103,8 @@ static int set_attributes(PyObject *o, bool members, PyObject *attributes, PyObj
     int rc = 0;
     for (Py_ssize_t i = 0; rc == 0 && removed && i < PyTuple_GET_SIZE(removed); i++)
         rc = remove_attribute(o, dict, PyTuple_GET_ITEM(removed, i));
-    for (Py_ssize_t at = 0; rc == 0 && attributes && attributes != Py_None && PyDict_Next(attributes, &at, &key, &value);)
+    for (Py_ssize_t at = 0;
+         rc == 0 && attributes && attributes != Py_None && PyDict_Next(attributes, &at, &key, &value);)
         rc = thx_set_attribute(o, members, dict, key, value);
     Py_XDECREF(dict);
     return rc;
@@ -158,7 +159,8 @@ static PyObject *attributes_of(PyObject *o, bool members) { /* a copy, or None *
 
 static int note_row(thx_watched_args *w, const thx_spec *s, PyObject *o, PyObject *path, bool own) {
     PyObject *items = items_of(o), *attributes = items ? attributes_of(o, s->members) : NULL;
-    PyObject *row = attributes ? Py_BuildValue("(OOOOii)", o, path, items, attributes, (int)own, (int)s->members) : NULL;
+    PyObject *row =
+        attributes ? Py_BuildValue("(OOOOii)", o, path, items, attributes, (int)own, (int)s->members) : NULL;
     int rc = row ? PyList_Append(w->rows, row) : -1;
     Py_XDECREF(row);
     Py_XDECREF(attributes);
@@ -220,7 +222,8 @@ static bool same_items(PyObject *before, PyObject *after) {
     }
     Py_ssize_t n = PyTuple_GET_SIZE(before);
     bool same = n == PyTuple_GET_SIZE(after);
-    for (Py_ssize_t i = 0; i < n && same; i++) same = same_part(PyTuple_GET_ITEM(before, i), PyTuple_GET_ITEM(after, i));
+    for (Py_ssize_t i = 0; i < n && same; i++)
+        same = same_part(PyTuple_GET_ITEM(before, i), PyTuple_GET_ITEM(after, i));
     return same;
 }
 
@@ -258,8 +261,9 @@ static int put_back(PyObject *row, PyObject *changed, PyObject *gone) {
 static int let_go(PyObject *row, PyObject *changed) {
     PyObject *o = PyTuple_GET_ITEM(row, 0), *key;
     PyObject *dict = thx_instance_dict(o);
-    int rc = PyTuple_GET_ITEM(row, 2) == Py_None ? 0 : PyList_Check(o) ? PyList_SetSlice(o, 0, PyList_GET_SIZE(o), NULL)
-                                                                       : call(o, "clear", NULL);
+    int rc = PyTuple_GET_ITEM(row, 2) == Py_None ? 0
+             : PyList_Check(o)                   ? PyList_SetSlice(o, 0, PyList_GET_SIZE(o), NULL)
+                                                 : call(o, "clear", NULL);
     for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(changed, &at, &key, NULL);) rc = remove_attribute(o, dict, key);
     Py_XDECREF(dict);
     return rc;
@@ -271,8 +275,8 @@ static int collect_row(PyObject *row, thx_effects *effects) {
     PyObject *items = items_of(o), *attributes = items ? attributes_of(o, members) : NULL, *changed = PyDict_New(),
              *gone = PyList_New(0);
     int rc = attributes && changed && gone ? find_attributes(PyTuple_GET_ITEM(row, 3), attributes, changed, gone) : -1;
-    bool same = rc == 0 && same_items(PyTuple_GET_ITEM(row, 2), items), quiet = rc == 0 && !PyDict_GET_SIZE(changed) &&
-                                                                                !PyList_GET_SIZE(gone);
+    bool same = rc == 0 && same_items(PyTuple_GET_ITEM(row, 2), items),
+         quiet = rc == 0 && !PyDict_GET_SIZE(changed) && !PyList_GET_SIZE(gone);
     if (rc == 0 && !(same && quiet)) {
         if (effects) {
             PyObject *removed = PyList_AsTuple(gone), *none = Py_None;

@@ -508,9 +508,10 @@ PyObject *thx_guards_cause(thx *x, thx_guards *g) {
         Py_XDECREF(cause);
         return holds < 0 ? NULL : Py_NewRef(none);
     }
-    PyObject *result = cause ? Py_BuildValue("(sOOOO)", g->reason, PyTuple_GET_ITEM(cause, 0), PyTuple_GET_ITEM(cause, 1),
-                                             PyTuple_GET_ITEM(cause, 2), PyTuple_GET_ITEM(cause, 3))
-                             : Py_BuildValue("(sOOOO)", g->reason, none, none, none, none);
+    PyObject *result = cause
+                           ? Py_BuildValue("(sOOOO)", g->reason, PyTuple_GET_ITEM(cause, 0), PyTuple_GET_ITEM(cause, 1),
+                                           PyTuple_GET_ITEM(cause, 2), PyTuple_GET_ITEM(cause, 3))
+                           : Py_BuildValue("(sOOOO)", g->reason, none, none, none, none);
     Py_XDECREF(cause);
     return result;
 }

@@ -105,7 +105,8 @@ static int watch_items(walker *w, PyObject *dict, int depth, bool inside, bool a
     Py_ssize_t count = 0;
     PyObject **items = copy_items(dict, &count);
     if (count < 0) return -1;
-    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, thx_watch_tag(dict), attributes, false};
+    g->dicts.items[g->dicts.count++] =
+        (watch_dict){Py_NewRef(dict), items, count, thx_watch_tag(dict), attributes, false};
     for (Py_ssize_t i = 0; inside && i < count; i++)
         if ((!attributes || follows(w, items[2 * i])) && walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
     return 0;
@@ -386,8 +387,8 @@ static bool is_iterator(PyObject *o) {
 /* What reads attributes whose names its caller's code does not mention. */
 static bool reads_by_string(PyObject *o) {
     const char *name = PyCFunction_Check(o) ? ((PyCFunctionObject *)o)->m_ml->ml_name : Py_TYPE(o)->tp_name;
-    static const char *const readers[] = {"operator.attrgetter", "operator.methodcaller", "getattr", "hasattr", "vars",
-                                          "dir", NULL};
+    static const char *const readers[] = {
+        "operator.attrgetter", "operator.methodcaller", "getattr", "hasattr", "vars", "dir", NULL};
     for (int i = 0; readers[i]; i++)
         if (strcmp(name, readers[i]) == 0) return true;
     return false;

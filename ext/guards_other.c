@@ -58,7 +58,8 @@ int thx_watch_other(thx *x, thx_guards *g, watch_kind kind, PyObject *o, PyObjec
     PyObject *copy = copy_of(kind, o, name);
     if (!copy) return -1;
     unsigned version = kind == WATCH_CLASS ? new_class_version(x, (PyTypeObject *)o) : 0;
-    g->others.items[g->others.count++] = (watch_other){(uint8_t)kind, false, version, Py_NewRef(o), copy, Py_XNewRef(name)};
+    g->others.items[g->others.count++] =
+        (watch_other){(uint8_t)kind, false, version, Py_NewRef(o), copy, Py_XNewRef(name)};
     return 0;
 }
 

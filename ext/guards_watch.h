@@ -71,12 +71,12 @@ struct thx_guards {
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
     VEC(bound) bounds;
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
-    PyObject **live;        /* the bound tensors (owned), parallel to bounds: handed out as an array */
+    PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
     uint64_t generation, events;
     bool explain;    /* keep what does not hold, for a report */
     PyObject *cause; /* (owner, key, before, after), or NULL (owned) */
-    bool unnamed; /* something that can be reached reads attributes by names of its own */
+    bool unnamed;    /* something that can be reached reads attributes by names of its own */
     char reason[200];
 };
 

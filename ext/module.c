@@ -336,7 +336,8 @@ static PyMethodDef functions[] = {
     {"opaque_call", (PyCFunction)(void (*)(void))thx_opaque_call, METH_VARARGS | METH_KEYWORDS,
      "opaque_call(function, args, like): see thunder.transforms.opaque_call."},
     {"expect", (PyCFunction)(void (*)(void))thx_expect, METH_FASTCALL,
-     "expect(number, function, args, kwargs, value): raise ValueChanged(number, found) unless function(*args, **kwargs) "
+     "expect(number, function, args, kwargs, value): raise ValueChanged(number, found) unless function(*args, "
+     "**kwargs) "
      "gives the value that the program was captured for, bit by bit."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},

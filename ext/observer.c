@@ -58,7 +58,8 @@ PyObject *thx_fakeify(thx_recorder *r, PyObject *o) {
     if (PyDict_CheckExact(o)) return fakeify_dict(r, o);
     if (PySlice_Check(o)) {
         PySliceObject *s = (PySliceObject *)o;
-        PyObject *a = thx_fakeify(r, s->start), *b = a ? thx_fakeify(r, s->stop) : NULL, *c = b ? thx_fakeify(r, s->step) : NULL;
+        PyObject *a = thx_fakeify(r, s->start), *b = a ? thx_fakeify(r, s->stop) : NULL,
+                 *c = b ? thx_fakeify(r, s->step) : NULL;
         PyObject *slice = c ? PySlice_New(a, b, c) : NULL;
         Py_XDECREF(a);
         Py_XDECREF(b);
@@ -171,7 +172,8 @@ int thx_emit(thx_recorder *r, const th_op_args *op) {
     return 0;
 }
 
-int thx_call_emit(thx_recording *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes, uint32_t nwrites) {
+int thx_call_emit(thx_recording *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes,
+                  uint32_t nwrites) {
     thx_recorder *r = c->r;
     if (!outs && !nwrites) effects |= TH_FX_STATE; /* what gives nothing and writes nothing is there for its effect */
     th_op_args op = {.kind = TH_OP_CALL,
@@ -221,7 +223,8 @@ static PyObject *fast_inplace(thx_recording *c, const th_call *rule) {
     uint8_t effects = TH_FX_WRITES | (c->random ? TH_FX_RANDOM : 0);
     thx_note_write(r, before, &c->note);
     r->t->values[value].type = r->t->values[before].type;
-    if (thx_recorder_define(r, self, value) < 0 || thx_call_emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
+    if (thx_recorder_define(r, self, value) < 0 ||
+        thx_call_emit(c, th_node_value(r->t, value), false, effects, &before, 1) < 0)
         return NULL;
     return Py_NewRef(self);
 }
@@ -255,7 +258,8 @@ static PyObject *fast(thx_recording *c) {
         else
             PyTuple_SET_ITEM(tuple, i, fake);
     }
-    if (tuple && thx_call_emit(c, th_node_seq(r->t, TH_N_TUPLE, rule.nouts, nodes), true, effects, NULL, 0) < 0) Py_CLEAR(tuple);
+    if (tuple && thx_call_emit(c, th_node_seq(r->t, TH_N_TUPLE, rule.nouts, nodes), true, effects, NULL, 0) < 0)
+        Py_CLEAR(tuple);
     return tuple;
 }
 

@@ -37,7 +37,9 @@ static PyObject *helper(const char *name) {
 
 static PyObject *call_helper(const char *name, PyObject *argument) {
     PyObject *function = helper(name);
-    PyObject *result = !function ? NULL : argument ? PyObject_CallOneArg(function, argument) : PyObject_CallNoArgs(function);
+    PyObject *result = !function  ? NULL
+                       : argument ? PyObject_CallOneArg(function, argument)
+                                  : PyObject_CallNoArgs(function);
     Py_XDECREF(function);
     return result;
 }
@@ -174,9 +176,9 @@ static int set_grad(thx *x, int on) {
 static int swap_generators(thx_recorder *r, surroundings *s) {
     thx_shadow *shadow = r->shadow;
     if (!(s->generators = call_helper("generators", NULL))) return -1;
-    PyObject *mine = shadow->generators ? Py_NewRef(shadow->generators)
-                                        : Py_BuildValue("(OO)", PyList_GET_ITEM(r->rng_outer, 0),
-                                                        PyTuple_GET_ITEM(s->generators, 1));
+    PyObject *mine = shadow->generators
+                         ? Py_NewRef(shadow->generators)
+                         : Py_BuildValue("(OO)", PyList_GET_ITEM(r->rng_outer, 0), PyTuple_GET_ITEM(s->generators, 1));
     PyObject *done = mine ? call_helper("set_generators", mine) : NULL;
     Py_XDECREF(mine);
     Py_XDECREF(done);
@@ -288,7 +290,8 @@ static int emit_expectation(thx_recorder *r, th_str callee, PyObject *func, th_n
     th_trace *t = r->t;
     th_node parts[] = {th_node_int(t, PyList_GET_SIZE(r->expected)),
                        callee ? th_node_symbol(t, callee) : th_node_opaque(t, "fn", func), args,
-                       kwargs ? kwargs : th_node_seq(t, TH_N_DICT, 0, NULL), thx_to_node(x, t, value, thx_recorder_value, r)};
+                       kwargs ? kwargs : th_node_seq(t, TH_N_DICT, 0, NULL),
+                       thx_to_node(x, t, value, thx_recorder_value, r)};
     return PyErr_Occurred() ? -1
                             : thx_emit(r, &(th_op_args){.kind = TH_OP_CALL,
                                                         .callee = th_intern_z(x->ctx, "thunder._kernels.expect"),

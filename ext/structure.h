@@ -43,14 +43,14 @@ typedef struct thx_spec {
 } thx_spec;
 
 enum { THX_MAX_NUMBERS = 16 }; /* floats among the arguments that may be another one at each call */
-enum { THX_MAX_SHARED = 16 }; /* containers that may occur more than once among arguments, and in a result */
+enum { THX_MAX_SHARED = 16 };  /* containers that may occur more than once among arguments, and in a result */
 
 typedef struct thx_leaves { /* distinct tensors in the order of the walk (borrowed) */
     PyObject **items;
     uint32_t count, cap;
-    PyObject *const *args;            /* of the call */
-    PyObject *shared[THX_MAX_SHARED]; /* by memo - 1 (borrowed) */
-    PyObject *numbers[THX_MAX_NUMBERS];                 /* by place (borrowed) */
+    PyObject *const *args;              /* of the call */
+    PyObject *shared[THX_MAX_SHARED];   /* by memo - 1 (borrowed) */
+    PyObject *numbers[THX_MAX_NUMBERS]; /* by place (borrowed) */
     PyObject *fixed[24];
 } thx_leaves;
 void thx_leaves_init(thx_leaves *l);

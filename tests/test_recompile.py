@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import types
@@ -65,6 +66,10 @@ class Reads(torch.autograd.Function):
         return grad * ctx.net.step, None
 
 
+def times(net, x, k):
+    return x * k * net.step
+
+
 READS = {
     "a name that is made": lambda net, x: x * getattr(net, "st" + "ep".lower()),
     "a formatted name": lambda net, x: x * getattr(net, f"{'step'}"),
@@ -77,7 +82,7 @@ READS = {
     "vmap": lambda net, x: torch.vmap(lambda row: row * net.step)(x),
     "checkpoint": lambda net, x: torch.utils.checkpoint.checkpoint(lambda y: y * net.step, x, use_reentrant=False),
     "an autograd function": lambda net, x: Reads.apply(x, net),
-    "map": lambda net, x: sum(map(lambda k: x * k * net.step, [1, 2])),
+    "map": lambda net, x: sum(map(functools.partial(times, net, x), [1, 2])),
     "eval": lambda net, x: x * eval("net.step", {"net": net}),
     "format": lambda net, x: x * int(f"{net.step}"),
 }

@@ -13,9 +13,8 @@ from types import CodeType
 from typing import Any
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
-_SYMBOLS = {
-    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**", "neg": "-", "pos": "+",
-}  # fmt: skip
+_SIGNS = {"neg": "-", "pos": "+"}
+_SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**"} | _SIGNS
 # Code that mentions these may hand a number to C code that reads it without asking.
 _READERS = frozenset(("np", "numpy", "struct", "decimal", "fractions", "ctypes"))
 
@@ -183,8 +182,9 @@ def _looks(name: str) -> None:
 
 for _name in _BINARY:
     _binary(_name)
-for _name in ("neg", "pos", "abs"):
-    _unary(_name)
-for _name in ["__bool__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__float__", "__int__", "__trunc__", "__floor__", "__ceil__", "__round__", "__str__", "__repr__", "__format__", "__divmod__", "__rdivmod__", "__getnewargs__", "is_integer", "as_integer_ratio", "hex", "conjugate"]:
+_COMPARE = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __bool__"
+_CONVERT = "__float__ __int__ __trunc__ __floor__ __ceil__ __round__ __divmod__ __rdivmod__ is_integer as_integer_ratio"
+_WRITE = "__str__ __repr__ __format__ __getnewargs__ hex conjugate"
+for _name in f"{_COMPARE} {_CONVERT} {_WRITE}".split():
     if hasattr(float, _name):
         _looks(_name)

@@ -69,9 +69,7 @@ class Log:
         self.count = 0
         self.calls: deque[dict[str, str]] = deque(maxlen=_KEPT)
 
-    def note(
-        self, call: int, args: tuple[Any, ...], kwnames: tuple[str, ...] | None, cause: Any, values: Any
-    ) -> None:
+    def note(self, call: int, args: tuple[Any, ...], kwnames: tuple[str, ...] | None, cause: Any, values: Any) -> None:
         """A call is about to be captured.
 
         Args:

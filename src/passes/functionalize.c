@@ -154,8 +154,9 @@ static bool ties_base(const pass *p, th_opref op) {
 static bool is_suspicious(pass *p, th_opref op) {
     const th_op *data = &p->t->ops[op];
     const char *callee = th__op_callee(p->t, data);
-    p->suspicious = ((data->effects & TH_FX_STATE) && !th__op_only_reads(p->t, data) && !ties_base(p, op)) || strstr(callee, "storage") ||
-                    strstr(callee, "data_ptr") || (!data->nwrites && th__op_named_in_place(p->t, data));
+    p->suspicious = ((data->effects & TH_FX_STATE) && !th__op_only_reads(p->t, data) && !ties_base(p, op)) ||
+                    strstr(callee, "storage") || strstr(callee, "data_ptr") ||
+                    (!data->nwrites && th__op_named_in_place(p->t, data));
     th_op_each_out(p->t, op, find_object, p);
     return p->suspicious;
 }

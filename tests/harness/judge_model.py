@@ -87,7 +87,8 @@ def _judge(entry: Entry, verdict: Verdict, device: str) -> None:
                 verdict.outcome, verdict.reason = WRONG, f"call {call + 1}: {found[0]} ({len(found)} differences)"
                 return
     hits, misses = thunder.cache_hits(compiled), thunder.cache_misses(compiled)
-    steered = any(e["values"] for e in getattr(thunder.compile_stats(compiled), "entries", ()))  # another input, other values: a miss
+    entries = getattr(thunder.compile_stats(compiled), "entries", ())
+    steered = any(e["values"] for e in entries)  # other inputs, other values of tensors that steer: a miss
     if (hits, misses) != (1, 1) and not (steered and hits + misses == 2):
         verdict.outcome = WRONG
         verdict.reason = f"the second call should hit the cache: {hits} hits, {misses} misses"

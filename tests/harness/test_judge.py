@@ -144,4 +144,5 @@ def test_a_missed_cache_is_not_right(monkeypatch):
     monkeypatch.setattr(thunder, "jit", lambda model, **options: honest(model))
     monkeypatch.setattr(thunder, "cache_hits", lambda f: 0)
     monkeypatch.setattr(thunder, "cache_misses", lambda f: 2)
+    monkeypatch.setattr(thunder, "compile_stats", lambda f: types.SimpleNamespace(fallbacks=0, entries=[]))
     assert judge_model.judge(zoo()["vit"]).outcome == "wrong"

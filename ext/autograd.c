@@ -124,6 +124,13 @@ static void rename_use(void *user, th_val *v) {
     if (r->to[*v]) *v = r->to[*v];
 }
 
+typedef struct placing {
+    th_trace *t;
+    th_opref op;
+} placing;
+
+static void place(void *user, th_val *v) { ((placing *)user)->t->values[*v].def = ((placing *)user)->op; }
+
 /* What the run did to its inputs is done: such writes go, and what they returned is the input. */
 static int drop_writes(th_trace *t) {
     renaming r = {PyMem_Calloc(t->nvalues, sizeof *r.to), 0};
@@ -143,6 +150,8 @@ static int drop_writes(th_trace *t) {
     }
     th_node_each_value(t, t->result, rename_use, &r);
     t->nops = n;
+    for (th_val v = 1; v < t->nvalues; v++) t->values[v].def = 0;
+    for (placing p = {t, 1}; p.op < t->nops; p.op++) th_op_each_out(t, p.op, place, &p);
     PyMem_Free(r.to);
     return 0;
 }

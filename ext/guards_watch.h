@@ -24,6 +24,7 @@ typedef struct watch_sequence { /* list, deque-like or set: length, then element
 typedef struct watch_object {
     PyObject *object;
     PyTypeObject *type;
+    PyObject *dict; /* of its attributes (borrowed: it is watched too); NULL: it answers __dict__ in its own way */
 } watch_object;
 
 typedef struct watch_cell { /* a variable of an enclosing function */
@@ -65,6 +66,7 @@ struct thx_guards {
     VEC(watch_other) others;
     VEC(PyObject *) modules; /* outermost modules (owned) */
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
+    VEC(PyObject *) tied;    /* those found in more than one place (borrowed from `tensors`) */
     VEC(bound) bounds;
     PyObject **live;        /* the bound tensors (owned), parallel to bounds: handed out as an array */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
@@ -88,6 +90,7 @@ static inline uint64_t thx_watch_tag(PyObject *dict) {
 /* Numbers and strings by value, all else by identity. */
 bool thx_same_value(PyObject *a, PyObject *b);
 bool thx_watch_cell_holds(const watch_cell *c);
+bool thx_watch_object_holds(const watch_object *o);
 bool thx_watch_sequence_holds(const watch_sequence *w);
 
 /* ---- guards_other.c ---- */

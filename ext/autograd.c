@@ -126,6 +126,13 @@ static void rename_use(void *user, th_val *v) {
     if (r->to[*v]) *v = r->to[*v];
 }
 
+typedef struct placing {
+    th_trace *t;
+    th_opref op;
+} placing;
+
+static void place(void *user, th_val *v) { ((placing *)user)->t->values[*v].def = ((placing *)user)->op; }
+
 static bool is_batch_norm(const th_trace *t, const th_op *op) {
     return !op->callee_opaque && strstr(th_str_get(t->ctx, op->callee), "batch_norm") != NULL;
 }
@@ -154,7 +161,8 @@ static int drop_writes(th_trace *t) {
     }
     th_node_each_value(t, t->result, rename_use, &r);
     t->nops = n;
-    for (th_opref o = 1; o < n; o++) th__node_define(t, t->ops[o].outs, o);
+    for (th_val v = 1; v < t->nvalues; v++) t->values[v].def = 0;
+    for (placing p = {t, 1}; p.op < t->nops; p.op++) th_op_each_out(t, p.op, place, &p);
     PyMem_Free(r.to);
     return 0;
 }

@@ -23,24 +23,47 @@ static bool same_names(PyObject *a, PyObject *b) {
     return true;
 }
 
+static int64_t start_of(thx *x, PyObject *tensor) { /* in its storage, in elements */
+    int64_t offset = 0;
+    if (x->abi.on) {
+        x->abi.aoti_torch_get_storage_offset(thx_borrow(&x->abi, tensor), &offset);
+        return offset;
+    }
+    PyObject *number = PyObject_CallMethod(tensor, "storage_offset", NULL);
+    offset = number ? PyLong_AsLongLong(number) : 0;
+    PyErr_Clear();
+    Py_XDECREF(number);
+    return offset;
+}
+
+static bool is_inference(thx *x, PyObject *tensor) { /* outside of inference mode nobody may write to it */
+    PyObject *yes = PyObject_CallOneArg(x->is_inference, tensor);
+    PyErr_Clear();
+    Py_XDECREF(yes); /* a singleton */
+    return yes == Py_True;
+}
+
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out) {
     PyObject *const *live;
-    uint32_t n = thx_guards_bound(guards, &live);
-    for (uint32_t i = 0; i < leaves->count; i++) {
+    uint32_t n = thx_guards_bound(guards, &live), count = leaves->count;
+    for (uint32_t i = 0; i < count; i++) {
         void *base = thx_storage_base(x, leaves->items[i]);
+        PyObject *with = NULL;
         out[i] = UINT32_MAX;
-        for (uint32_t j = 0; base && j < i && out[i] == UINT32_MAX; j++)
-            if (thx_storage_base(x, leaves->items[j]) == base) out[i] = j;
-        for (uint32_t j = 0; base && j < n && out[i] == UINT32_MAX; j++)
-            if (thx_storage_base(x, live[j]) == base) out[i] = leaves->count + j;
+        for (uint32_t j = 0; base && j < i && !with; j++)
+            if (thx_storage_base(x, leaves->items[j]) == base) with = leaves->items[out[i] = j];
+        for (uint32_t j = 0; base && j < n && !with; j++)
+            if (thx_storage_base(x, live[j]) == base) with = live[(out[i] = count + j) - count];
+        out[count + i] = with ? (uint32_t)(start_of(x, leaves->items[i]) - start_of(x, with)) : 0;
+        out[2 * count + i] = is_inference(x, leaves->items[i]);
     }
 }
 
 static int same_sharing(thx *x, const thx_entry *e, const thx_leaves *leaves) {
-    uint32_t fixed[32], *now = leaves->count <= 32 ? fixed : PyMem_Malloc(sizeof *now * leaves->count);
+    uint32_t fixed[96], n = 3 * leaves->count, *now = n <= 96 ? fixed : PyMem_Malloc(sizeof *now * n);
     if (!now) return PyErr_NoMemory(), -1;
     thx_find_sharing(x, e->guards, leaves, now);
-    int same = memcmp(now, e->sharing, sizeof *now * leaves->count) == 0;
+    int same = memcmp(now, e->sharing, sizeof *now * n) == 0;
     if (now != fixed) PyMem_Free(now);
     return same;
 }
@@ -82,9 +105,10 @@ static int replay_writes(thx *x, const thx_entry *e, th_slot *slots) {
     for (uint32_t i = 0; i < e->nwrites; i++) {
         const thx_write *w = &e->writes[i];
         PyObject *value = w->constant ? w->constant : thx_slot_object(x, &slots[w->slot]);
-        int rc = !value                  ? -1
-                 : PyType_Check(w->dict) ? PyObject_SetAttr(w->dict, w->key, value)
-                                         : PyDict_SetItem(w->dict, w->key, value);
+        int rc = !value                   ? -1
+                 : PyType_Check(w->dict)  ? PyObject_SetAttr(w->dict, w->key, value)
+                 : PyODict_Check(w->dict) ? PyODict_SetItem(w->dict, w->key, value)
+                                          : PyDict_SetItem(w->dict, w->key, value);
         if (rc < 0) return -1;
     }
     return 0;
@@ -303,6 +327,19 @@ static PyObject *call_original(thx_callable_object *c, PyObject *const *args, si
     return PyObject_Vectorcall(c->fn, args, nargsf, kwnames);
 }
 
+/* A kernel failed. What eager writes before that line is not written yet: eager does it, as long as nothing else has
+ * changed; otherwise the error stays, which names the line. */
+static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves,
+                                    const thx_request *call) {
+    bool writes = (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform;
+    PyObject *result = run_entry(c, e, leaves);
+    if (result || !writes || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(c->x->StaleProgram) ||
+        PyErr_ExceptionMatches(c->x->ValueChanged) || !thx_entry_is_untouched(e))
+        return result;
+    PyErr_Clear();
+    return PyObject_Vectorcall(c->fn, call->args, call->nargsf, call->kwnames);
+}
+
 /* A call of which a former one like it could not be captured, or not differentiated. */
 static PyObject *call_eager(thx_callable_object *c, const thx_entry *e, PyObject *const *args, size_t nargsf,
                             PyObject *kwnames) {
@@ -322,8 +359,9 @@ static int tell_eager(thx_callable_object *c, const thx_entry *e) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);
-    bool refused = e->eager == THX_EAGER_REFUSED, *told = refused ? &c->warned_fallback : &c->warned_grad;
-    int rc = *told ? 0 : tell(c, refused ? "fallback" : "grad", value);
+    bool refused = e->eager != THX_EAGER_GRAD, *told = refused ? &c->warned_fallback : &c->warned_grad;
+    const char *events[] = {[THX_EAGER_GRAD] = "grad", [THX_EAGER_REFUSED] = "fallback", [THX_EAGER_RAISED] = "raised"};
+    int rc = *told ? 0 : tell(c, events[e->eager], value);
     *told = true;
     Py_XDECREF(type);
     Py_XDECREF(value);
@@ -348,6 +386,30 @@ static void keep(thx_callable_object *c, thx_entry *e) {
     c->entry_count++;
 }
 
+/* The program raised while it was captured, and all is as it was before: eager leaves behind what it did until then.
+ * When eager does not raise, calls like this one cannot be captured. */
+static PyObject *raise_in_eager(thx_callable_object *c, thx_entry *e, PyObject *const *args, size_t nargsf,
+                                PyObject *kwnames) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *result = PyObject_Vectorcall(c->fn, args, nargsf, kwnames);
+    if (result && c->refused) {
+        PyErr_Restore(type, value, trace);
+        c->fallbacks++;
+        if (tell_eager(c, e) < 0) Py_CLEAR(result);
+        e->eager = THX_EAGER_GRAD;
+        keep(c, e);
+        return result;
+    }
+    if (result) PyErr_Format(c->x->CaptureError, "this raised while it was captured, and not in eager: %S", value);
+    Py_CLEAR(result);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    thx_entry_free(c->x, e);
+    return NULL;
+}
+
 /* A program that turned out not to be right on the way: nothing has left it yet, so the call can begin anew. */
 static bool begin_anew(thx_callable_object *c) {
     if (!c->claims || !PyErr_ExceptionMatches(c->x->StaleProgram)) return false;
@@ -365,7 +427,7 @@ static PyObject *run_first(thx_callable_object *c, thx_entry *e, const thx_reque
     for (uint32_t i = 0; i < e->nargs && same == 1; i++)
         same = thx_spec_match(c->x, &e->args[i], call->args[i], &leaves);
     if (same == 1)
-        result = run_entry(c, e, &leaves);
+        result = run_entry_or_raise(c, e, &leaves, call);
     else if (same == 0)
         PyErr_SetString(PyExc_RuntimeError, "an argument changed while the function was captured");
     thx_leaves_fini(&leaves);
@@ -457,6 +519,7 @@ static PyObject *miss(thx_callable_object *c, thx_request *call) {
         e = thx_compile(c, call);
         x->compiling = false;
         if (!e) return NULL;
+        if (e->eager == THX_EAGER_RAISED) return raise_in_eager(c, e, call->args, call->nargsf, call->kwnames);
         if (e->eager) {
             int told = tell_eager(c, e);
             keep(c, e);
@@ -528,7 +591,7 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
         *p = e->next; /* most recent first */
         e->next = c->entries;
         c->entries = e;
-        *result = run_entry(c, e, &leaves);
+        *result = run_entry_or_raise(c, e, &leaves, call);
         int another = *result ? 0 : take_value(x, e, call);
         if (another < 0) break;
         if (another) { /* the entry for that value, if there is one */

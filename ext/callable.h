@@ -11,8 +11,9 @@
 #include "trace_object.h"
 
 enum {
-    THX_EAGER_GRAD = 1,   /* it uses autograd in a way that is not compiled */
-    THX_EAGER_REFUSED = 2 /* it cannot be captured, and the user asked for the fallback */
+    THX_EAGER_GRAD = 1,    /* the original is run: it uses autograd in a way that is not compiled, say */
+    THX_EAGER_REFUSED = 2, /* it cannot be captured, and the user asked for the fallback */
+    THX_EAGER_RAISED = 3   /* the program itself raised: eager does so too, after what it does before */
 };
 
 typedef struct thx_write { /* a write to the module tree, replayed after each run */
@@ -58,7 +59,8 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
-    uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody */
+    uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody; then,
+                           by leaf: how far its start lies from that one's; then: is it an inference tensor? */
     uint8_t eager;      /* THX_EAGER_*: not compiled, calls like this one run the original */
     bool dead;          /* its guards failed for good */
     uint64_t hits;
@@ -99,7 +101,7 @@ typedef struct thx_request { /* a call */
 /* compile.c: capture, passes, lowering. NULL with an exception; an entry with `eager` set comes with the exception that
  * says why. */
 thx_entry *thx_compile(thx_callable_object *c, const thx_request *call);
-/* Which of the leaves share storage, as thx_entry.sharing describes; out holds leaves->count numbers. */
+/* Which of the leaves share storage, as thx_entry.sharing describes; out holds 3 * leaves->count numbers. */
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
 /* numbers.c. Before a capture: is there an entry for the same call but for values of floats? Then these are followed,
  * and `*like` is that entry. After it: what differs between the two programs becomes slots; 1 it did, 0 not, -1 error.
@@ -108,6 +110,8 @@ int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like);
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape);
 /* The literals of a call, into their slots: what holds them, or NULL with an exception. */
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
+/* A run has failed: is all as it was before, no input written to and no random number drawn? */
+bool thx_entry_is_untouched(const thx_entry *entry);
 int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
 /* Raise for a call that would have to run the original; NULL: for the pending exception. Always NULL. */

@@ -47,11 +47,14 @@ typedef struct thx_recorder {
     PyObject *bound;   /* its own __torch_function__ while the capture runs: a cycle, so no longer than that (owned) */
     PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
     PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
+    PyObject *needed;  /* the first GradNeeded, likewise (owned) */
+    PyObject *doubt;   /* why torch may refuse what the code did: only the original can tell (owned) */
     PyObject **inputs; /* tensors of the operation being recorded: fakes, or real ones that have none yet (borrowed) */
     uint32_t ninputs, cap_inputs;
     bool real_inputs;   /* some of them came as real tensors */
     bool wrapped_input; /* a functorch wrapper was met: leave the call to layer 2 */
     bool forgivable;    /* a CaptureError now is the user's to catch: only a message was to be made */
+    bool writes_part;   /* the operation writes where an index says: x[i] = y */
     bool saw_random;
     bool hidden_write;      /* something that requires grad was written while gradients were off */
     int recompute;          /* above 0: inside a checkpoint */
@@ -146,6 +149,10 @@ typedef struct thx_grad_note { /* of one operation */
 } thx_grad_note;
 int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_note *note); /* of r->inputs */
 th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_note *note);
+/* Torch may refuse what the code did, and only the original can tell: the call runs it. Always -1 with an exception. */
+int thx_doubt(thx_recorder *r, const char *why);
+bool thx_asks_of_intermediate(thx_recorder *r, const thx_func *f, PyObject *args); /* f: one that is refused */
+int thx_check_write(thx_recorder *r, th_val value, thx_grad_note *note);           /* -1: torch would refuse it */
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
 PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor);      /* 1 requires grad, 0 does not, -1 error */

@@ -65,7 +65,8 @@ typedef struct compile {
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
-    bool *told; /* by value of `values`: the user's code was told that it requires grad */
+    bool *told;  /* by value of `values`: the user's code was told that it requires grad */
+    bool raised; /* the user's code ended with an exception of its own */
 } compile;
 
 /* ---- arguments ---- */
@@ -134,10 +135,11 @@ static bool is_plain(PyObject *o) {
 
 /* What a change is called in an error: 'a write to the list 'seen''. */
 static void name_change(compile *k, PyObject *owner, PyObject *key, char *text, size_t size) {
-    const char *what = PyDict_Check(owner)   ? "attribute or key"
+    const char *what = PyDict_Check(owner)
+                           ? key == Py_None ? "dictionary, in the order of its keys," : "attribute or key"
                        : PyCell_Check(owner) ? "variable of an enclosing function"
                                              : Py_TYPE(owner)->tp_name;
-    PyObject *known = PyDict_Check(owner) ? key : thx_guards_name(k->e->guards, owner);
+    PyObject *known = PyDict_Check(owner) && key != Py_None ? key : thx_guards_name(k->e->guards, owner);
     PyObject *name = known ? PyObject_Repr(known) : NULL;
     snprintf(text, size, "a write to a%s %.60s%s%.120s", strchr("aeiou", what[0]) ? "n" : "", what, name ? " " : "",
              name ? PyUnicode_AsUTF8(name) : "");
@@ -241,6 +243,13 @@ static int refuse_iterators(compile *k) {
                              "make it inside the function, or pass what it gives as an argument");
 }
 
+/* A tensor that is an argument and lies in the state too is two objects while the function runs on fakes. */
+static int refuse_two_places(compile *k) {
+    if (!k->e->nidentical || !thx_guards_compares_identity(k->e->guards)) return 0;
+    return thx_capture_error(k->r, "an argument that the function can also reach by itself",
+                             "the function compares objects with `is`", "pass a copy, or do not pass it");
+}
+
 static int capture(compile *k) {
     thx *x = k->x;
     PyObject *params = thx_guards_params(x, k->e->guards);
@@ -259,9 +268,11 @@ static int capture(compile *k) {
     x->tape = NULL;
     k->r->tape = k->tape;
     if (built < 0 || thx_args_watch(&k->watched, k->e->args, k->fakes, k->e->nargs) < 0) return -1;
-    int rc = refuse_iterators(k);
+    int rc = refuse_iterators(k) < 0 ? -1 : refuse_two_places(k);
     if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
     PyObject *type = NULL, *value = NULL, *trace = NULL;
+    k->raised = rc < 0 && PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->CaptureError) &&
+                !PyErr_ExceptionMatches(x->GradNeeded);
     if (rc < 0) PyErr_Fetch(&type, &value, &trace);
     PyObject *codes = rc < 0 ? NULL : thx_codes_list(k->r);
     thx_guards_ran(k->e->guards, codes);
@@ -321,8 +332,8 @@ static bool is_written_before(const th_trace *t, th_val v, th_opref end) {
     return false;
 }
 
-static bool writes_inputs(const th_trace *t) {
-    for (th_opref o = 1; o < t->nops; o++)
+static bool writes_inputs(const th_trace *t, th_opref until) {
+    for (th_opref o = 1; o < until; o++)
         for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
             const th_value *v = &t->values[t->kids[t->ops[o].writes + i]];
             if (!v->def) return true;
@@ -330,6 +341,14 @@ static bool writes_inputs(const th_trace *t) {
                 if (t->values[t->inputs[j]].alias == v->alias) return true;
         }
     return false;
+}
+
+bool thx_entry_is_untouched(const thx_entry *e) {
+    const th_trace *t = e->main.t;
+    th_opref until = e->main.failed ? e->main.failed : t->nops;
+    for (th_opref o = 1; o < until; o++)
+        if (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) return false;
+    return !writes_inputs(t, until) && (!e->gradient || e->gradient->nmutated < 2);
 }
 
 /* ---- all of it ---- */
@@ -372,7 +391,8 @@ static int note_undo(compile *k) {
 static int lower(compile *k) {
     thx_entry *e = k->e;
     e->nvalues = k->nvalues;
-    e->writes_inputs = e->main.once = writes_inputs(e->main.t) || (e->gradient && e->gradient->nmutated);
+    e->writes_inputs = e->main.once =
+        writes_inputs(e->main.t, e->main.t->nops) || (e->gradient && e->gradient->nmutated);
     if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||
         thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0)
         return -1;
@@ -402,7 +422,9 @@ static bool take_flags(const thx_recorder *r, th_trace *t) {
         any |= plain != t->values[v].type;
         t->values[v].type = plain;
     }
-    for (th_opref o = 1; o < t->nops && !any; o++) t->ops[o].marks &= (uint8_t)~TH_MARK_NO_GRAD;
+    bool differentiable = any;
+    for (uint32_t i = 0; i < r->nroots; i++) differentiable |= r->roots[i].requires_grad;
+    for (th_opref o = 1; o < t->nops && !differentiable; o++) t->ops[o].marks &= (uint8_t)~TH_MARK_NO_GRAD;
     return any;
 }
 
@@ -422,17 +444,24 @@ static int note_told(compile *k) {
     return 0;
 }
 
-/* A result that requires grad for the sake of a tensor that the code made a leaf, and for no other, is not one of ours.
- */
+/* A result that requires grad though no gradient reaches an input through it (the code made a leaf; something was
+ * written over), or the other way round (a.type_as(b)), is not one of ours. */
 static int check_leaves(compile *k, const th_joint *joint) {
-    for (uint32_t i = 0; k->r->leaves && i < k->nvalues; i++) {
-        bool found = !k->told[i];
-        for (uint32_t j = 0; j < joint->ntangents && !found; j++)
-            found = joint->tangent_of[j] < k->nvalues && k->values[joint->tangent_of[j]] == k->values[i];
-        for (uint32_t j = 0; j < k->r->nroots && !found; j++)
-            found = k->r->roots[j].value == k->values[i] && k->r->roots[j].requires_grad;
-        if (found) continue;
-        PyErr_SetString(k->x->GradNeeded, "a result requires grad because the function made a tensor require it");
+    const th_trace *t = k->e->captured;
+    for (uint32_t i = 0; i < k->nvalues; i++) {
+        bool reached = false;
+        for (uint32_t j = 0; j < joint->ntangents && !reached; j++)
+            reached = joint->tangent_of[j] < k->nvalues && k->values[joint->tangent_of[j]] == k->values[i];
+        bool right = reached == k->told[i];
+        for (uint32_t j = 0; j < k->r->nroots && !right && !reached; j++) { /* an input, or one that was written to */
+            const thx_root *root = &k->r->roots[j];
+            uint32_t alias = t->values[k->values[i]].alias;
+            right = (root->value == k->values[i] && root->requires_grad) ||
+                    (joint->nmutated && alias && t->values[root->value].alias == alias);
+        }
+        if (right) continue;
+        PyErr_SetString(k->x->GradNeeded,
+                        "whether a result requires grad does not follow from the inputs that it is computed from");
         return -1;
     }
     return 0;
@@ -537,7 +566,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
     if (rc == 0) rc = lower(&k);
     if (rc == 0) {
         thx_entry *e = k.e;
-        e->sharing = PyMem_Malloc(sizeof *e->sharing * (k.leaves.count + 1));
+        e->sharing = PyMem_Malloc(sizeof *e->sharing * (3 * k.leaves.count + 1));
         if (e->sharing)
             thx_find_sharing(x, e->guards, &k.leaves, e->sharing);
         else
@@ -579,6 +608,8 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
             k.e->eager = THX_EAGER_GRAD;
         else if (PyErr_ExceptionMatches(x->CaptureError) && c->refused)
             k.e->eager = THX_EAGER_REFUSED;
+        else if (k.raised)
+            k.e->eager = THX_EAGER_RAISED;
         if (k.e->eager) /* the exception stays set: the caller tells it once */
             return k.e;
     }

@@ -27,14 +27,10 @@ static const char *const queries[] = {"size",
                                       "__len__",
                                       "is_signed",
                                       "type",
-                                      "is_inference",
-                                      "is_pinned",
                                       "is_conj",
                                       "is_neg",
                                       "is_same_size",
                                       "has_names",
-                                      "is_shared",
-                                      "is_set_to",
                                       "is_distributed",
                                       "is_coalesced",
                                       "sparse_dim",
@@ -46,7 +42,6 @@ static const char *const queries[] = {"size",
                                       "is_tensor",
                                       "is_storage",
                                       "is_nonzero_query",
-                                      "_is_view",
                                       "is_variable",
                                       "broadcast_shapes",
                                       "__hash__",
@@ -76,7 +71,6 @@ static const char *const query_properties[] = {"shape",
                                                "is_maia",
                                                "itemsize",
                                                "nbytes",
-                                               "_version",
                                                "is_nested",
                                                "name",
                                                "output_nr",
@@ -85,7 +79,6 @@ static const char *const query_properties[] = {"shape",
                                                "is_vulkan",
                                                "is_mtia",
                                                "is_hpu",
-                                               "retains_grad",
                                                "_backward_hooks",
                                                "_post_accumulate_grad_hooks",
                                                NULL};
@@ -113,6 +106,9 @@ static const char *const refused[] = {"register_post_accumulate_grad_hook",
                                       "storage_offset",
                                       NULL};
 static const char *const parted[] = {"index_put", "index_put_", "__setitem__", "index_fill", "index_fill_", NULL};
+/* How a tensor came to be: the fakes of a capture came another way. */
+static const char *const asked[] = {"is_inference", "is_pinned", "is_shared", "is_set_to", "_is_view", NULL};
+static const char *const asked_properties[] = {"_version", "_base", "retains_grad", NULL};
 static const char *const autograd_names[] = {"requires_grad_", "register_hook", "retain_grad", "backward", NULL};
 static const char *const autograd_properties[] = {"requires_grad", "is_leaf", "grad_fn", "grad", NULL};
 static const char *const random_names[] = {"rand",
@@ -213,7 +209,8 @@ static uint8_t kind_of(const char *callee, const char *name) {
     if (listed(data, name)) return THX_FUNC_DATA;
     if (listed(skipped, name)) return THX_FUNC_SKIP;
     if (strncmp(callee, "thunder._kernels.", 17) == 0) return THX_FUNC_CHECK;
-    if (listed(refused, name)) return THX_FUNC_REFUSE;
+    if (listed(asked, name)) return THX_FUNC_ASK;
+    if (listed(refused, name) || strncmp(callee, "torch.ops.aten.set_.", 20) == 0) return THX_FUNC_REFUSE;
     if (strcmp(callee, "torch.autograd.grad") == 0 || strncmp(callee, "torch.autograd.backward", 23) == 0)
         return THX_FUNC_GRAD;
     if (listed(autograd_names, name) && strncmp(callee, "torch.Tensor.", 13) == 0) return THX_FUNC_GRAD;
@@ -233,7 +230,9 @@ static int describe_property(thx *x, PyObject *wrapper, PyObject *descriptor, th
         if (listed(autograd_properties, name))
             f->kind = THX_FUNC_GRAD;
         else if (get)
-            f->kind = listed(query_properties, name) ? THX_FUNC_QUERY : THX_FUNC_RECORD;
+            f->kind = listed(asked_properties, name)   ? THX_FUNC_ASK
+                      : listed(query_properties, name) ? THX_FUNC_QUERY
+                                                       : THX_FUNC_RECORD;
         else
             f->kind = strcmp(name, "names") == 0 ? THX_FUNC_SKIP : THX_FUNC_REFUSE;
         f->def = th_catalog_find(x->catalog, f->callee);

@@ -8,6 +8,10 @@
 
 #include <string.h>
 
+static bool is_named(const thx_recorder *r, th_str callee, const char *name) {
+    return callee && strcmp(th_str_get(r->x->ctx, callee), name) == 0;
+}
+
 static bool flagged(const thx_recorder *r, th_val v) {
     return th_type_get(r->x->ctx, r->t->values[v].type)->flags & TH_TYPE_REQUIRES_GRAD;
 }
@@ -57,17 +61,60 @@ static int look_at_hooks(thx_recorder *r, thx_grad_note *note) {
     return -1;
 }
 
+/* The real tensor that a fake stands for, when it is an input of the capture as it came; borrowed. */
+static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
+    if (!thx_is_fake(r->x, tensor)) return tensor;
+    thx_cell *cell = thx_recorder_cell(r, tensor);
+    PyErr_Clear();
+    for (uint32_t i = 0; cell && i < r->nroots; i++)
+        if (r->roots[i].value == cell->value) return r->roots[i].real;
+    return NULL;
+}
+
+/* The object of the caller, whatever was written to it since. */
+static bool comes_from_outside(thx_recorder *r, PyObject *tensor) {
+    if (!thx_is_fake(r->x, tensor)) return true;
+    for (uint32_t i = 0; i < r->nroots; i++)
+        if (thx_recorder_fake(r, r->roots[i].real) == tensor) return true;
+    PyErr_Clear();
+    return false;
+}
+
+/* x.is_inference(): of what the program computes it follows from the modes around it. */
+bool thx_asks_of_intermediate(thx_recorder *r, const thx_func *f, PyObject *args) {
+    const char *name = f->callee ? th_str_get(r->x->ctx, f->callee) : "";
+    return strcmp(name, "torch.Tensor.is_inference") == 0 && PyTuple_GET_SIZE(args) == 1 &&
+           !comes_from_outside(r, PyTuple_GET_ITEM(args, 0));
+}
+
+/* What x.detach_() does to a tensor no trace holds; it raises for a view. */
+static int refuse_detaching(thx_recorder *r, th_str callee) {
+    if (!is_named(r, callee, "torch.Tensor.detach_") || !r->ninputs) return 0;
+    thx_cell *cell = thx_recorder_cell(r, r->inputs[0]);
+    if (!cell) return -1;
+    if (!flagged(r, cell->value) && !r->t->values[cell->value].alias && !comes_from_outside(r, r->inputs[0])) return 0;
+    thx_grad_needed(r, "a tensor is detached in place");
+    return -1;
+}
+
 int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_note *note) {
     bool any = false;
     *note = (thx_grad_note){false, 0};
-    for (uint32_t i = 0; i < r->ninputs && !any; i++) {
+    bool first = r->ninputs && (is_named(r, callee, "torch.Tensor.type_as") || (def && def->fusion == TH_FUSE_VIEW));
+    uint32_t n = first ? 1 : r->ninputs; /* the others give a shape or a dtype */
+    for (uint32_t i = 0; i < n && !any; i++) {
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
         if (!cell) return -1;
         any = flagged(r, cell->value);
     }
+    if (refuse_detaching(r, callee) < 0) return -1;
     if (!any) return 0;
     int on = thx_grad_mode(r->x);
     if (on < 0) return -1;
+    if (on && (r->inference || r->inside)) {
+        thx_grad_needed(r, "gradients are switched on inside inference mode");
+        return -1;
+    }
     note->grad = on && !cuts_gradients(r, callee, def);
     if (note->grad && callee && strstr(th_str_get(r->x->ctx, callee), "as_strided_scatter")) {
         thx_grad_needed(r, "torch.as_strided_scatter has a derivative of torch's own that is not compiled");
@@ -83,6 +130,132 @@ th_typeref thx_flag_type(const thx_recorder *r, th_typeref type, const thx_grad_
     return class_ == 'f' || class_ == 'c' ? th_type_set_grad(r->x->ctx, type, true) : type;
 }
 
+/* ---- writes ---- */
+
+int thx_doubt(thx_recorder *r, const char *why) {
+    if (!r->doubt) r->doubt = PyUnicode_FromString(why); /* user code may catch it: the recorder raises it at the end */
+    if (r->doubt) PyErr_SetObject(PyExc_RuntimeError, r->doubt);
+    return -1;
+}
+
+typedef struct source {
+    const th_trace *t;
+    uint32_t alias;
+    th_val found;
+} source;
+
+static void find_source(void *user, th_val *value) {
+    source *s = user;
+    if (!s->found && s->t->values[*value].alias == s->alias) s->found = *value;
+}
+
+/* One of several views that an operation gave (chunk, split, unbind), or a view of one. */
+static bool is_one_of_several(const thx_recorder *r, th_val value) {
+    th_trace *t = r->t;
+    for (int steps = 0; steps < 64 && value && t->values[value].alias && t->values[value].def; steps++) {
+        th_opref o = t->values[value].def;
+        if (t->ops[o].outs_list && !t->ops[o].nwrites) return true;
+        source s = {t, t->values[value].alias, 0};
+        th_op_each_use(t, o, find_source, &s);
+        value = s.found;
+    }
+    return false;
+}
+
+typedef struct span { /* of memory, in elements */
+    int64_t first, last;
+    bool dense; /* and without holes */
+} span;
+
+static bool overlaps_itself(const th_type *t) {
+    for (uint32_t i = 0; i < t->ndim; i++)
+        if (t->stride[i] == 0 && t->shape[i] > 1) return true;
+    return false;
+}
+
+static span span_of(const thx_recorder *r, th_val v) {
+    const th_type *t = th_type_get(r->x->ctx, r->t->values[v].type);
+    span s = {r->t->values[v].offset, r->t->values[v].offset, true};
+    for (uint32_t i = 0; i < t->ndim; i++) s.last += t->stride[i] * (t->shape[i] - 1);
+    s.dense = s.last - s.first + 1 == th_type_numel(t);
+    return s;
+}
+
+/* Does an input of the operation lie partly where the written tensor lies? As far as torch looks: at dense ones. */
+static bool reads_what_it_writes(thx_recorder *r, th_val value) {
+    uint32_t alias = r->t->values[value].alias;
+    span to = span_of(r, value);
+    for (uint32_t i = 0; alias && to.dense && !r->writes_part && i < r->ninputs; i++) {
+        thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
+        if (!cell || cell->value == value || r->t->values[cell->value].alias != alias) continue;
+        span from = span_of(r, cell->value);
+        bool same = from.first == to.first && from.last == to.last;
+        if (from.dense && !same && from.first <= to.last && to.first <= from.last) return true;
+    }
+    PyErr_Clear();
+    return false;
+}
+
+static bool says(PyObject *tensor, const char *attribute) { /* of a flag, or of a method without arguments */
+    PyObject *flag = PyObject_GetAttrString(tensor, attribute);
+    if (flag && PyCallable_Check(flag)) Py_SETREF(flag, PyObject_CallNoArgs(flag));
+    PyErr_Clear();
+    Py_XDECREF(flag); /* a singleton */
+    return flag == Py_True;
+}
+
+/* A leaf that requires grad, or a view of one. */
+static bool belongs_to_leaf(PyObject *tensor) {
+    if (says(tensor, "is_leaf")) return true;
+    PyObject *base = PyObject_GetAttrString(tensor, "_base");
+    bool leaf = base && base != Py_None && says(base, "is_leaf");
+    PyErr_Clear();
+    Py_XDECREF(base);
+    return leaf;
+}
+
+/* Why torch would refuse to write to an input, or to a view of it. */
+static const char *refused_write(const thx_recorder *r, const thx_root *root, bool differentiable) {
+    if (differentiable && root->requires_grad && belongs_to_leaf(root->real))
+        return "a leaf that requires grad is written to";
+    return !r->inference && !r->inside && says(root->real, "is_inference") ? "an inference tensor is written to" : NULL;
+}
+
+/* Does something that requires grad lie in the memory of `value`? */
+static bool shares_with_differentiable(const thx_recorder *r, th_val value) {
+    const th_trace *t = r->t;
+    uint32_t alias = t->values[value].alias;
+    for (th_val v = 1; alias && v < t->nvalues; v++)
+        if (t->values[v].alias == alias && flagged(r, v)) return true;
+    return false;
+}
+
+/* Would torch refuse to write to `value`? What it does then is found out by running the original. */
+int thx_check_write(thx_recorder *r, th_val value, thx_grad_note *note) {
+    const th_trace *t = r->t;
+    bool differentiable = flagged(r, value) && !(note->marks & TH_MARK_NO_GRAD);
+    const char *why = NULL;
+    if (!flagged(r, value) && shares_with_differentiable(r, value)) {
+        if (thx_grad_mode(r->x) == 1)
+            return thx_grad_needed(r, "a tensor that requires grad is written to through .data or detach()"), -1;
+        note->marks |= TH_MARK_NO_GRAD;
+        r->hidden_write = true;
+    }
+    if (overlaps_itself(th_type_get(r->x->ctx, t->values[value].type)))
+        why = "a tensor that overlaps itself is written to";
+    else if (differentiable && is_one_of_several(r, value))
+        why = "one of several views is written to";
+    else if (reads_what_it_writes(r, value))
+        why = "a tensor is written to that overlaps with what is read";
+    for (uint32_t i = 0; i < r->nroots && !why; i++) {
+        const thx_root *root = &r->roots[i];
+        uint32_t alias = t->values[root->value].alias;
+        if (root->value != value && !(alias && alias == t->values[value].alias)) continue;
+        why = refused_write(r, root, differentiable);
+    }
+    return why ? thx_doubt(r, why) : 0;
+}
+
 /* `value` was written: all that share its storage now show what requires grad. */
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note) {
     th_trace *t = r->t;
@@ -91,16 +264,21 @@ void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note) {
     if (thx_was_made_leaf(r, value)) r->hidden_write = true; /* and eager would refuse it */
     if (!note->grad) return;
     t->values[value].type = thx_flag_type(r, t->values[value].type, note);
-    for (th_val v = 1; alias && v < t->nvalues; v++)
-        if (t->values[v].alias == alias && t->values[v].def)
+    for (th_val v = 1; alias && v < t->nvalues; v++) {
+        th_opref def = t->values[v].alias == alias ? t->values[v].def : 0;
+        if (def && !(t->ops[def].callee && cuts_gradients(r, t->ops[def].callee, NULL)))
             t->values[v].type = thx_flag_type(r, t->values[v].type, note);
+    }
 }
 
 PyObject *thx_grad_needed(thx_recorder *r, const char *why) {
     th_str file = 0;
     uint32_t line = 0;
     thx_user_line(r, &file, &line);
-    return PyErr_Format(r->x->GradNeeded, "%s, line %u: %s", file ? th_str_get(r->x->ctx, file) : "?", line, why);
+    if (!r->needed)
+        r->needed = PyUnicode_FromFormat("%s, line %u: %s", file ? th_str_get(r->x->ctx, file) : "?", line, why);
+    if (r->needed) PyErr_SetObject(r->x->GradNeeded, r->needed);
+    return NULL;
 }
 
 /* ---- answers ---- */
@@ -132,16 +310,6 @@ int thx_tensor_flag(thx_recorder *r, PyObject *tensor) {
     PyObject *flag = r->x->requires_grad_get(tensor, r->x->requires_grad_closure);
     Py_XDECREF(flag);
     return flag ? flag == Py_True : -1;
-}
-
-/* The real tensor that a fake stands for, when it is an input of the capture as it came; borrowed. */
-static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
-    if (!thx_is_fake(r->x, tensor)) return tensor;
-    thx_cell *cell = thx_recorder_cell(r, tensor);
-    PyErr_Clear();
-    for (uint32_t i = 0; cell && i < r->nroots; i++)
-        if (r->roots[i].value == cell->value) return r->roots[i].real;
-    return NULL;
 }
 
 bool thx_was_made_leaf(const thx_recorder *r, th_val value) {
@@ -177,7 +345,7 @@ static PyObject *set_requires_grad(thx_recorder *r, PyObject *tensor, int is, Py
     int on = PyObject_IsTrue(wanted);
     if (on < 0) return NULL;
     if (on == is) return Py_NewRef(tensor);
-    if (on && !root_of(r, tensor) && may_require_grad(r, tensor))
+    if (on && !comes_from_outside(r, tensor) && may_require_grad(r, tensor))
         return make_leaf(r, tensor) < 0 ? NULL : Py_NewRef(tensor);
     return thx_grad_needed(r,
                            on ? "a tensor is made to require gradients" : "a tensor is made to require no gradients");
@@ -197,7 +365,8 @@ PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, P
         thx_cell *cell = thx_recorder_cell(r, tensor);
         return cell ? PyBool_FromLong(thx_was_made_leaf(r, cell->value)) : NULL;
     }
-    if (strcmp(name, "is_leaf.__get__") == 0) return root ? PyObject_CallOneArg(func, root) : PyBool_FromLong(!is);
+    if (strcmp(name, "is_leaf.__get__") == 0 && !is) Py_RETURN_TRUE;
+    if (strcmp(name, "is_leaf.__get__") == 0 && Py_TYPE(root) != r->x->Tensor) return PyObject_CallOneArg(func, root);
     if (strcmp(name, "requires_grad_") == 0) {
         PyObject *flag = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1)
                          : kwargs                   ? PyDict_GetItemString(kwargs, "requires_grad")

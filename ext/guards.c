@@ -127,6 +127,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
     PyMem_Free(g->others.items);
     PyMem_Free(g->modules.items);
     PyMem_Free(g->tensors.items);
+    PyMem_Free(g->tied.items);
     PyMem_Free(g->bounds.items);
     PyMem_Free(g->live);
     Py_XDECREF(g->roots);
@@ -299,6 +300,12 @@ bool thx_watch_cell_holds(const watch_cell *c) {
     return now == c->value || (now && c->value && thx_same_value(c->value, now));
 }
 
+bool thx_watch_object_holds(const watch_object *o) {
+    if (Py_TYPE(o->object) != o->type) return false;
+    PyObject **dict = o->dict ? _PyObject_GetDictPtr(o->object) : NULL;
+    return !dict || *dict == o->dict;
+}
+
 bool thx_watch_sequence_holds(const watch_sequence *w) {
     if (PyAnySet_Check(w->object)) {
         Py_ssize_t n = PySet_GET_SIZE(w->object);
@@ -311,9 +318,17 @@ bool thx_watch_sequence_holds(const watch_sequence *w) {
     return true;
 }
 
-/* A tensor bound from dict[key] was replaced: take the new one when it is of the same kind. */
+static bool is_tied(const thx_guards *g, PyObject *tensor) {
+    for (uint32_t i = 0; i < g->tied.count; i++)
+        if (g->tied.items[i] == tensor) return true;
+    return false;
+}
+
+/* A tensor bound from dict[key] was replaced: take the new one when it is of the same kind, and as single as the old
+ * one was: which places hold the same tensor is something that programs see. */
 static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObject *old, PyObject *now) {
-    if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old)) return false;
+    if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old) || is_tied(g, old) || thx_guards_holds(g, now))
+        return false;
     bool found = false;
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         bound *b = &g->bounds.items[i];
@@ -465,8 +480,8 @@ int thx_guards_check(thx *x, thx_guards *g) {
     }
 #endif
     for (uint32_t i = 0; i < g->objects.count; i++)
-        if (Py_TYPE(g->objects.items[i].object) != g->objects.items[i].type) {
-            snprintf(g->reason, sizeof g->reason, "an object of type %.100s changed its class",
+        if (!thx_watch_object_holds(&g->objects.items[i])) {
+            snprintf(g->reason, sizeof g->reason, "an object of type %.100s changed its class or its __dict__",
                      g->objects.items[i].type->tp_name);
             keep_cause(g, g->objects.items[i].object, NULL, NULL, NULL);
             return 0;

@@ -364,9 +364,10 @@ static int walk_object(walker *w, PyObject *o, int depth) {
         return rc;
     }
     rc = RESERVE(g->objects);
+    PyObject **place = _PyObject_GetDictPtr(o);
     if (rc == 0) {
-        g->objects.items[g->objects.count++] =
-            (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o))};
+        g->objects.items[g->objects.count++] = (watch_object){
+            Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o)), place && *place == dict ? dict : NULL};
         int fresh = first_visit(w, dict);
         bool module = fresh == 1 && PyObject_TypeCheck(o, w->x->NnModule);
         rc = fresh != 1 ? fresh : module ? walk_module_dict(w, dict, depth) : walk_attributes(w, dict, depth);
@@ -408,6 +409,10 @@ static int walk(walker *w, PyObject *o, int depth) {
         return users && is_users_class(w->x, type) ? walk_class(w, type, depth) : 0;
     }
     int fresh = first_visit(w, o);
+    if (fresh == 0 && thx_is_tensor(w->x, o)) {
+        if (RESERVE(g->tied) < 0) return -1;
+        g->tied.items[g->tied.count++] = o;
+    }
     if (fresh <= 0) return fresh;
     if (thx_is_tensor(w->x, o)) {
         if (RESERVE(g->tensors) < 0) return -1;

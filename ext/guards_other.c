@@ -174,3 +174,42 @@ const char *thx_watch_other_text(const watch_other *w) {
                                         [WATCH_SLOT] = "an attribute of an object"};
     return texts[w->kind];
 }
+
+/* ---- a is b ---- */
+
+static int opcode_of(const char *name) { /* this Python's number; -1 */
+    PyObject *module = PyImport_ImportModule("opcode"), *map = module ? PyObject_GetAttrString(module, "opmap") : NULL;
+    PyObject *number = map ? PyDict_GetItemString(map, name) : NULL; /* borrowed */
+    long found = number ? PyLong_AsLong(number) : -1;
+    PyErr_Clear();
+    Py_XDECREF(map);
+    Py_XDECREF(module);
+    return (int)found;
+}
+
+static bool code_compares(PyCodeObject *code, int is, int constant) {
+    PyObject *bytes = PyCode_GetCode(code);
+    bool found = false;
+    int before = 0;
+    for (Py_ssize_t i = 0; bytes && i + 1 < PyBytes_GET_SIZE(bytes) && !found; i += 2) {
+        int op = (unsigned char)PyBytes_AS_STRING(bytes)[i];
+        found = op == is && before != constant; /* x is None asks for nothing */
+        if (op) before = op;                    /* 0: room for the interpreter's caches */
+    }
+    Py_XDECREF(bytes);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_consts) && !found; i++) {
+        PyObject *inner = PyTuple_GET_ITEM(code->co_consts, i);
+        found = PyCode_Check(inner) && code_compares((PyCodeObject *)inner, is, constant);
+    }
+    PyErr_Clear();
+    return found;
+}
+
+bool thx_guards_compares_identity(const thx_guards *g) {
+    int is = opcode_of("IS_OP"), constant = opcode_of("LOAD_CONST");
+    bool found = false;
+    for (uint32_t i = 0; i < g->others.count && !found; i++)
+        found = g->others.items[i].kind == WATCH_FUNCTION &&
+                code_compares((PyCodeObject *)PyFunction_GET_CODE(g->others.items[i].object), is, constant);
+    return found;
+}

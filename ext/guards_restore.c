@@ -38,9 +38,39 @@ static int tell_changes(PyObject *dict, PyObject *before, thx_change_fn changed,
     return rc;
 }
 
+static void put_back_plain(PyObject *dict, PyObject *before) {
+    PyDict_Clear(dict);
+    (void)PyDict_Update(dict, before);
+}
+
+/* An ordered dictionary keeps a list of its own beside the keys. */
+static void put_back_ordered(PyObject *dict, PyObject *before) {
+    PyObject *key, *value, *done = PyObject_CallMethod((PyObject *)&PyODict_Type, "clear", "O", dict);
+    Py_XDECREF(done);
+    for (Py_ssize_t at = 0; PyDict_Next(before, &at, &key, &value);) (void)PyODict_SetItem(dict, key, value);
+}
+
+/* Do the keys that are left come in the order that they had, and before new ones? */
+static bool keeps_order(const watch_dict *w) {
+    PyObject *keys = PyMapping_Keys(w->dict), *key;
+    Py_ssize_t at = 0, n = keys ? PyList_GET_SIZE(keys) : 0, i = 0;
+    for (; i < w->count && at < n; i++) {
+        key = PyList_GET_ITEM(keys, at);
+        if (key == w->items[2 * i] || PyObject_RichCompareBool(key, w->items[2 * i], Py_EQ) == 1)
+            at++;
+        else if (PyDict_Contains(w->dict, w->items[2 * i]))
+            break; /* it comes later now */
+    }
+    PyErr_Clear();
+    Py_XDECREF(keys);
+    return i == w->count || at == n;
+}
+
 static int restore_dict(watch_dict *w, thx_change_fn changed, void *user) {
     int rc = 0;
-    bool differs = PyDict_GET_SIZE(w->dict) != w->count;
+    pending before_look = hold_error();
+    bool ordered = keeps_order(w), differs = !ordered || PyDict_GET_SIZE(w->dict) != w->count;
+    release_error(before_look);
     for (Py_ssize_t i = 0; !differs && i < w->count; i++) {
         PyObject *now = PyDict_GetItemWithError(w->dict, w->items[2 * i]);
         differs = !now || !thx_same_value(w->items[2 * i + 1], now);
@@ -50,10 +80,13 @@ static int restore_dict(watch_dict *w, thx_change_fn changed, void *user) {
         PyObject *before = dict_before(w);
         release_error(error);
         if (!before) return -1;
-        if (changed) rc = tell_changes(w->dict, before, changed, user);
+        if (changed && !ordered) rc = changed(user, w->dict, Py_None, NULL, NULL);
+        if (changed && rc == 0) rc = tell_changes(w->dict, before, changed, user);
         error = hold_error();
-        PyDict_Clear(w->dict);
-        (void)PyDict_Update(w->dict, before);
+        if (PyODict_Check(w->dict))
+            put_back_ordered(w->dict, before);
+        else
+            put_back_plain(w->dict, before);
         Py_DECREF(before);
         release_error(error);
     }
@@ -146,8 +179,21 @@ static int restore_other(thx *x, watch_other *w, thx_change_fn changed, void *us
     return changed ? changed(user, w->object, Py_None, w->copy, NULL) : 0;
 }
 
+/* Its class, and the dictionary that its attributes are in. */
+static int restore_object(const watch_object *o, thx_change_fn changed, void *user) {
+    if (thx_watch_object_holds(o)) return 0;
+    pending error = hold_error();
+    (void)PyObject_SetAttrString(o->object, "__class__", (PyObject *)o->type);
+    PyErr_Clear();
+    if (o->dict) (void)PyObject_SetAttrString(o->object, "__dict__", o->dict);
+    release_error(error);
+    return changed ? changed(user, o->object, Py_None, NULL, NULL) : 0;
+}
+
 int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user) {
     int rc = 0;
+    for (uint32_t i = 0; i < g->objects.count; i++)
+        rc |= restore_object(&g->objects.items[i], rc == 0 ? changed : NULL, user);
     for (uint32_t i = 0; i < g->dicts.count; i++)
         if (!HAVE_VERSION_TAGS || thx_watch_tag(g->dicts.items[i].dict) != g->dicts.items[i].tag)
             rc |= restore_dict(&g->dicts.items[i], rc == 0 ? changed : NULL, user);

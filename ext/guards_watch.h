@@ -26,6 +26,7 @@ typedef struct watch_sequence { /* list, deque-like or set: length, then element
 typedef struct watch_object {
     PyObject *object;
     PyTypeObject *type;
+    PyObject *dict; /* of its attributes (borrowed: it is watched too); NULL: it answers __dict__ in its own way */
 } watch_object;
 
 typedef struct watch_cell { /* a variable of an enclosing function */
@@ -69,6 +70,7 @@ struct thx_guards {
     VEC(watch_other) others;
     VEC(PyObject *) modules; /* outermost modules (owned) */
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
+    VEC(PyObject *) tied;    /* those found in more than one place (borrowed from `tensors`) */
     VEC(bound) bounds;
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
     PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
@@ -96,6 +98,7 @@ static inline uint64_t thx_watch_tag(PyObject *dict) {
 /* Numbers and strings by value, all else by identity. */
 bool thx_same_value(PyObject *a, PyObject *b);
 bool thx_watch_cell_holds(const watch_cell *c);
+bool thx_watch_object_holds(const watch_object *o);
 bool thx_watch_sequence_holds(const watch_sequence *w);
 
 /* ---- guards_other.c ---- */

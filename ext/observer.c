@@ -217,6 +217,7 @@ static PyObject *fast_inplace(thx_recording *c, const th_call *rule) {
     thx_cell *cell = thx_recorder_cell(r, self);
     if (!cell || rule->outs[0].type != r->t->values[cell->value].type) return NULL;
     th_val before = cell->value, value = th_trace_value(r->t, 0, rule->outs[0].type);
+    if (thx_check_write(r, before, &c->note) < 0) return NULL;
     cell->ours = false;
     r->t->values[value].alias = thx_alias_group(r->t, before);
     r->t->values[value].offset = r->t->values[before].offset;
@@ -338,6 +339,16 @@ static void note_statistics(thx_recording *c) {
     }
 }
 
+/* By its name, x.add_, x[i] = y, inplace=, out=: others (an embedding that renorms its rows) know what they do. */
+static bool says_that_it_writes(const thx_recording *c) {
+    const char *name = c->callee ? th_str_get(c->r->x->ctx, c->callee) : "";
+    bool overload = strncmp(name, "torch.ops.", 10) == 0; /* aten.add_.Tensor */
+    const char *end = overload ? strrchr(name, '.') : name + strlen(name);
+    PyObject *inplace = c->kwargs ? PyDict_GetItemString(c->kwargs, "inplace") : NULL;
+    return (end > name && end[-1] == '_') || inplace == Py_True ||
+           (c->kwargs && PyDict_GetItemString(c->kwargs, "out"));
+}
+
 /* Emit what a slow call did: outputs, writes seen by version counters, randomness seen by the watcher. */
 static int emit_slow(thx_recording *c, PyObject **result, const long *versions) {
     thx_recorder *r = c->r;
@@ -347,6 +358,7 @@ static int emit_slow(thx_recording *c, PyObject **result, const long *versions) 
         bool by_schema = i < 64 && r->schema_writes >> i & 1;
         if (!by_schema && version_of(r->x, r->inputs[i]) == versions[i]) continue;
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
+        if (cell && says_that_it_writes(c) && thx_check_write(r, cell->value, &c->note) < 0) return -1;
         if (cell && nwrites < 64) writes[nwrites++] = cell->value;
     }
     if (!nwrites && thx_is_tensor(r->x, *result) && is_input(r, *result))
@@ -451,6 +463,46 @@ static PyObject *call_below_autograd(thx_recorder *r, PyObject *func, PyObject *
     return result;
 }
 
+static PyObject *refuse_call(thx_recorder *r, const thx_func *f) {
+    char text[240];
+    snprintf(text, 160, "%s", f->callee ? th_str_get(r->x->ctx, f->callee) : "this call");
+    if (f->kind == THX_FUNC_ASK) {
+        strcat(text, " tells of a tensor's past, which a trace does not hold");
+        return thx_doubt(r, text), NULL;
+    }
+    thx_capture_error(r, text, "it acts on memory, storage or hooks, which a trace does not hold",
+                      "call it outside the compiled function");
+    return NULL;
+}
+
+/* x[1:3] = y: not all of x is written, as it is by x[[0, 2]] = y as far as torch's checks go. */
+static bool is_basic_setitem(const thx_recording *c) {
+    const char *name = c->callee ? th_str_get(c->r->x->ctx, c->callee) : "";
+    if (strcmp(name, "torch.Tensor.__setitem__") != 0 || PyTuple_GET_SIZE(c->args) < 2) return false;
+    PyObject *index = PyTuple_GET_ITEM(c->args, 1);
+    bool basic = !PyList_Check(index) && !thx_is_tensor(c->r->x, index);
+    for (Py_ssize_t i = 0; PyTuple_Check(index) && i < PyTuple_GET_SIZE(index); i++)
+        basic &= !PyList_Check(PyTuple_GET_ITEM(index, i)) && !thx_is_tensor(c->r->x, PyTuple_GET_ITEM(index, i));
+    return basic;
+}
+
+/* What torch's fake kernels let pass: mask.mul_(3), whose result is of another kind than what is written. */
+static int check_result_fits(const thx_recording *c) {
+    thx *x = c->r->x;
+    bool written = c->def->effects & TH_OPDEF_INPLACE && c->def->fusion == TH_FUSE_POINTWISE;
+    if (!written || PyTuple_GET_SIZE(c->args) < 2) return 0;
+    PyObject *self = PyTuple_GET_ITEM(c->args, 0), *other = PyTuple_GET_ITEM(c->args, 1);
+    PyObject *type = PyObject_CallMethod(x->torch, "result_type", "OO", self, other);
+    PyObject *to = type ? PyObject_GetAttrString(self, "dtype") : NULL;
+    PyObject *fits = to ? PyObject_CallMethod(x->torch, "can_cast", "OO", type, to) : NULL;
+    PyErr_Clear();
+    Py_XDECREF(fits); /* a singleton */
+    Py_XDECREF(to);
+    Py_XDECREF(type);
+    if (fits != Py_False) return 0;
+    return thx_doubt(c->r, "the result cannot be cast to the dtype of the tensor that is written to");
+}
+
 PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     thx_recording c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
@@ -469,18 +521,16 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     }
     if (f->kind == THX_FUNC_DATA) return thx_call_for_data(&c);
     if (f->kind == THX_FUNC_CHECK) return record_check(&c);
-    if (f->kind == THX_FUNC_REFUSE) {
-        char text[200];
-        snprintf(text, sizeof text, "%s", f->callee ? th_str_get(x->ctx, f->callee) : "this call");
-        thx_capture_error(r, text, "it acts on memory, storage or hooks, which a trace does not hold",
-                          "call it outside the compiled function");
-        return NULL;
-    }
+    if (f->kind == THX_FUNC_REFUSE || f->kind == THX_FUNC_ASK)
+        return thx_asks_of_intermediate(r, f, args) ? PyObject_Call(func, args, kwargs) : refuse_call(r, f);
     if (thx_note_grad(r, c.callee, c.def, &c.note) < 0) return NULL;
     if (f->in_parts && c.note.grad) {
         PyObject *result = thx_call_in_parts(&c);
         if (result || PyErr_Occurred()) return result;
     }
+    r->writes_part = is_basic_setitem(&c);
+    if (c.note.grad && kwargs && PyDict_GetItemString(kwargs, "out"))
+        return thx_doubt(r, "out= does not support automatic differentiation"), NULL;
     if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
         PyObject *fa = thx_fakeify(r, args), *fk = fa && kwargs ? thx_fakeify(r, kwargs) : NULL;
         PyObject *result = !fa || (kwargs && !fk) ? NULL
@@ -496,6 +546,7 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
             r->nfast++;
             return result;
         }
+        if (check_result_fits(&c) < 0) return NULL;
     }
     return slow(&c);
 }
@@ -536,6 +587,16 @@ PyObject *thx_torch_function(PyObject *self, PyObject *const *a, Py_ssize_t n) {
 
 /* ---- layer 2 ---- */
 
+/* In inference mode tensors have no version counters, so that a write to a view shows in its base here alone. */
+static bool is_versionless_alias(thx *x, PyObject *input, PyObject *written) {
+    if (!thx_is_tensor(x, written) || version_of(x, input) >= 0) return false;
+    PyObject *pair[] = {NULL, written, input};
+    PyObject *yes = PyObject_Vectorcall(x->is_alias_of, pair + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    PyErr_Clear();
+    Py_XDECREF(yes);
+    return yes == Py_True;
+}
+
 static void mark_written(thx_recorder *r, PyObject *written) { /* a tensor, or a list of tensors */
     if (PyList_Check(written) || PyTuple_Check(written)) {
         for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(written); i++)
@@ -543,7 +604,8 @@ static void mark_written(thx_recorder *r, PyObject *written) { /* a tensor, or a
         return;
     }
     for (uint32_t j = 0; j < r->ninputs && j < 64; j++)
-        if (r->inputs[j] == written) r->schema_writes |= UINT64_C(1) << j;
+        if (r->inputs[j] == written || is_versionless_alias(r->x, r->inputs[j], written))
+            r->schema_writes |= UINT64_C(1) << j;
 }
 
 /* Which tensors does an overload write, by its schema? Version counters do not tell for every custom kernel. */
@@ -619,6 +681,7 @@ static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args
     thx_recording c = {.r = r, .func = func, .args = args, .kwargs = kwargs};
     const thx_func *f = thx_func_find(x, func);
     if (!f) return NULL;
+    if (f->kind == THX_FUNC_REFUSE) return refuse_call(r, f);
     c.callee = f->callee;
     r->ninputs = 0;
     r->real_inputs = r->wrapped_input = false;

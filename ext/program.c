@@ -123,6 +123,7 @@ int thx_program_run(thx *x, thx_program *p, th_slot *slots) {
     memset(slots + p->plan->nroots, 0, sizeof *slots * (p->plan->nslots - p->plan->nroots));
     int rc = p->checked ? th_plan_run(p->plan, &frame) : run_checked(x, p, &frame);
     if (rc == 1 && !p->checked) return start_over(x, p, &frame);
+    p->failed = rc ? p->plan->instrs[frame.failed].op : 0;
     if (rc) {
         add_line(x, p, frame.failed);
         return -1;

@@ -17,6 +17,7 @@ typedef struct thx_program {
     bool once;         /* it writes to its inputs: a run that went wrong cannot be started over */
     bool spends;       /* a run drops each input after its last use: the slots are empty then */
     uint32_t nshim, nbuiltin;
+    th_opref failed; /* the operation at which the last run failed; 0: none did */
 } thx_program;
 
 enum { THX_SLOTS_ON_STACK = 192 };

@@ -544,6 +544,16 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         PyErr_Clear();
         PyErr_SetObject(x->CaptureError, r->error);
     }
+    if (r->doubt && !r->error && !r->needed) {
+        Py_CLEAR(*result);
+        PyErr_Clear();
+        PyErr_SetObject(PyExc_RuntimeError, r->doubt);
+    }
+    if (r->needed && (*result || !(PyErr_ExceptionMatches(x->CaptureError) || PyErr_ExceptionMatches(x->GradNeeded)))) {
+        Py_CLEAR(*result);
+        PyErr_Clear();
+        PyErr_SetObject(x->GradNeeded, r->needed);
+    }
     if (*result && thx_check(x, th_trace_status(r->t)) < 0) Py_CLEAR(*result);
     return *result ? 0 : -1;
 }
@@ -597,6 +607,8 @@ static void recorder_dealloc(thx_recorder *r) {
     PyMem_Free(r->pool);
     Py_XDECREF(r->params);
     Py_XDECREF(r->error);
+    Py_XDECREF(r->needed);
+    Py_XDECREF(r->doubt);
     Py_XDECREF(r->rng_last);
     Py_XDECREF(r->rng_outer);
     Py_XDECREF(r->hooks);

@@ -22,9 +22,10 @@ static inline th_val value_at(const shape_op *s, th_node n) {
     return n && d->kind == TH_N_VALUE ? d->u.ref : 0;
 }
 
+/* Booleans are no numbers here: torch refuses some of them. */
 static inline bool number_at(const shape_op *s, th_node n, double *out) {
     const th_node_data *d = data_of(s, n);
-    if (!n || (d->kind != TH_N_INT && d->kind != TH_N_FLOAT && d->kind != TH_N_BOOL)) return false;
+    if (!n || (d->kind != TH_N_INT && d->kind != TH_N_FLOAT)) return false;
     *out = d->kind == TH_N_FLOAT ? d->u.f : (double)d->u.i;
     return true;
 }

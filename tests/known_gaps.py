@@ -9,5 +9,4 @@ KNOWN_GAPS = {
     # An input is written once, at the end, with its last version. What eager has written when operation k fails is an
     # earlier version, which the plan may have freed or never made: dead code removal drops a version that the next write
     # covers. Doing as eager does needs the versions kept alive up to the next operation that can fail.
-    "test_error_at_run_time_leaves_earlier_writes_as_eager_does": "writes happen at the end, so an error before it leaves none",
 }  # fmt: skip

@@ -243,6 +243,8 @@ def _reporter(fn: Any, fallback: str) -> Callable[[str, Any], None]:
     def report(event: str, detail: Any) -> None:
         if event == "grad":
             text = f"{name}: runs eager where gradients are needed: {detail}"
+        elif event == "raised":
+            text = f"{name}: runs eager: {detail}"
         elif event == "modes":
             text = f"{name}: a torch function or dispatch mode is active around the call, so it runs eager"
         else:

@@ -451,6 +451,27 @@ static bool writes_what_has_grad(const joiner *j, const th_op *op) {
     return false;
 }
 
+typedef struct written {
+    const th_trace *t;
+    const th_op *op;
+    bool own; /* some result is a tensor apart from what is written */
+} written;
+
+static void find_own_result(void *user, th_val *v) {
+    written *w = user;
+    bool own = true;
+    for (uint32_t i = 0; i < w->op->nwrites; i++)
+        own &= th__group_of(w->t, *v) != th__group_of(w->t, w->t->kids[w->op->writes + i]);
+    w->own |= own;
+}
+
+/* Statistics that an operation updates beside what it computes: batch norm's. They take no part in its derivative. */
+static bool writes_statistics(const joiner *j, th_opref at, const th_op *op) {
+    written w = {j->t, &j->r.ops[at], false};
+    th_node_each_value(j->t, w.op->outs, find_own_result, &w);
+    return w.own && !writes_what_has_grad(j, op);
+}
+
 /* A write: inside the forward trace when autograd has no part in it, after the call when it has. */
 static th_status join_write(joiner *j, th_opref at, record *rec) {
     const th_op *old = &j->r.ops[at];
@@ -462,8 +483,8 @@ static th_status join_write(joiner *j, th_opref at, record *rec) {
         return th_trace_status(j->t);
     }
     th_val source = th__node_as_value(j->t, th__op_arg(j->t, &rec->op, 1, NULL));
-    if (!th__op_is(j->t, old, "torch.Tensor.copy_") && !writes_what_has_grad(j, &rec->op))
-        return take_part(j, at, rec); /* running statistics: its rule writes them too */
+    if (!th__op_is(j->t, old, "torch.Tensor.copy_") && writes_statistics(j, at, &rec->op))
+        return take_part(j, at, rec); /* its rule writes them too */
     if (!th__op_is(j->t, old, "torch.Tensor.copy_") || input == UINT32_MAX || !source || old->outs ||
         j->written[input] || used_later(j, at, dest))
         return declined(j, old, "writes to a tensor that takes part in autograd");
@@ -725,9 +746,19 @@ static th_status add_tangents(joiner *j, uint32_t *nvalues, th_val **values) {
     return find_kept(j, *nvalues, *values);
 }
 
+/* Inputs that no gradient reaches are no inputs for autograd: it would run backwards through where they come from. */
+static void drop_unused(joiner *j) {
+    th_joint *joint = j->joint;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < joint->nwrt; i++)
+        if (joint->wrt[i] < j->cap && j->tangent[joint->wrt[i]]) joint->wrt[n++] = joint->wrt[i];
+    if (n) joint->nwrt = n;
+}
+
 static void set_result(joiner *j, uint32_t nvalues, const th_val *values) {
     th_trace *t = j->t;
     th_joint *joint = j->joint;
+    drop_unused(j);
     uint32_t ngrads = joint->nwrt + joint->nkept;
     th_node *kids = th__scratch_zeroed(&j->scratch, nvalues + ngrads, sizeof *kids);
     if (!kids) {

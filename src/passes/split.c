@@ -119,6 +119,12 @@ static void find_written(void *user, th_val *v) {
     s->written |= (s->groups[th__group_of(s->t, *v)] & TH__GROUP_WRITTEN) != 0;
 }
 
+/* Of an input's memory, which the call writes to at its end: then it is a copy that is saved. */
+static bool is_overwritten(const splitter *s, th_val v) {
+    uint8_t flags = s->groups[th__group_of(s->t, v)];
+    return flags & TH__GROUP_WRITTEN && (s->input[v] || flags & TH__GROUP_INPUT);
+}
+
 /* Memory-bound operations: making their results again costs about what reading them from memory would. */
 static bool is_cheap(splitter *s, th_opref o) {
     static const char *const rows[] = {"torch.nn.functional.layer_norm",
@@ -185,7 +191,7 @@ static th_status recompute_cheap(splitter *s) {
         th_opref def = t->values[v].def;
         bool again =
             !s->input[v] && !s->result[v] && def && (is_view(s, def) || is_cheap(s, def) || may_run_again(s, def));
-        int64_t cost = s->input[v] || s->result[v] ? 0 : bytes_of(t, v);
+        int64_t cost = s->input[v] || (s->result[v] && !is_overwritten(s, v)) ? 0 : bytes_of(t, v);
         if (again && is_view(s, def)) cost = INT64_C(1) << 50; /* it would keep all of its base: save that */
         th__cut_value(&cut, v, cost, !again, s->wanted[v]);
         th__cut_link link = {&cut, NULL, v};
@@ -244,23 +250,29 @@ static void keep_ops(th_trace *t, const bool *keep) {
     for (th_opref o = 1; o < t->nops; o++) th__node_define(t, t->ops[o].outs, o);
 }
 
-/* The backward trace wants an input as it was before the call wrote to it: a copy, made first, is saved in its place.
- */
+/* The backward trace wants a value as it was when it was made, and the call writes to it later: a copy is saved in its
+ * place, made of inputs first of all and of others where they are made. */
 static void save_copies(const splitter *s, th_trace *t, th_halves *out) {
-    uint32_t before = t->nops;
-    for (uint32_t i = 0; i < out->nsaved; i++) {
+    th__scratch *scratch = (th__scratch *)&s->scratch;
+    uint32_t before = t->nops, placed = 1;
+    th_opref *after = th__scratch_zeroed(scratch, out->nsaved + 1, sizeof *after); /* by copy: what it follows */
+    for (uint32_t i = 0; after && i < out->nsaved; i++) {
         th_val v = out->saved[i];
-        if (!s->input[v] || !(s->groups[th__group_of(s->t, v)] & TH__GROUP_WRITTEN)) continue;
+        if (!is_overwritten(s, v)) continue;
         th__emitter e = {t, s->catalog, 0, 0, 0, 0};
         th_node arg = th_node_value(t, v);
+        after[t->nops - before] = t->values[v].def;
         out->saved[i] = th__emit_typed(&e, "torch.clone", th_type_set_grad(t->ctx, t->values[v].type, false), 1, &arg);
     }
     uint32_t count = t->nops - before;
-    th_op *copies = count ? th__scratch_zeroed((th__scratch *)&s->scratch, count, sizeof *copies) : NULL;
-    if (!copies) return;
-    memcpy(copies, t->ops + before, count * sizeof *copies);
-    memmove(t->ops + 1 + count, t->ops + 1, (before - 1) * sizeof *copies);
-    memcpy(t->ops + 1, copies, count * sizeof *copies);
+    th_op *old = count ? th__scratch_zeroed(scratch, t->nops, sizeof *old) : NULL;
+    if (!old) return;
+    memcpy(old, t->ops, t->nops * sizeof *old);
+    for (th_opref o = 0; o < before; o++) {
+        if (o) t->ops[placed++] = old[o];
+        for (uint32_t i = 0; i < count; i++)
+            if (after[i] == o) t->ops[placed++] = old[before + i];
+    }
     for (th_opref o = 1; o < t->nops; o++) th__node_define(t, t->ops[o].outs, o);
 }
 

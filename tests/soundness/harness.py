@@ -12,7 +12,7 @@
         yield X                               # the arguments of the next call
 
 A program is a generator, run twice from the start: once in eager, once with the callable compiled. After each call the
-results, what was printed, and the errors must be the same.
+results, what was printed, and the errors must be the same; ``yield Seen(x=x, state=state)`` compares more than that.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 import thunder
+from tests.soundness.snapshot import difference, snapshot
+from tests.soundness.world import SECOND_TIME
 
 Program = Callable[[], Generator[Any, Any, None]]
 PROGRAMS: dict[str, tuple[str, Program]] = {}
@@ -41,6 +42,18 @@ def program(category: str) -> Callable[[Program], Program]:
         return f
 
     return add
+
+
+class Seen:
+    """What a program yields to have it compared: values as they are at that moment."""
+
+    def __init__(self, **values: Any) -> None:
+        self.error = values.pop("error", "")  # of a backward pass
+        self.values = snapshot(values)
+
+    def differs(self, other: Seen) -> str:
+        """How ``other``, of the run with the compiled callable, differs; "" when it does not."""
+        return f"backward raised {other.error}" if other.error else difference(self.values, other.values)
 
 
 class Outcome:
@@ -58,6 +71,7 @@ class Outcome:
                 self.error = f"{type(error).__name__}"
                 self.text = str(error)
         self.printed = said.getvalue()
+        self.shot = snapshot(self.result)
 
     def differs(self, other: Outcome) -> str:
         """How ``other``, of the compiled callable, differs; "" when it does not."""
@@ -65,36 +79,27 @@ class Outcome:
             return f"raised {other.error} ({other.text}) where eager raised {self.error}"
         if self.printed != other.printed:
             return f"printed {other.printed!r} where eager printed {self.printed!r}"
-        ours, spec = pytree.tree_flatten(other.result)
-        theirs, wanted = pytree.tree_flatten(self.result)
-        if spec != wanted:
-            return f"returned {spec} where eager returned {wanted}"
-        for o, t in zip(ours, theirs, strict=True):
-            if isinstance(t, torch.Tensor):
-                if not isinstance(o, torch.Tensor) or o.shape != t.shape or o.dtype != t.dtype:
-                    return f"returned {o} where eager returned {t}"
-                if not torch.allclose(o.double(), t.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
-                    return f"returned {o} where eager returned {t}"
-                if o.requires_grad != t.requires_grad:
-                    return "differs in requires_grad"
-            elif not (o == t or (o != o and t != t)):
-                return f"returned {o!r} where eager returned {t!r}"
-        return ""
+        return difference(self.shot, other.shot, "result")
 
 
-def outcomes(make: Program, compile_with: Callable[[Any], Any]) -> list[Outcome]:
+def outcomes(make: Program, compile_with: Callable[[Any], Any]) -> list[Outcome | Seen]:
     """All calls of one run of a program."""
     torch.manual_seed(0)
     steps = make()
     fn, *args = next(steps)
     call = compile_with(fn)
     found = [Outcome(call, tuple(args))]
+    result = found[-1].result
     while True:
         try:
-            step = steps.send(found[-1].result)
+            step = steps.send(result)
         except StopIteration:
             return found
+        if isinstance(step, Seen):
+            found.append(step)
+            continue
         found.append(Outcome(call, step if isinstance(step, tuple) else (step,)))
+        result = found[-1].result
 
 
 def check(name: str) -> tuple[str, list[str]]:
@@ -111,3 +116,37 @@ def check(name: str) -> tuple[str, list[str]]:
         if found:
             return f"call {i}: {found}", given
     return "", given
+
+
+def check_source(source: str, **options: Any) -> tuple[str, Any]:
+    """Run a program given as source, a module with ``calls``: the first difference, and the compiled callable.
+
+    Calls that are not captured run in eager: then what a failed capture leaves behind is what is judged.
+    """
+    compiled: list[Any] = []
+
+    def compile_with(fn: Any) -> Any:
+        compiled.append(thunder.jit(fn, **{"fallback": "eager"} | options))
+        return compiled[-1]
+
+    code = compile(source, "<program>", "exec")
+    expected = outcomes(fresh(code), lambda fn: fn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        actual = outcomes(fresh(code), compile_with)
+    calls = -1
+    for theirs, ours in zip(expected, actual, strict=True):
+        calls += isinstance(theirs, Outcome)
+        if isinstance(theirs, Seen) and (theirs.error or ours.error == SECOND_TIME):
+            break  # how far it came is torch's matter; and a compiled part is one node, which refuses as a whole
+        found = theirs.differs(ours)
+        if found:
+            return f"call {calls}: {found}", compiled[-1]
+    return "", compiled[-1]
+
+
+def fresh(code: Any) -> Program:
+    """``calls`` of a newly run module."""
+    namespace: dict[str, Any] = {"__name__": "program"}
+    exec(code, namespace)
+    return namespace["calls"]

@@ -1,0 +1,429 @@
+"""Programs that the generator or the mutation tester found to be wrong, reduced."""
+
+from __future__ import annotations
+
+import collections
+import types
+
+import torch
+from torch import nn
+
+from tests.soundness.harness import Seen, program
+from tests.soundness.world import Config, X, backward, make_classes
+
+
+def state(**values):
+    return types.SimpleNamespace(**values)
+
+
+# ---- errors: what happened before them has happened ----
+
+
+@program("exceptions")
+def state_written_before_an_exception():
+    world = state(count=0)
+
+    def f(x):
+        world.count += 1
+        x.add_(1)
+        raise ValueError("no")
+
+    x = X()
+    yield f, x
+    yield Seen(x=x, world=world)
+    yield x
+    yield Seen(x=x, world=world)
+
+
+@program("exceptions")
+def state_written_before_a_kernel_fails():
+    world = state(count=0)
+
+    def f(x, i):
+        world.count += 1
+        x.add_(1)
+        return x[i]
+
+    x = X()
+    yield f, x, torch.tensor([0, 1])
+    yield x, torch.tensor([0, 9])
+    yield Seen(x=x, world=world)
+
+
+@program("exceptions")
+def write_to_a_leaf_that_requires_grad():
+    world = state(count=0)
+
+    def f(x):
+        world.count += 1
+        x.mul_(2)
+
+    yield f, X(grad=True)
+    yield Seen(world=world)
+
+
+@program("exceptions")
+def write_to_a_tensor_that_overlaps_itself():
+    world = state(count=0)
+
+    def f(x):
+        world.count += 1
+        x.mul_(2)
+
+    yield f, X()
+    yield torch.ones(1).expand(4)
+    yield Seen(world=world)
+
+
+@program("exceptions")
+def write_that_reads_a_part_of_what_it_writes():
+    def f(x, y):
+        y.zero_()
+        x[[0, 2]] = x[:2]
+
+    x, y = X(), X()
+    yield f, x, y
+    yield Seen(x=x, y=y)
+
+
+@program("exceptions")
+def refused_write_that_the_program_catches():
+    def f(x):
+        try:
+            x.mul_(2)
+        except RuntimeError:
+            return x - 1
+        return x + 1
+
+    yield f, X()
+    yield X(grad=True)
+    yield X()
+
+
+@program("exceptions")
+def integers_written_to_a_mask():
+    def f(x):
+        x.mul_(3)
+
+    yield f, X()
+    yield X() > 0
+
+
+@program("exceptions")
+def subtraction_of_true():
+    yield lambda x, s: x - s, X(), 1
+    yield X(), True
+
+
+@program("exceptions")
+def write_to_one_of_several_views():
+    def f(x):
+        part = (x * 2).chunk(2)[0]
+        part.mul_(2)
+        return part
+
+    yield f, X()
+    yield X(grad=True)
+
+
+@program("exceptions")
+def result_written_to_something_that_requires_grad():
+    def f(x, y):
+        torch.add(x, x, out=y)
+
+    yield f, X(), X()
+    yield X(), X(grad=True)
+
+
+# ---- writes that were lost or not put back ----
+
+
+@program("writes")
+def write_through_a_view_under_inference_mode():
+    store = torch.zeros(4)
+
+    def f(x):
+        store[1:3] = 7
+        t = x * 2
+        t[0] = 5
+        return t
+
+    with torch.inference_mode():
+        yield f, X()
+    yield Seen(store=store)
+
+
+@program("containers")
+def order_of_an_ordered_dictionary():
+    order = collections.OrderedDict(a=1.0, b=2.0)
+
+    def f(x):
+        order.move_to_end("a")
+        order["c"] = order["a"]
+        return x * next(iter(order.values()))
+
+    yield f, X()
+    yield Seen(order=order)
+    yield X()
+    yield Seen(order=order)
+
+
+@program("containers")
+def key_added_to_an_ordered_dictionary():
+    order = collections.OrderedDict(b=1.0)
+
+    def f(x):
+        order["a"] = 3.0
+        return x + 1
+
+    yield f, X()
+    yield Seen(order=order)
+    yield X()
+    yield Seen(order=order)
+
+
+@program("containers")
+def key_that_comes_back_at_the_end():
+    table = {"a": 1.0, "b": 2.0}
+
+    def f(x):
+        table["a"] = table.pop("a")
+        return x * next(iter(table.values()))
+
+    yield f, X()
+    yield Seen(table=table)
+    yield X()
+    yield Seen(table=table)
+
+
+@program("containers")
+def attributes_in_another_dictionary():
+    config = Config()
+
+    def f(x):
+        config.flag = not config.flag
+        return x * config.scale
+
+    yield f, X()
+    config.__dict__ = dict(vars(config), scale=5.0)
+    yield X()
+    yield Seen(config=config)
+
+
+@program("writes")
+def write_through_data_of_an_intermediate():
+    def f(x):
+        t = x * 2
+        t.data.add_(1)
+        return t
+
+    x = X(grad=True)
+    out = yield f, x
+    yield Seen(error=backward(out), x=x)
+
+
+@program("writes")
+def write_through_data_of_a_parameter():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(x, inside):
+        with torch.set_grad_enabled(inside):
+            w.data.add_(x)
+        return x * w
+
+    yield f, X(), True
+    yield X(), False
+    yield Seen(w=w)
+
+
+@program("writes")
+def elements_that_require_grad_written_to_an_input():
+    def f(x, y):
+        y[[0, 2]] = x[:2]
+        return y * 1
+
+    x, y = X(grad=True), X()
+    out = yield f, x, y
+    yield Seen(error=backward(out), x=x, y=y)
+
+
+@program("writes")
+def views_of_one_tensor_that_lie_otherwise():
+    def f(x, y):
+        x.mul_(2)
+        return y + 1
+
+    base = torch.arange(8.0)
+    yield f, base[:4], base[4:]
+    yield Seen(base=base)
+    yield base[:4], base[2:6]
+    yield Seen(base=base)
+    yield base[:4], base[4:]
+    yield Seen(base=base)
+
+
+@program("writes")
+def gradient_of_what_was_made_before_its_memory_was_written():
+    w = nn.Parameter(torch.tensor([0.5, -0.5, 1.0, 0.0]))
+
+    def f(x):
+        view = x.T
+        view.add_(x)
+        return view, torch.copysign((x * 1.5 + w) * 2, torch.tensor(2.0))
+
+    out = yield f, X()
+    yield Seen(error=backward(out), w=w)
+
+
+@program("writes")
+def memory_of_one_tensor_set_to_that_of_another():
+    def f(x, y):
+        for _ in range(2):
+            x.clamp_(max=1)
+            x.set_(y * 2)
+        return x + 1
+
+    x = X()
+    yield f, x, X(0.5)
+    yield Seen(x=x)
+
+
+# ---- autograd's state ----
+
+
+@program("grad modes")
+def detached_in_place():
+    def f(x):
+        x.detach_()
+        return x * 2
+
+    yield f, X()
+    x = X(grad=True)
+    yield x
+    yield Seen(x=x)
+    yield X()[:]
+
+
+@program("grad modes")
+def made_to_require_grad_after_a_write():
+    def f(x):
+        x.add_(1)
+        x.requires_grad_()
+        return x * 2
+
+    x = X()
+    yield f, x
+    yield Seen(x=x)
+
+
+@program("grad modes")
+def shape_of_another_that_requires_grad():
+    yield lambda x, y: (x.view_as(y), x.double().type_as(y)), X(), X()
+    yield X(), X(grad=True)
+
+
+@program("grad modes")
+def parts_without_gradients_of_what_requires_it():
+    def f(x):
+        with torch.no_grad():
+            a = torch.dropout(x, 0.0, True)
+        return a, torch.ones(2)
+
+    yield f, X()
+    yield X(grad=True)
+
+
+@program("grad modes")
+def overwritten_by_what_requires_no_grad():
+    store = X(grad=True) * 1
+
+    def f(x):
+        store.copy_(x)
+        return torch.relu(store)
+
+    yield f, X()
+    yield X()
+
+
+@program("grad modes")
+def backward_inside_with_its_error_caught():
+    def f(x):
+        try:
+            (x * 2).sum().backward()
+        except Exception:
+            return x - 1
+        return x + 1
+
+    x = X(grad=True)
+    yield f, x
+    yield Seen(x=x)
+
+
+@program("grad modes")
+def input_that_the_result_does_not_depend_on():
+    w = nn.Parameter(torch.ones(4))
+    y = X(grad=True).exp()
+
+    def f(x, y):
+        return w * x
+
+    for _ in range(2):
+        out = yield (f, X(), y) if w.grad is None else (X(), y)
+        yield Seen(error=backward(out), w=w)
+
+
+# ---- identity ----
+
+
+@program("module state")
+def parameter_replaced_by_one_that_is_there_already():
+    model = make_classes()["Net"]()
+
+    yield (lambda x: x * sum(p.sum() for p in model.parameters())), X()
+    model.inner.bias = model.w
+    yield X()
+
+
+@program("module state")
+def one_place_of_a_tied_parameter_replaced():
+    model = make_classes()["Net"]()
+    model.inner.bias = model.w
+    yield (lambda x: x * model.w + model.inner.bias), X()
+    model.w = nn.Parameter(torch.full((4,), 3.0))
+    yield X()
+
+
+@program("globals")
+def argument_that_is_also_state():
+    world = state(last=torch.ones(4))
+
+    yield (lambda x: x + 1 if world.last is x else x - 1), X()
+    x = world.last = X()
+    yield x
+    yield X()
+
+
+@program("metadata")
+def version_base_and_place_of_an_argument():
+    yield lambda x: (x._version, x._base is None, x.is_leaf, x + 1), X()
+    x = X()
+    x.add_(1)
+    yield x
+    yield X()[:]
+    yield X(grad=True)
+    yield X(grad=True) * 2
+
+
+@program("metadata")
+def inference_tensor_outside_of_inference_mode():
+    def f(x):
+        try:
+            x.add_(1)
+        except RuntimeError:
+            return x - 1
+        return x + 1
+
+    yield f, X()
+    with torch.inference_mode():
+        x = X()
+    yield x

@@ -105,6 +105,7 @@ def no_modes() -> Any:
 
 def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor]]:
     """A region as ATen operations: (fake mode, graph, its fake inputs)."""
+    from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -119,6 +120,8 @@ def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor
     with mode:
         fakes = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in trace.inputs]
         graph = make_fx(program, decomposition_table=select_decomp_table())(*fakes)
+    graph.graph = fx_graph_cse(graph.graph)  # what operations have in common comes out when they are taken apart
+    graph.recompile()
     return mode, graph, fakes
 
 

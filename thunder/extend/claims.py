@@ -32,6 +32,7 @@ class Claims:
         self.executors = tuple(e for e in before if e._table)
         self.tables = tuple(dict(e._table) for e in self.executors)
         self.cuts = tuple(e.cut for e in self.executors)
+        self.fuses = any(isinstance(e, FusionExecutor) and "*" in e._table for e in self.executors)
         self.operators = any(getattr(i, "operator", None) for table in self.tables for i in table.values())
         self.judge = _verify.judge
         self.verify = verify

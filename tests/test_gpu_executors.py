@@ -62,6 +62,17 @@ def test_sdpa_claims_what_its_kernels_take(args, kwargs, reason):
     assert reason in why
 
 
+def test_sdpa_takes_masks_without_gradients_alone():
+    known = sdpa.sdpa_executor.implementations[extend.executor.operator_key(F.scaled_dot_product_attention)]
+    q = fake(2, 4, 128, 64)
+    mask = fake(128, 128, dtype=torch.bool)
+    with FakeTensorMode():
+        assert extend.executor.takes(known.checker, (q, q, q, mask), {}) == (True, "")
+        assert extend.executor.takes(known.training, (q, q, q), {"scale": 0.5}) == (True, "")
+        for args, kwargs in (((q, q, q, mask), {}), ((q, q, q), {"attn_mask": mask})):
+            assert "left to torch" in extend.executor.takes(known.training, args, kwargs)[1]
+
+
 def test_sdpa_leaves_deterministic_programs_alone():
     torch.use_deterministic_algorithms(True)
     try:
@@ -279,17 +290,16 @@ def test_each_kernel_of_sdpa(kernel, sizes, layout, scale, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["heads", "rows"])
-@pytest.mark.parametrize("heads", [1, 4])
-def test_attention_with_a_mask_of_booleans(heads, layout):
-    torch.manual_seed(0)
-    mask = torch.rand(2, heads, 128, 128, device="cuda") > 0.3
+def test_sdpa_leaves_masks_in_training_to_torch():
+    mask = torch.rand(128, 128, device="cuda") > 0.3
+    inputs = [t.requires_grad_() for t in qkv(2, 4, 4, 128, 128, 64, torch.bfloat16, "rows")]
 
-    def program(q, k, v, mask):
+    def program(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    inputs = [*qkv(2, 4, 4, 128, 128, 64, torch.bfloat16, layout), mask]
-    judged(program, inputs, ["sdpa"], ["sdpa_attention_", "sdpa_attention_backward"])
+    compiled = thunder.jit(program, executors=["sdpa"])
+    compiled(*inputs).sum().backward()
+    assert compiled._thunder_claims.units == []
 
 
 @pytest.mark.gpu

@@ -207,20 +207,20 @@ def _run(
 
 
 def _run_forward(
-    kernel: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None, gqa: bool
+    kernel: int, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, gqa: bool
 ) -> tuple[Tensor, Tensor]:
     """The result and the logsumexp of the scores."""
     if kernel == FLASH:
         return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     if kernel == CUDNN:
         return cudnn.attention(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=gqa)
-    out, sums = _aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
+    out, sums = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return out, sums[..., : q.shape[2]].contiguous()  # it comes with rows up to a multiple of 32
 
 
 def _run_backward(
-    kernel: int, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, bias: Tensor | None,
-    causal: bool, scale: float | None,
+    kernel: int, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, causal: bool,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     state = _nothing(q.device)
     if kernel == FLASH:
@@ -234,7 +234,7 @@ def _run_backward(
     if missing:
         sums = torch.nn.functional.pad(sums, (0, missing), value=float("inf"))
     return _aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, k, v, bias, rows, sums, state[0], state[1], 0.0, [True, True, True, False], causal, scale=scale
+        grad, q, k, v, None, rows, sums, state[0], state[1], 0.0, [True, True, True, False], causal, scale=scale
     )[:3]
 
 
@@ -254,11 +254,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _plan(query, key, value, attn_mask, is_causal, scale, enable_gqa, True)
+    plan = _plan(query, key, value, None, is_causal, scale, enable_gqa, True)
     kernel = plan.choice.next()
     with _timed(plan.choice, kernel, 0):
-        bias = _additive(attn_mask, query)
-        out, sums = _run_forward(kernel, query, key, value, bias, is_causal, scale, enable_gqa)
+        out, sums = _run_forward(kernel, query, key, value, is_causal, scale, enable_gqa)
         return laid_out(out, plan.layout), sums, torch.tensor(kernel)
 
 
@@ -293,16 +292,14 @@ def _attention_backward(
     out: Tensor,
     logsumexp: Tensor,
     kernel: Tensor,
-    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     number = int(kernel)
-    plan = _plan(query, key, value, attn_mask, is_causal, scale, enable_gqa, True)
-    bias = _additive(attn_mask, query)
+    plan = _plan(query, key, value, None, is_causal, scale, enable_gqa, True)
     with _timed(plan.choice, number, 1):
-        grads = _run_backward(number, grad, query, key, value, out, logsumexp, bias, is_causal, scale)
+        grads = _run_backward(number, grad, query, key, value, out, logsumexp, is_causal, scale)
         return tuple(laid_out(g, attention.like(t)) for g, t in zip(grads, (query, key, value), strict=True))
 
 
@@ -311,15 +308,26 @@ attention_backward = sdpa_executor.register_operator(
 )
 
 
+def training_supported(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
+    """What is asked in addition where a call is differentiated."""
+    if attn_mask is not None:  # the memory-efficient kernel alone would be left, and cuDNN's by ATen is faster
+        return False, "a mask in training is left to torch"
+    return True, ""
+
+
 def _rule(ctx, grad, *_):
-    query, key, value, mask, _, causal, scale, gqa = ctx.inputs
-    out, logsumexp, kernel = ctx.outputs
-    grads = attention_backward(grad, query, key, value, out, logsumexp, kernel, mask, causal, scale, gqa)
-    return grads if mask is None else (*grads, None)
+    query, key, value, _, _, causal, scale, gqa = ctx.inputs
+    return attention_backward(grad, query, key, value, *ctx.outputs, causal, scale, gqa)
 
 
 _operator = sdpa_executor.register_operator("attention", fn=_attention, meta=_attention_meta, backward=_rule, saves=2)
 for _name in attention.NAMES:
-    sdpa_executor.register_implementation(_name, _operator, checker=attention.supported, inference=_without_gradient)
+    sdpa_executor.register_implementation(
+        _name,
+        _operator,
+        checker=attention.supported,
+        inference=_without_gradient,
+        training=training_supported,
+    )
 
 register_executor(sdpa_executor)

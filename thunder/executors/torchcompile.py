@@ -77,11 +77,12 @@ def _compile(trace: Any, options: dict[str, Any]) -> Callable:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     with torch.no_grad(), no_modes():
         mode, graph, fakes = aten_graph(trace)
         with mode, tracing(TracingContext(mode)), config.patch(options):
-            compiled = compile_fx_inner(graph, fakes)
+            compiled = compile_fx_inner(joint_graph_passes(graph), fakes)
     return _caller(compiled)
 
 

@@ -5,7 +5,7 @@ kernels   rms_norm, layer_norm, softmax, bias + gelu + residual, cross entropy a
 models    forward, and training step without the optimiser, with its loss: litgpt GPT in the manner of Pythia and of
           Llama, Hugging Face BERT and Llama; wall time, everybody in turn
 
-Ratios are to eager's median, with the quartiles. `error` is the distance of the results (models: of all gradients
+Ratios are of medians, to eager's with the quartiles. `error` is the distance of the results (models: of all gradients
 together) from the same in float32, relative in the Euclidean norm; `peak` is the memory that a step adds.
 
 python bench/gpu_executors.py [--only PART ...] [--seconds S] [--layers N] [--candidates NAME ...]
@@ -14,6 +14,7 @@ python bench/gpu_executors.py [--only PART ...] [--seconds S] [--layers N] [--ca
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import statistics
 import sys
@@ -154,9 +155,14 @@ def kernels(options: argparse.Namespace) -> None:
             print(f"  sdpa chose {sorted(set(sdpa.preferences().values()))}")
 
 
+def claims_of(call: Any) -> Any:
+    """What executors claim of a compiled function or module; None: it is neither."""
+    return getattr(getattr(call, "_thunder_callable", call), "_thunder_claims", None)
+
+
 def claimed(call: Any) -> bool:
     """Whether the executors run anything of it."""
-    claims = getattr(call, "_thunder_claims", None)
+    claims = claims_of(call)
     return claims is None or any(region.state == "trusted" for _, region, _ in claims.units)
 
 
@@ -273,14 +279,14 @@ def first_calls(module: nn.Module, calls: dict[str, Any], inputs: tuple, exact: 
 
 def units(call: Any) -> str:
     """How many units each executor runs."""
-    claims = getattr(call, "_thunder_claims", None)
+    claims = claims_of(call)
     if claims is None:
         return ""
-    count: dict[str, int] = {}
-    for _, region, _ in claims.units:
-        if region.state == "trusted":
-            count[region.executor.name] = count.get(region.executor.name, 0) + 1
-    return f"  {count}"
+    count = collections.Counter(
+        region.executor.name if region.state == "trusted" else f"{region.executor.name} {region.state}"
+        for _, region, _ in claims.units
+    )
+    return f"  {dict(count)}"
 
 
 def model(name: str, options: argparse.Namespace) -> None:
@@ -315,7 +321,11 @@ def model(name: str, options: argparse.Namespace) -> None:
         for how, t in times.items():
             spread = f"{t.lower / eager:.3f}..{t.upper / eager:.3f}"
             note = notes[how] if what != "forward" else ""
-            print(f"  {what:14} {how:34} {t.median * 1e3:8.2f} ms  {t.median / eager:.3f} ({spread}) x eager  {note}")
+            other = (
+                f", {t.median / times['torch.compile'].median:.3f} x torch.compile" if "torch.compile" in times else ""
+            )
+            ratio = f"{t.median / eager:.3f} ({spread}) x eager{other}"
+            print(f"  {what:14} {how:34} {t.median * 1e3:8.2f} ms  {ratio}  {note}")
 
 
 def chosen(candidate: str, options: argparse.Namespace) -> bool:

@@ -225,9 +225,20 @@ static int find_stale(thx_gradient *g, const th_trace *forward) {
     return 0;
 }
 
+/* Does one of the executors fuse regions? */
+static int has_fuser(PyObject *claims) {
+    PyObject *yes = claims ? PyObject_GetAttrString(claims, "fuses") : Py_NewRef(Py_False);
+    int answer = yes ? PyObject_IsTrue(yes) : -1;
+    Py_XDECREF(yes);
+    return answer;
+}
+
 static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat remat, PyObject *transform,
                          PyObject *claims, th_trace **forward) {
     th_halves halves;
+    int fuser = has_fuser(claims);
+    if (fuser < 0) return -1;
+    if (fuser && remat == TH_REMAT_AUTO) remat = TH_REMAT_FUSED;
     if (keep_gradients(x, joint, &g->again.t, &g->again_random, &g->hooks) < 0 ||
         thx_check(x, th_grad_split(joint, remat, &halves)) < 0)
         return -1;

@@ -23,7 +23,7 @@ static bool same_names(PyObject *a, PyObject *b) {
     return true;
 }
 
-static int64_t start_of(thx *x, PyObject *tensor) { /* in its storage, in elements */
+int64_t thx_offset_of(thx *x, PyObject *tensor) {
     int64_t offset = 0;
     if (x->abi.on) {
         x->abi.aoti_torch_get_storage_offset(thx_borrow(&x->abi, tensor), &offset);
@@ -54,7 +54,7 @@ void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves
             if (thx_storage_base(x, leaves->items[j]) == base) with = leaves->items[out[i] = j];
         for (uint32_t j = 0; base && j < n && !with; j++)
             if (thx_storage_base(x, live[j]) == base) with = live[(out[i] = count + j) - count];
-        out[count + i] = with ? (uint32_t)(start_of(x, leaves->items[i]) - start_of(x, with)) : 0;
+        out[count + i] = with ? (uint32_t)(thx_offset_of(x, leaves->items[i]) - thx_offset_of(x, with)) : 0;
         out[2 * count + i] = is_inference(x, leaves->items[i]);
     }
 }
@@ -65,6 +65,17 @@ static int same_sharing(thx *x, const thx_entry *e, const thx_leaves *leaves) {
     thx_find_sharing(x, e->guards, leaves, now);
     int same = memcmp(now, e->sharing, sizeof *now * n) == 0;
     if (now != fixed) PyMem_Free(now);
+    return same;
+}
+
+static bool same_offsets(thx *x, const thx_entry *e, const thx_leaves *leaves) {
+    PyObject *const *live;
+    thx_guards_bound(e->guards, &live);
+    bool same = true;
+    for (uint32_t i = 0; i < e->nroots && same; i++) {
+        int32_t leaf = e->root_leaf[i];
+        same = thx_offset_of(x, leaf >= 0 ? leaves->items[leaf] : live[-1 - leaf]) == e->offsets[i];
+    }
     return same;
 }
 
@@ -85,6 +96,7 @@ static int entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient
     for (uint32_t i = 0; i < e->nidentical && same == 1; i++)
         same = leaves->items[e->identical[i].leaf] == e->identical[i].tensor;
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
+    if (holds == 1 && e->offsets && !same_offsets(c->x, e, leaves)) return 0;
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }
 

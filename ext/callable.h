@@ -61,6 +61,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
     uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody; then,
                            by leaf: how far its start lies from that one's; then: is it an inference tensor? */
+    int64_t *offsets;   /* by root: where it starts in its storage, where that matters; else NULL */
     uint8_t eager;      /* THX_EAGER_*: not compiled, calls like this one run the original */
     bool dead;          /* its guards failed for good */
     uint64_t hits;
@@ -101,6 +102,7 @@ typedef struct thx_request { /* a call */
 /* compile.c: capture, passes, lowering. NULL with an exception; an entry with `eager` set comes with the exception that
  * says why. */
 thx_entry *thx_compile(thx_callable_object *c, const thx_request *call);
+int64_t thx_offset_of(thx *x, PyObject *tensor); /* in its storage, in elements */
 /* Which of the leaves share storage, as thx_entry.sharing describes; out holds 3 * leaves->count numbers. */
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
 /* numbers.c. Before a capture: is there an entry for the same call but for values of floats? Then these are followed,

@@ -27,6 +27,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     PyMem_Free(e->numbers);
     Py_XDECREF(e->formula);
     PyMem_Free(e->undo);
+    PyMem_Free(e->offsets);
     thx_guards_free(x, e->guards);
     th_trace_free(e->captured);
     thx_program_fini(&e->main);
@@ -388,6 +389,18 @@ static int note_undo(compile *k) {
     return 0;
 }
 
+static int note_offsets(compile *k) {
+    thx_entry *e = k->e;
+    if (!k->x->counts_offsets) return 0;
+    e->offsets = PyMem_Calloc(e->nroots + 1, sizeof *e->offsets);
+    if (!e->offsets) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < e->nroots; i++) {
+        int32_t leaf = e->root_leaf[i];
+        e->offsets[i] = thx_offset_of(k->x, leaf >= 0 ? k->leaves.items[leaf] : e->roots[i].object);
+    }
+    return 0;
+}
+
 static int lower(compile *k) {
     thx_entry *e = k->e;
     e->nvalues = k->nvalues;
@@ -396,7 +409,7 @@ static int lower(compile *k) {
     if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||
         thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0)
         return -1;
-    return bind_roots(k) < 0 ? -1 : note_undo(k);
+    return bind_roots(k) < 0 || note_offsets(k) < 0 ? -1 : note_undo(k);
 }
 
 /* Between the passes: what the core leaves to whoever can run torch. */
@@ -444,6 +457,11 @@ static int note_told(compile *k) {
     return 0;
 }
 
+static bool gives_several(const th_trace *t, th_val v) {
+    th_opref def = t->values[v].def;
+    return def && t->nodes[t->ops[def].outs].kind == TH_N_TUPLE && t->nodes[t->ops[def].outs].count > 1;
+}
+
 /* A result that requires grad though no gradient reaches an input through it (the code made a leaf; something was
  * written over), or the other way round (a.type_as(b)), is not one of ours. */
 static int check_leaves(compile *k, const th_joint *joint) {
@@ -459,6 +477,7 @@ static int check_leaves(compile *k, const th_joint *joint) {
             right = (root->value == k->values[i] && root->requires_grad) ||
                     (joint->nmutated && alias && t->values[root->value].alias == alias);
         }
+        right |= !reached && gives_several(t, k->values[i]); /* its rule knows which of them have a derivative */
         if (right) continue;
         PyErr_SetString(k->x->GradNeeded,
                         "whether a result requires grad does not follow from the inputs that it is computed from");
@@ -551,6 +570,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
     thx_leaves_init(&k.leaves);
     thx_leaves_init(&k.outputs);
     double start = now_ms(), captured = 0, passed = 0;
+    x->counts_offsets = false;
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k);
     rc = rc == 0 ? make_guards(&k) : rc;

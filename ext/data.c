@@ -171,7 +171,8 @@ static PyObject *decompose(thx_recording *c, const char *which) {
     PyObject *module = c->callee ? PyImport_ImportModule("thunder._decompositions") : NULL;
     PyObject *table = module ? PyObject_GetAttrString(module, which) : NULL;
     PyObject *function = table ? PyDict_GetItemString(table, th_str_get(r->x->ctx, c->callee)) : NULL, *result = NULL;
-    bool out = c->kwargs && PyDict_GetItemString(c->kwargs, "out");
+    PyObject *given = c->kwargs ? PyDict_GetItemString(c->kwargs, "out") : NULL;
+    bool out = given && given != Py_None;
     PyObject *pushed = function && !out ? PyObject_CallOneArg(r->x->push_function, (PyObject *)r) : NULL;
     if (pushed) {
         result = PyObject_Call(function, c->args, c->kwargs);
@@ -197,7 +198,8 @@ PyObject *thx_call_in_parts(thx_recording *c) { return c->r->may_expect ? decomp
 static bool runs_once(const thx_recording *c) {
     const char *name = c->callee ? th_str_get(c->r->x->ctx, c->callee) : "_";
     size_t length = strlen(name);
-    bool out = c->kwargs && PyDict_GetItemString(c->kwargs, "out") != NULL, writes = false;
+    PyObject *given = c->kwargs ? PyDict_GetItemString(c->kwargs, "out") : NULL;
+    bool out = given && given != Py_None, writes = false;
     PyObject *schema = PyObject_GetAttrString(c->func, "_schema");
     PyObject *mutable = schema ? PyObject_GetAttrString(schema, "is_mutable") : NULL;
     PyErr_Clear();

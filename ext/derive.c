@@ -131,17 +131,22 @@ static bool has_grad(thx *x, PyObject *tensor) {
     return flag == Py_True;
 }
 
-/* as_strided counts from the start of a storage, and where an input of the call starts in its own is not known. */
-static bool counts_from_storage(const th_rule_request *q) {
+typedef enum counting { FROM_ITSELF, FROM_ZERO, FROM_ELSEWHERE } counting;
+
+/* as_strided counts from the start of a storage, and where an input of the call starts in its own is another matter at
+ * each call. FROM_ZERO: the rule holds as long as inputs start where they do now. */
+static counting counts_from(const th_rule_request *q) {
     const char *name = q->op->callee_opaque ? "" : th_str_get(q->t->ctx, q->op->callee);
-    if (!strstr(name, "as_strided")) return false;
+    counting found = FROM_ITSELF;
+    if (!strstr(name, "as_strided")) return FROM_ITSELF;
     for (uint32_t i = 0; i < q->nuses; i++) {
         const th_value *v = &q->t->values[q->uses[i]];
-        if (!v->def || v->offset) return true;
+        if (v->offset) return FROM_ELSEWHERE;
+        if (!v->def) found = FROM_ZERO;
         for (uint32_t k = 0; v->alias && k < q->t->ninputs; k++)
-            if (q->t->values[q->t->inputs[k]].alias == v->alias) return true;
+            if (q->t->values[q->t->inputs[k]].alias == v->alias) found = FROM_ZERO;
     }
-    return false;
+    return found;
 }
 
 /* Kernels that torch chose because its fakes required no grad: they leave out what a backward needs. */
@@ -159,10 +164,6 @@ static int run_forward(derivation *d) {
     const th_rule_request *q = d->q;
     if (chosen_without_grad(q)) {
         PyErr_SetString(PyExc_RuntimeError, "torch chose it for a run without gradients");
-        return -1;
-    }
-    if (counts_from_storage(q)) {
-        PyErr_SetString(PyExc_RuntimeError, "it counts from the start of an input's storage");
         return -1;
     }
     PyObject *callee = thx_callable(d->x, q->t, q->op), *result = NULL;
@@ -535,6 +536,12 @@ static thx_rule *push_rule(thx *x) {
 th_status thx_derive(void *user, const th_rule_request *q, const th_rule **rule) {
     thx *x = user;
     th_trace *key = NULL;
+    counting from = counts_from(q);
+    if (from == FROM_ELSEWHERE) { /* rules that are known are for inputs that start at zero */
+        PyErr_SetString(PyExc_RuntimeError, "it counts from the start of a storage in which its input starts later");
+        return decline(x, q);
+    }
+    x->counts_offsets |= from == FROM_ZERO;
     th_status status = build_key(q, &key);
     uint64_t hash = status == TH_OK ? th_trace_hash(key) : 0;
     for (uint32_t i = 0; status == TH_OK && i < x->nrules; i++) {

@@ -85,7 +85,8 @@ typedef struct thx {
     /* custom.c */           /* NULL in a torch without them */
     struct thx_rule **rules; /* derived ones: derive.c */
     uint32_t nrules, cap_rules;
-    bool derived_only; /* derivatives come from torch's autograd alone: for the tests of the catalogue's rules */
+    bool counts_offsets; /* a rule was used that holds for inputs that start where they do in their storages */
+    bool derived_only;   /* derivatives come from torch's autograd alone: for the tests of the catalogue's rules */
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
     getter version_get, requires_grad_get;
     void *version_closure, *requires_grad_closure;

@@ -339,14 +339,18 @@ static void note_statistics(thx_recording *c) {
     }
 }
 
+static bool has_out(const thx_recording *c) {
+    PyObject *out = c->kwargs ? PyDict_GetItemString(c->kwargs, "out") : NULL;
+    return out && out != Py_None;
+}
+
 /* By its name, x.add_, x[i] = y, inplace=, out=: others (an embedding that renorms its rows) know what they do. */
 static bool says_that_it_writes(const thx_recording *c) {
     const char *name = c->callee ? th_str_get(c->r->x->ctx, c->callee) : "";
     bool overload = strncmp(name, "torch.ops.", 10) == 0; /* aten.add_.Tensor */
     const char *end = overload ? strrchr(name, '.') : name + strlen(name);
     PyObject *inplace = c->kwargs ? PyDict_GetItemString(c->kwargs, "inplace") : NULL;
-    return (end > name && end[-1] == '_') || inplace == Py_True ||
-           (c->kwargs && PyDict_GetItemString(c->kwargs, "out"));
+    return (end > name && end[-1] == '_') || inplace == Py_True || has_out(c);
 }
 
 /* Emit what a slow call did: outputs, writes seen by version counters, randomness seen by the watcher. */
@@ -529,8 +533,7 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
         if (result || PyErr_Occurred()) return result;
     }
     r->writes_part = is_basic_setitem(&c);
-    if (c.note.grad && kwargs && PyDict_GetItemString(kwargs, "out"))
-        return thx_doubt(r, "out= does not support automatic differentiation"), NULL;
+    if (c.note.grad && has_out(&c)) return thx_doubt(r, "out= does not support automatic differentiation"), NULL;
     if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
         PyObject *fa = thx_fakeify(r, args), *fk = fa && kwargs ? thx_fakeify(r, kwargs) : NULL;
         PyObject *result = !fa || (kwargs && !fk) ? NULL

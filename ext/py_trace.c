@@ -135,10 +135,22 @@ static Py_hash_t trace_hash(trace_object *o) {
     return h == -1 ? -2 : h;
 }
 
+static bool names_thunder(const trace_object *o) {
+    bool found = false;
+    for (th_opref i = 1; i < o->t->nops && !found; i++)
+        found = o->t->ops[i].callee && strncmp(th_str_get(o->x->ctx, o->t->ops[i].callee), "thunder.", 8) == 0;
+    return found;
+}
+
 static PyObject *trace_namespace(trace_object *o, PyObject *unused) {
     (void)unused;
     PyObject *dict = PyDict_New();
     if (dict && PyDict_SetItemString(dict, "torch", o->x->torch) < 0) Py_CLEAR(dict);
+    if (dict && names_thunder(o)) {
+        PyObject *thunder = PyImport_ImportModule("thunder");
+        if (!thunder || PyDict_SetItemString(dict, "thunder", thunder) < 0) Py_CLEAR(dict);
+        Py_XDECREF(thunder);
+    }
     for (uint32_t i = 0; dict && i < o->t->nopaques; i++) {
         const th_opaque *q = &o->t->opaques[i];
         if (q->name && q->object && PyDict_SetItemString(dict, th_str_get(o->x->ctx, q->name), q->object) < 0)

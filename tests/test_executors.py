@@ -692,6 +692,46 @@ def test_small_differences_of_rounding_are_no_fault():
     assert units(compiled)[0].state == "trusted"
 
 
+def test_an_operator_may_be_declined_in_training_alone():
+    executor = extend.OperatorExecutor("half")
+    operator = executor.register_operator(
+        "gelu_for_training", like=F.gelu, fn=_plain_gelu, backward=lambda ctx, grad: grad * 0
+    )
+    executor.register_implementation(F.gelu, operator, training=lambda x, approximate="none": "not in training")
+    compiled = thunder.jit(lambda x: F.gelu(x), executors=[executor])
+    x = torch.randn(5, requires_grad=True)
+    (ours,) = torch.autograd.grad(compiled(x).sum(), x)
+    (theirs,) = torch.autograd.grad(F.gelu(x).sum(), x)
+    torch.testing.assert_close(ours, theirs)
+    assert any(reason == "not in training" for _, _, reason in compiled._thunder_claims.declines)
+    with torch.no_grad():
+        compiled(x)
+    assert units(compiled)[-1].state == "trusted"
+
+
+def _plain_gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_float64_decides_where_a_program_says_other_dtypes(factor):
+    """A region that rounds once where torch rounds twice is far from torch, in float32, and nearer to the truth."""
+
+    class RoundsOnce(extend.FusionExecutor):
+        def fuse(self, region):
+            return lambda x, y: [x.float() * y.float() * factor]
+
+    executor = RoundsOnce("rounds_once")
+    executor.register_supported(torch.mul)
+    executor.register_supported(torch.Tensor.to)
+    compiled = thunder.jit(lambda x, y: (x * y).to(torch.float32), executors=[executor])
+    inputs = [torch.rand(1000, dtype=torch.bfloat16) + 1 for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if factor > 1 else "error")
+        compiled(*inputs)
+    assert units(compiled)[0].state == ("trusted" if factor == 1 else "refused")
+
+
 def test_inputs_whose_elements_share_memory_are_compared_too():
     executor = extend.OperatorExecutor("expanded")
     executor.register_implementation(F.gelu, fn=lambda x, approximate="none": F.gelu(x))

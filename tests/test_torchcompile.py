@@ -35,6 +35,49 @@ def test_forward_and_backward_run_through_inductor():
     assert "torchcompile_" in str(thunder.last_backward_traces(compiled)[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_saves_scores_and_numbers_of_rows(dtype):
+    """The logarithms of the probabilities are not written: the backward has them from the scores."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50).to(dtype)
+    x, labels = torch.randn(8, 16, dtype=dtype), torch.randint(0, 50, (8,))
+
+    def program(x, labels, weight, bias):
+        scores = nn.functional.linear(nn.functional.gelu(x), weight, bias)
+        return nn.functional.cross_entropy(scores, labels, ignore_index=3)
+
+    compiled = thunder.jit(program, executors=["torchcompile"], tier="block")
+    arguments = (x.requires_grad_(), labels, head.weight, head.bias)
+    wanted = [a for a in arguments if a.requires_grad]
+    exact = [a.detach().double().requires_grad_() if a.is_floating_point() else a for a in arguments]
+    exact_grads = torch.autograd.grad(program(*exact), [a for a in exact if a.requires_grad])
+    theirs = torch.autograd.grad(program(*arguments), wanted)
+    for _ in range(3):
+        ours = torch.autograd.grad(compiled(*arguments), wanted)
+        for o, t, e in zip(ours, theirs, exact_grads, strict=True):
+            assert (o - e).norm() <= 2 * (t - e).norm() + 1e-6 * e.norm()
+    assert {u.state for u in units(compiled)} == {"trusted"}
+    forward = str(thunder.last_traces(compiled)[-1])
+    shape = "8, 50"
+    assert forward.count(f"[{shape}]") == 1, "of what has the size of the scores only they are saved"
+    assert any("thunder._rows.logsumexp" in str(u.trace) for u in units(compiled))
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_numbers_of_rows_are_computed_in_pieces(monkeypatch, dim):
+    from thunder import _rows
+
+    x = torch.randn(7, 12, 5)
+    whole = torch.logsumexp(x, dim, keepdim=True)
+    monkeypatch.setattr(_rows, "_CHUNK", 60)
+    pieces = []
+    one = _rows._logsumexp
+    monkeypatch.setattr(_rows, "_logsumexp", lambda part, dim: pieces.append(part.numel()) or one(part, dim))
+    torch.testing.assert_close(_rows.logsumexp(x, dim), whole)
+    assert len(pieces) > 1 and max(pieces) <= 60
+    torch.testing.assert_close(_rows.log_softmax(x, whole, torch.float32), torch.log_softmax(x, dim))
+
+
 def test_layers_of_a_transformer_are_built_once():
     from tests.harness.third_party import import_litgpt
 

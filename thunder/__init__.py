@@ -5,7 +5,7 @@
 
 import torch as _torch  # noqa: F401  (the extension binds to the torch that is loaded)
 
-from thunder import _kernels, dynamo, examine, executors, extend, transforms  # noqa: F401  (traces name the kernels)
+from thunder import _kernels, _rows, dynamo, examine, executors, extend, transforms  # noqa: F401  (traces name _kernels, _rows)
 from thunder._api import (
     CompileStats,
     cache_hits,

@@ -7,6 +7,7 @@ is right.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -66,8 +67,26 @@ def judge(
 
 def body_of(trace: Any) -> Any:
     """A region as a Python function of its inputs, of any dtype and under any mode: its text is a program."""
+    return _function(trace, str(trace))
+
+
+_NARROW = (
+    (re.compile(r"\btorch\.(float32|bfloat16|float16|float|half)\b"), "torch.float64"),
+    (re.compile(r"\btorch\.Tensor\.(float|bfloat16|half)\b"), "torch.Tensor.double"),
+)
+
+
+def _exact_body_of(trace: Any) -> Any:
+    """The same for inputs in float64, whatever dtypes it says: casts on the way round nothing."""
+    text = str(trace)
+    for pattern, wide in _NARROW:
+        text = pattern.sub(wide, text)
+    return _function(trace, text)
+
+
+def _function(trace: Any, text: str) -> Any:
     names = trace.namespace()
-    exec(str(trace), names)
+    exec(text, names)
     return names["region"]
 
 
@@ -91,9 +110,9 @@ def _gradient_differs(region: Any, inputs: list[Any]) -> str:
 
 
 def _gradients_in_float64(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
-    """Empty: it says float32 somewhere, or there is no memory for it."""
+    """Empty: it cannot be run so, or there is no memory for it."""
     try:
-        return _gradients(trace, [_wide(t) for t in inputs])
+        return _gradients(trace, [_wide(t) for t in inputs], _exact_body_of)
     except Exception:
         return []
 
@@ -102,11 +121,11 @@ def _wide(t: Any) -> Any:
     return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
-def _gradients(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
-    body = body_of(trace)
+def _gradients(trace: Any, inputs: list[Any], make: Any = body_of) -> list[Tensor | None]:
+    body = make(trace)
     leaves = copies(inputs)
     wanted = [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
-    with torch.enable_grad():
+    with torch.enable_grad(), _own_attention():
         for t in wanted:
             t.requires_grad_()
         outputs = [o for o in body(*leaves) if isinstance(o, Tensor) and o.requires_grad]
@@ -114,6 +133,17 @@ def _gradients(trace: Any, inputs: list[Any]) -> list[Tensor | None]:
         if not outputs or not wanted:
             return [None] * len(wanted)
         return list(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+
+
+def _own_attention() -> Any:
+    """Attention without ATen's use of cuDNN.
+
+    Its backward keeps plans by the layout of query, key and value, and not of the gradient that comes in. Ours is laid
+    out as no other: the reference could be wrong, and what the program itself computes after it.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _uneven(out: Tensor) -> Tensor:
@@ -194,8 +224,8 @@ def _nearer(region: Any, inputs: list[Any], i: int, e: Tensor, r: Tensor) -> boo
     if e.dtype == torch.float64 or e.dtype.is_complex:
         return False
     try:
-        truth = body_of(region.trace)(*map(_wide, inputs))[i]
-    except Exception:  # it says float32 somewhere: nothing decides
+        truth = _exact_body_of(region.trace)(*map(_wide, inputs))[i]
+    except Exception:  # it cannot be run so: nothing decides
         return False
     return nearer(truth, e, r)
 

@@ -73,7 +73,12 @@ typedef struct th_joint {
 th_status th_grad_join(th_trace *t, const th_grad_options *options, th_joint *joint);
 void th_joint_fini(th_joint *joint);
 
-typedef enum th_remat { TH_REMAT_OFF, TH_REMAT_AUTO, TH_REMAT_MAX } th_remat;
+typedef enum th_remat {
+    TH_REMAT_OFF,
+    TH_REMAT_AUTO,
+    TH_REMAT_MAX,
+    TH_REMAT_FUSED, /* as AUTO, for executors that fuse regions */
+} th_remat;
 
 typedef struct th_halves {
     th_trace *forward;  /* result: TUPLE of the results, the new contents of inputs, then what is saved */

@@ -11,6 +11,7 @@
 #include "ops/backward.h"
 #include "passes/cut.h"
 #include "passes/pass.h"
+#include "passes/rows.h"
 #include "passes/tie.h"
 
 #include <string.h>
@@ -28,6 +29,7 @@ typedef struct splitter {
     bool *result;    /* by value: the caller gets it, so that keeping it costs nothing */
     uint8_t *groups; /* flags of th__groups; what is copied to after the call counts as written */
     bool *wanted;    /* by value: the backward trace uses it and does not make it */
+    uint8_t *stored; /* by value: flags below, where regions are fused */
     th_remat remat;
     bool hit, written;
 } splitter;
@@ -68,7 +70,8 @@ static void find_forward(splitter *s) {
     for (th_opref o = t->nops; o-- > 1;) {
         if (t->ops[o].kind == TH_OP_DEL || s->backward[o]) continue;
         bool tie = th__tie_of(t, &t->ops[o]) == TH__TIE_HOOK; /* the backward has the call */
-        s->hit = t->ops[o].effects != 0 && !tie && !(t->ops[o].marks & TH_MARK_LATE);
+        s->hit = (t->ops[o].effects != 0 && !tie && !(t->ops[o].marks & TH_MARK_LATE)) ||
+                 th__op_is(t, &t->ops[o], TH__ROWS_SAVED);
         th_op_each_out(t, o, test_wanted, s);
         s->forward[o] = s->hit;
         if (s->hit) th_op_each_use(t, o, set_wanted, s);
@@ -124,6 +127,53 @@ static bool is_overwritten(const splitter *s, th_val v) {
     uint8_t flags = s->groups[th__group_of(s->t, v)];
     return flags & TH__GROUP_WRITTEN && (s->input[v] || flags & TH__GROUP_INPUT);
 }
+
+/* ---- what is in memory although regions are fused ---- */
+
+enum { STORED_FORWARD = 1, STORED_BACKWARD = 2, STORED_BOTH = 3, JOINED = 4 };
+
+typedef struct storing {
+    splitter *s;
+    uint8_t flags;
+} storing;
+
+static void add_flags(void *user, th_val *v) { ((storing *)user)->s->stored[*v] |= ((storing *)user)->flags; }
+static void take_flags(void *user, th_val *v) { ((storing *)user)->flags |= ((storing *)user)->s->stored[*v]; }
+
+static bool is_joining(const splitter *s, th_opref o) {
+    return th__op_is(s->t, &s->t->ops[o], "torch.cat") || th__op_is(s->t, &s->t->ops[o], "torch.stack");
+}
+
+static bool is_fused(splitter *s, th_opref o) {
+    const th_opdef *def = s->t->ops[o].callee_opaque ? NULL : th_catalog_find(s->catalog, s->t->ops[o].callee);
+    return def && (def->fusion == TH_FUSE_POINTWISE || def->fusion == TH_FUSE_VIEW || def->fusion == TH_FUSE_FACTORY ||
+                   def->fusion == TH_FUSE_REDUCTION);
+}
+
+/* A value that a matrix product or an attention uses is in memory, forward or backward; JOINED: on the way to it
+ * tensors are put together, which no kernel before or after does along the way. */
+static void find_stored(splitter *s) {
+    th_trace *t = s->t;
+    for (th_opref o = t->nops; o-- > 1;) {
+        storing w = {s, 0};
+        if (t->ops[o].kind == TH_OP_DEL) continue;
+        if (is_view(s, o)) {
+            th_op_each_out(t, o, take_flags, &w);
+        } else if (!is_fused(s, o) && !is_joining(s, o)) {
+            w.flags = (s->forward[o] ? STORED_FORWARD : 0) | (s->backward[o] ? STORED_BACKWARD : 0);
+        }
+        th_op_each_use(t, o, add_flags, &w);
+    }
+    for (th_opref o = 1; o < t->nops; o++) {
+        storing w = {s, 0};
+        if (is_fused(s, o)) th_op_each_use(t, o, take_flags, &w);
+        w.flags = is_joining(s, o) ? JOINED : w.flags & JOINED;
+        th_op_each_out(t, o, add_flags, &w);
+    }
+}
+
+/* To make it again would be a kernel of its own, and to save it is to let it be. */
+static bool is_kept_anyway(const splitter *s, th_val v) { return s->stored[v] == (STORED_BOTH | JOINED); }
 
 /* Memory-bound operations: making their results again costs about what reading them from memory would. */
 static bool is_cheap(splitter *s, th_opref o) {
@@ -191,6 +241,7 @@ static th_status recompute_cheap(splitter *s) {
         th_opref def = t->values[v].def;
         bool again =
             !s->input[v] && !s->result[v] && def && (is_view(s, def) || is_cheap(s, def) || may_run_again(s, def));
+        again = again && (is_view(s, def) || !is_kept_anyway(s, v));
         int64_t cost = s->input[v] || (s->result[v] && !is_overwritten(s, v)) ? 0 : bytes_of(t, v);
         if (again && is_view(s, def)) cost = INT64_C(1) << 50; /* it would keep all of its base: save that */
         th__cut_value(&cut, v, cost, !again, s->wanted[v]);
@@ -397,7 +448,9 @@ static th_status prepare(splitter *s) {
     s->forward = th__scratch_zeroed(&s->scratch, t->nops, sizeof(bool));
     s->backward = th__scratch_zeroed(&s->scratch, t->nops, sizeof(bool));
     s->groups = th__groups(t, &s->scratch);
-    if (!s->groups || !s->late || !s->made || !s->input || !s->result || !s->wanted || !s->forward || !s->backward)
+    s->stored = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof *s->stored);
+    if (!s->groups || !s->stored || !s->late || !s->made || !s->input || !s->result || !s->wanted || !s->forward ||
+        !s->backward)
         return TH_ENOMEM;
     for (uint32_t i = 0; i < s->joint->nmutated; i++)
         s->groups[th__group_of(t, s->joint->mutated[i])] |= TH__GROUP_WRITTEN;
@@ -406,10 +459,12 @@ static th_status prepare(splitter *s) {
 
 static th_status split(splitter *s, th_remat remat, th_halves *out) {
     th_trace *t = s->t;
+    if (remat == TH_REMAT_FUSED) TRY(th__rows_split(t, s->joint->ntangents));
     TRY(prepare(s));
     s->remat = remat;
     find_forward(s);
     find_backward(s);
+    if (remat == TH_REMAT_FUSED) find_stored(s);
     bool *plain = th__scratch_zeroed(&s->scratch, t->nvalues, sizeof *plain);
     out->saved = th_ctx_alloc(t->ctx, NULL, t->nvalues * sizeof *out->saved);
     if (!plain || !out->saved) return th_fail(t->ctx, TH_ENOMEM, "out of memory");

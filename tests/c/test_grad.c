@@ -73,6 +73,55 @@ static void cheap_results_are_made_again_rather_than_saved(void) {
     th_ctx_free(ctx);
 }
 
+static void where_regions_are_fused_scores_are_saved_and_not_their_logarithms(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_halves plain = {0}, fused = {0};
+    th_joint first = {0}, second = {0};
+    int asked = 0;
+    const char *text = "def computation(x: \"cpu f32[8, 4]\", w: \"cpu f32[16, 4] grad\", labels: \"cpu i64[8]\"):\n"
+                       "    t0: \"cpu f32[8, 16]\" = torch.nn.functional.linear(x, w)\n"
+                       "    t1: \"cpu f32[]\" = torch.nn.functional.cross_entropy(t0, labels)\n"
+                       "    return t1\n";
+    CHECK(halves_of(ctx, text, TH_REMAT_AUTO, &plain, &first, &asked) == TH_OK);
+    CHECK(halves_of(ctx, text, TH_REMAT_FUSED, &fused, &second, &asked) == TH_OK);
+    CHECK(count_calls(plain.backward, "torch.log_softmax") == 0);
+    CHECK(count_calls(fused.forward, "torch.log_softmax") == 1);
+    CHECK(count_calls(fused.forward, "thunder._rows.logsumexp") == 1);
+    CHECK(count_calls(fused.backward, "thunder._rows.log_softmax") == 1);
+    CHECK(count_calls(fused.backward, "torch.nn.functional.linear") == 0);
+    CHECK(fused.bytes_kept == plain.bytes_kept + 8 * 4); /* a number for each row */
+    th_halves_fini(ctx, &plain);
+    th_halves_fini(ctx, &fused);
+    th_joint_fini(&first);
+    th_joint_fini(&second);
+    th_ctx_free(ctx);
+}
+
+static void where_regions_are_fused_what_was_put_together_for_a_product_is_saved(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_halves plain = {0}, fused = {0};
+    th_joint first = {0}, second = {0};
+    int asked = 0;
+    const char *text =
+        "def computation(x: \"cpu f32[8, 4]\", w: \"cpu f32[16, 4] grad\", v: \"cpu f32[2, 32] grad\"):\n"
+        "    t0: \"cpu f32[8, 16]\" = torch.nn.functional.linear(x, w)\n"
+        "    t1: \"cpu f32[8, 16]\" = torch.neg(t0)\n"
+        "    t2: \"cpu f32[8, 32]\" = torch.cat([t0, t1], 1)\n"
+        "    t3: \"cpu f32[8, 32]\" = torch.mul(t2, 2.0)\n"
+        "    t4: \"cpu f32[8, 2]\" = torch.nn.functional.linear(t3, v)\n"
+        "    return t4\n";
+    CHECK(halves_of(ctx, text, TH_REMAT_AUTO, &plain, &first, &asked) == TH_OK);
+    CHECK(halves_of(ctx, text, TH_REMAT_FUSED, &fused, &second, &asked) == TH_OK);
+    CHECK(count_calls(plain.backward, "torch.cat") == 1);
+    CHECK(count_calls(fused.backward, "torch.cat") == 0);
+    CHECK(plain.bytes_kept == 8 * 16 * 4 && fused.bytes_kept == 8 * 32 * 4);
+    th_halves_fini(ctx, &plain);
+    th_halves_fini(ctx, &fused);
+    th_joint_fini(&first);
+    th_joint_fini(&second);
+    th_ctx_free(ctx);
+}
+
 static void what_is_made_again_is_made_where_it_is_needed(void) {
     th_ctx *ctx = th_ctx_new(NULL, NULL);
     th_halves halves = {0};
@@ -172,6 +221,8 @@ static void memory_may_run_out_at_any_request(void) {
 int main(void) {
     catalogue_rules_make_forward_and_backward();
     cheap_results_are_made_again_rather_than_saved();
+    where_regions_are_fused_scores_are_saved_and_not_their_logarithms();
+    where_regions_are_fused_what_was_put_together_for_a_product_is_saved();
     what_is_made_again_is_made_where_it_is_needed();
     an_operation_without_a_rule_is_declined_with_its_reason();
     marks_keep_operations_out_of_the_derivative();

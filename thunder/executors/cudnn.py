@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from thunder import _C
-from thunder.executors import sdpa
+from thunder.executors import attention as shared
+from thunder.executors.attention import Answer
 from thunder.extend.executor import OperatorExecutor
 from thunder.extend.registry import register_executor
 from thunder.extend.toolkit import find_cudnn
-
-Answer = tuple[bool, str]
 
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 9}
 """cuDNN's numbers."""
@@ -187,7 +186,7 @@ def attention_supported(
     enable_gqa: bool = False,
 ) -> Answer:
     """Whether cuDNN can serve a call of ``scaled_dot_product_attention``, and why not."""
-    answer = sdpa.attention_supported(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+    answer = shared.supported(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
     if not answer[0]:
         return answer
     if attn_mask is not None:
@@ -205,29 +204,16 @@ def _attention_sizes(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, out: tuple[int, ...], grad: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
     shape = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
-    gradients = (0,) * 12 if grad is None else (*_like(q), *_like(k), *_like(v))
+    gradients = (0,) * 12 if grad is None else (*shared.like(q), *shared.like(k), *shared.like(v))
     strides = (*q.stride(), *k.stride(), *v.stride(), *out, *(grad or (0,) * 4), *gradients)
     return (_TYPES[q.dtype], int(causal), *shape, *strides)
-
-
-def _like(t: Tensor) -> tuple[int, ...]:
-    return torch.empty_like(t, device="meta").stride()
-
-
-@functools.lru_cache(4096)
-def _result_layout(shapes: Any, strides: Any, dtype: torch.dtype, device: torch.device, *rest: Any) -> tuple[int, ...]:
-    fakes = [
-        torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        for shape, stride in zip(shapes, strides, strict=True)
-    ]
-    return sdpa.layout(device, *fakes, *rest)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
     return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -238,12 +224,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """The result and the logsumexp of the scores."""
     device = query.device
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    strides = _result_layout(
-        (query.shape, key.shape, value.shape), (query.stride(), key.stride(), value.stride()), query.dtype, device,
-        is_causal, enable_gqa,
-    )  # fmt: skip
+    strides = shared.layout(query, key, value, None, is_causal, enable_gqa)
     out = torch.empty_strided(query.shape, strides, dtype=query.dtype, device=device)
     logsumexp = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
     plan = _plan("attention", device, _attention_sizes(query, key, value, is_causal, strides), _scale(scale, query))
@@ -251,23 +235,7 @@ def _attention(
     return out, logsumexp
 
 
-def _attention_meta(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return sdpa.attention_meta(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[
-        :2
-    ]
-
-
-def _attention_backward(
+def attention_gradients(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -277,9 +245,10 @@ def _attention_backward(
     is_causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value."""
     device = query.device
     if grad.stride(3) != 1 or any(s % 8 or not s for s in grad.stride()[:3]):
-        grad = sdpa.laid_out(grad, out.stride())
+        grad = shared.laid_out(grad, out.stride())
     grad, query, key, value, out = (_aligned(t) for t in (grad, query, key, value, out))
     grads = tuple(torch.empty_like(t) for t in (query, key, value))
     sizes = _attention_sizes(query, key, value, is_causal, out.stride(), grad.stride())
@@ -289,9 +258,7 @@ def _attention_backward(
 
 
 attention_backward = cudnn_executor.register_operator(
-    "attention_backward",
-    fn=_attention_backward,
-    meta=lambda grad, query, key, value, *rest: tuple(torch.empty_like(t) for t in (query, key, value)),
+    "attention_backward", fn=attention_gradients, meta=shared.meta_of_gradients
 )
 
 
@@ -301,12 +268,9 @@ def _attention_rule(ctx, grad, *_):
 
 
 _attention_operator = cudnn_executor.register_operator(
-    "attention", fn=_attention, meta=_attention_meta, backward=_attention_rule, saves=1
+    "attention", fn=attention, meta=shared.meta, backward=_attention_rule, saves=1
 )
-for _name in (
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,  # under autocast
-):
+for _name in shared.NAMES:
     cudnn_executor.register_implementation(_name, _attention_operator, checker=attention_supported)
 
 register_executor(cudnn_executor)

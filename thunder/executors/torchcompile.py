@@ -77,11 +77,12 @@ def _compile(trace: Any, options: dict[str, Any]) -> Callable:
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     with torch.no_grad(), no_modes():
         mode, graph, fakes = aten_graph(trace)
         with mode, tracing(TracingContext(mode)), config.patch(options):
-            compiled = compile_fx_inner(graph, fakes)
+            compiled = compile_fx_inner(joint_graph_passes(graph), fakes)
     return _caller(compiled)
 
 
@@ -105,6 +106,7 @@ def no_modes() -> Any:
 
 def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor]]:
     """A region as ATen operations: (fake mode, graph, its fake inputs)."""
+    from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -119,6 +121,8 @@ def aten_graph(trace: Any) -> tuple[Any, torch.fx.GraphModule, list[torch.Tensor
     with mode:
         fakes = [torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=p.device) for p in trace.inputs]
         graph = make_fx(program, decomposition_table=select_decomp_table())(*fakes)
+    graph.graph = fx_graph_cse(graph.graph)  # what operations have in common comes out when they are taken apart
+    graph.recompile()
     return mode, graph, fakes
 
 

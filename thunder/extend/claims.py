@@ -32,6 +32,7 @@ class Claims:
         self.executors = tuple(e for e in before if e._table)
         self.tables = tuple(dict(e._table) for e in self.executors)
         self.cuts = tuple(e.cut for e in self.executors)
+        self.fuses = any(isinstance(e, FusionExecutor) and "*" in e._table for e in self.executors)
         self.operators = any(getattr(i, "operator", None) for table in self.tables for i in table.values())
         self.judge = _verify.judge
         self.verify = verify
@@ -51,11 +52,15 @@ class Claims:
     def ask(self, i: int, known: Implementation, name: str, args: tuple, kwargs: dict[str, Any]) -> int:
         """Does executor ``i`` take this call: 0 no, 1 alone, 2 with its neighbours."""
         executor = self.executors[i]
-        agrees, reason = takes(known.checker, args, kwargs)
-        if not agrees:
-            self.declines[executor.name, name, reason] += 1
+        if not self._agrees(executor, known.checker, name, args, kwargs):
             return 0
         return 2 if isinstance(executor, FusionExecutor) else 1
+
+    def _agrees(self, executor: Executor, checker: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+        agrees, reason = takes(checker, args, kwargs)
+        if not agrees:
+            self.declines[executor.name, name, reason] += 1
+        return agrees
 
     def declined(self, i: int, name: str, reason: str) -> None:
         """A C executor said no."""
@@ -67,6 +72,8 @@ class Claims:
         """The operator with its own derivative that takes the place of this call: its name, the results it saves."""
         operator = getattr(known, "operator", None)
         if operator is None or not self.ask(i, known, name, args, kwargs):
+            return None
+        if not self._agrees(self.executors[i], known.training, name, args, kwargs):
             return None
         self._origins[operator.key] = name, operator.saves
         return operator.key, operator.saves

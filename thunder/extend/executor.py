@@ -24,12 +24,14 @@ class Implementation:
         checker: called like the operator, with tensors that have no data; see ``register_implementation``.
         operator: with a derivative of its own, which takes the operator's place before differentiation.
         native: of a C executor, a ``thunder._C.NativeOperator``, which gives a kernel for each call.
+        training: asked as well before the operator takes the place; see ``register_implementation``.
     """
 
     fn: Callable | None
     checker: Checker | None = None
     operator: Operator | None = None
     native: Any = None
+    training: Checker | None = None
 
 
 class Executor:
@@ -139,6 +141,7 @@ class OperatorExecutor(Executor):
         execution_transform: Callable | None = None,
         grad_transform: Callable | None = None,
         inference: Callable | None = None,
+        training: Checker | None = None,
     ) -> None:
         """Say how this executor runs an operator.
 
@@ -155,6 +158,7 @@ class OperatorExecutor(Executor):
             grad_transform: a function ``(ctx, *grads)`` as ``thunder.extend.op`` takes for ``backward``: the derivative
                 of this implementation.
             inference: what runs it where nothing is differentiated, called like ``op``; by default the operator.
+            training: like ``checker``, asked as well where the operator would bring its derivative along.
 
         Raises:
             TypeError: nothing to run it with, or too much; something is not callable.
@@ -179,7 +183,7 @@ class OperatorExecutor(Executor):
             run = inference
         key = operator_key(op)
         differentiable = operator if operator is not None and operator.has_backward else None
-        self._table[key] = Implementation(run, checker, differentiable)
+        self._table[key] = Implementation(run, checker, differentiable, training=training)
         if differentiable is not None:
             self._table[operator.key] = Implementation(operator.function)
 

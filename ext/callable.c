@@ -165,12 +165,30 @@ static PyObject *finish(thx *x, thx_entry *e, const thx_leaves *leaves, th_slot 
         Py_SETREF(result, own);
     }
     if (result && e->nwrites && replay_writes(x, e, slots) < 0) Py_CLEAR(result);
-    th_frame frame = {slots, x, 0};
+    th_frame frame = {.slots = slots, .user = x};
     th_plan_clear(e->main.plan, &frame);
     return result;
 }
 
-static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves) {
+/* From where another entry's run has stopped, if it did and this program has run before. */
+static int run_program(thx *x, thx_entry *e, th_slot *slots, thx_request *call) {
+    if (!e->main.checked || !e->expected || !call || e->nundo || e->undo_random)
+        return thx_program_run(x, &e->main, slots);
+    const thx_resume *resume = NULL;
+    if (call->left.entry && call->left_by) resume = thx_resume_find(x, e, call->left_by, call->left.at);
+    if (!resume && PyErr_Occurred()) return -1;
+    thx_left leave = {0};
+    int rc = thx_program_resume(x, &e->main, slots, resume, &call->left, &leave);
+    thx_left_clear(&call->left);
+    if (leave.entry) {
+        leave.entry = e->number;
+        call->left = leave;
+        call->left_by = e;
+    }
+    return rc;
+}
+
+static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     th_slot fixed[THX_SLOTS_ON_STACK], *slots;
     filling f = {x, e, leaves};
     PyObject *result = NULL;
@@ -180,7 +198,7 @@ static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves) {
         if (!slots) return PyErr_NoMemory();
         fill_roots(&f, slots);
         PyObject *numbers = e->formula ? thx_numbers_fill(e, leaves, slots + e->nroots) : NULL;
-        rc = e->formula && !numbers ? -1 : thx_program_run(x, &e->main, slots);
+        rc = e->formula && !numbers ? -1 : run_program(x, e, slots, call);
         Py_XDECREF(numbers);
         if (rc == 1 && thx_entry_place(x, e) < 0) rc = -1;
         if (rc == 0) result = finish(x, e, leaves, slots);
@@ -212,20 +230,20 @@ static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leav
     return result;
 }
 
-static PyObject *run_in_inference_mode(thx *x, thx_entry *e, const thx_leaves *leaves) {
+static PyObject *run_in_inference_mode(thx *x, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     PyObject *mode = thx_enter(x, x->inference_mode);
-    PyObject *result = mode ? run_plain(x, e, leaves) : NULL;
+    PyObject *result = mode ? run_plain(x, e, leaves, call) : NULL;
     if (mode) thx_leave(x, mode);
     return result;
 }
 
-static PyObject *run_in_mode(thx *x, thx_entry *e, const thx_leaves *leaves) {
+static PyObject *run_in_mode(thx *x, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     thx_autocast cast;
     if (e->ambient.autocast && thx_autocast_off(x, &cast) < 0) return NULL;
     if (e->generation != thx_guards_generation(e->guards)) refresh_roots(x, e);
-    PyObject *result = e->inference  ? run_in_inference_mode(x, e, leaves)
+    PyObject *result = e->inference  ? run_in_inference_mode(x, e, leaves, call)
                        : e->gradient ? run_differentiable(x, e, leaves)
-                                     : run_plain(x, e, leaves);
+                                     : run_plain(x, e, leaves, call);
     if (e->ambient.autocast) thx_autocast_on(x, &cast);
     return result;
 }
@@ -263,11 +281,20 @@ static int put_back(PyObject *undo) { /* keeps the pending exception */
     return 0;
 }
 
-static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves) {
+static thx_entry *find_entry(const thx_callable_object *c, uint64_t number) {
+    thx_entry *e = c->entries;
+    while (e && e->number != number) e = e->next;
+    return e;
+}
+
+static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     thx *x = c->x;
     PyObject *undo = NULL;
     if (e->expected && (e->nundo || e->undo_random) && !(undo = remember(x, e, leaves))) return NULL;
-    PyObject *result = run_in_mode(x, e, leaves);
+    if (call->left.entry) call->left_by = find_entry(c, call->left.entry);
+    e->running++;
+    PyObject *result = run_in_mode(x, e, leaves, call);
+    e->running--;
     if (!result && undo && PyErr_ExceptionMatches(x->ValueChanged)) put_back(undo);
     Py_XDECREF(undo);
     return result;
@@ -341,10 +368,9 @@ static PyObject *call_original(thx_callable_object *c, PyObject *const *args, si
 
 /* A kernel failed. What eager writes before that line is not written yet: eager does it, as long as nothing else has
  * changed; otherwise the error stays, which names the line. */
-static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves,
-                                    const thx_request *call) {
+static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     bool writes = (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform;
-    PyObject *result = run_entry(c, e, leaves);
+    PyObject *result = run_entry(c, e, leaves, call);
     if (result || !writes || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(c->x->StaleProgram) ||
         PyErr_ExceptionMatches(c->x->ValueChanged) || !thx_entry_is_untouched(e))
         return result;
@@ -430,7 +456,7 @@ static bool begin_anew(thx_callable_object *c) {
     return true;
 }
 
-static PyObject *run_first(thx_callable_object *c, thx_entry *e, const thx_request *call) {
+static PyObject *run_first(thx_callable_object *c, thx_entry *e, thx_request *call) {
     thx_leaves leaves;
     thx_leaves_init(&leaves);
     leaves.args = call->args;
@@ -471,8 +497,9 @@ static int limit_branches(thx_callable_object *c, thx_request *call) {
 
 /* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
 static void settle(thx_callable_object *c, const thx_request *call) {
-    thx_entry *after =
-        thx_compile(c, &(thx_request){call->ambient, call->args, call->nargsf, call->kwnames, NULL, NULL});
+    thx_entry *after = thx_compile(
+        c,
+        &(thx_request){.ambient = call->ambient, .args = call->args, .nargsf = call->nargsf, .kwnames = call->kwnames});
     PyErr_Clear();
     if (after && after->eager)
         thx_entry_free(c->x, after);
@@ -637,12 +664,13 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         c->fallbacks++;
         return call_original(c, args, nargsf, kwnames);
     }
-    thx_request call = {&ambient, args, nargsf, kwnames, NULL, NULL};
+    thx_request call = {.ambient = &ambient, .args = args, .nargsf = nargsf, .kwnames = kwnames};
     PyObject *result = NULL;
     if (!serve(c, &call, &result)) {
         if (c->entry_count >= 64) drop_dead(c);
         result = miss(c, &call);
     }
+    thx_left_clear(&call.left);
     Py_XDECREF(call.seen);
     Py_XDECREF(call.refusal);
     return result;

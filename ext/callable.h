@@ -7,6 +7,7 @@
 #include "capture.h"
 #include "effects.h"
 #include "guards.h"
+#include "resume.h"
 #include "structure.h"
 #include "trace_object.h"
 
@@ -54,8 +55,12 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t nfloats, free_floats; /* floats of the arguments: how many; which may be any, by bit */
     PyObject *formula;             /* owned: from these to the literals; NULL: there are none */
     PyObject *expected;            /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
-    uint64_t tried;                /* the call that met another value in it */
-    uint32_t *undo;                /* by undo: the root of a tensor that is written before the last of them is known */
+    uint64_t number;               /* its own, from 1 */
+    thx_resume **resumes;          /* how to go on from other entries */
+    uint32_t nresumes;
+    uint32_t running; /* calls of it that are in progress */
+    uint64_t tried;   /* the call that met another value in it */
+    uint32_t *undo;   /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
@@ -95,8 +100,10 @@ typedef struct thx_request { /* a call */
     PyObject *const *args;
     size_t nargsf;
     PyObject *kwnames;
-    PyObject *seen;    /* owned tuple: values of tensors that runs of it have met, in order; or NULL */
-    PyObject *refusal; /* owned: the CaptureError for which it is not to be captured; or NULL */
+    PyObject *seen;            /* owned tuple: values of tensors that runs of it have met, in order; or NULL */
+    thx_left left;             /* what the run before has computed */
+    struct thx_entry *left_by; /* the entry that it was of, while it is there */
+    PyObject *refusal;         /* owned: the CaptureError for which it is not to be captured; or NULL */
 } thx_request;
 
 /* compile.c: capture, passes, lowering. NULL with an exception; an entry with `eager` set comes with the exception that

@@ -28,6 +28,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     Py_XDECREF(e->formula);
     PyMem_Free(e->undo);
     PyMem_Free(e->offsets);
+    thx_resumes_free(e);
     thx_guards_free(x, e->guards);
     th_trace_free(e->captured);
     thx_program_fini(&e->main);
@@ -601,6 +602,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
         e->nqueries = k.r->nqueries;
         e->nevals = k.r->nevals;
         x->captures++;
+        e->number = ++x->entry_numbers;
     }
     thx_leaves_fini(&k.leaves);
     thx_leaves_fini(&k.outputs);

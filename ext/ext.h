@@ -104,7 +104,7 @@ typedef struct thx {
     PyObject *read_environment;         /* code of os.environ[...] */
     PyObject *module_dicts;             /* frozenset: the dictionaries that every nn.Module has */
     PyObject *watch_counts;             /* 3.12+: dict: id of a dictionary -> how many guards watch it */
-    uint64_t captures;
+    uint64_t captures, entry_numbers;
     PyObject *tape;            /* of numbers that the capture in progress follows, or NULL: numbers.c */
     PyTypeObject *number_type; /* thunder._numbers.Number; NULL until the first tape */
     thx_code codes[THX_CODES];

@@ -28,7 +28,7 @@ uint32_t thx_program_result(const thx_program *p, uint32_t n) {
 }
 
 /* Name the user's line on an exception that a kernel raised. */
-static void add_line(thx *x, const thx_program *p, uint32_t failed) {
+void thx_program_name_line(thx *x, const thx_program *p, uint32_t failed) {
     const th_op *op = &p->t->ops[p->plan->instrs[failed].op];
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
@@ -119,13 +119,13 @@ static int start_over(thx *x, thx_program *p, const th_frame *f) {
 }
 
 int thx_program_run(thx *x, thx_program *p, th_slot *slots) {
-    th_frame frame = {slots, x, 0};
+    th_frame frame = {.slots = slots, .user = x};
     memset(slots + p->plan->nroots, 0, sizeof *slots * (p->plan->nslots - p->plan->nroots));
     int rc = p->checked ? th_plan_run(p->plan, &frame) : run_checked(x, p, &frame);
     if (rc == 1 && !p->checked) return start_over(x, p, &frame);
     p->failed = rc ? p->plan->instrs[frame.failed].op : 0;
     if (rc) {
-        add_line(x, p, frame.failed);
+        thx_program_name_line(x, p, frame.failed);
         return -1;
     }
     p->checked = true;

@@ -28,6 +28,7 @@ void thx_program_fini(thx_program *p);
 /* The slots from the roots on are cleared here. 0 with results in the slots; -1 with an exception, everything released;
  * 1: predicted strides were wrong, the program was lowered anew: fill new slots and start over. */
 int thx_program_run(thx *x, thx_program *p, th_slot *slots);
+void thx_program_name_line(thx *x, const thx_program *p, uint32_t failed); /* on the pending exception */
 /* Does a slot hold what the trace says: sizes, dtype, strides? */
 bool thx_as_predicted(thx *x, th_slot *slot, const th_type *type);
 /* The n-th entry of the trace's result: its slot, or UINT32_MAX for None. */

@@ -413,3 +413,37 @@ def test_threads_meet_different_values(fallback):
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_what_comes_before_a_known_value_runs_once():
+    runs = []
+
+    @torch.library.custom_op("thunder_test_values::slow", mutates_args=())
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        runs.append(1)
+        return x.sin()
+
+    @slow.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    def program(x, y):
+        a, b = slow(x), slow(y)
+        both = a + b
+        z = slow(both)
+        if z.sum() > 0:
+            if a.max() > 0.5:
+                return b * 2, both, z.view(-1)
+            return z * 2 + a
+        return z - 1, x + 1
+
+    compiled = thunder.jit(program)
+    calls = [(grid() + 2, grid() + 2), (-grid() - 2, -grid() - 2), (grid() * 0 + 0.1, grid() * 0 + 0.1)]
+    for args in (*calls, *calls, *calls):
+        compiled(*args)  # what one program has let go of and another one needs is kept from then on
+    for args in (calls[0], calls[1], calls[2], calls[1], calls[0], calls[2], calls[2]):
+        runs.clear()
+        result = compiled(*args)
+        assert len(runs) == 3
+        torch.testing.assert_close(result, program(*args))
+    assert thunder.cache_misses(compiled) == 3

@@ -251,11 +251,13 @@ def index_put_(input: torch.Tensor, indices: Any, values: torch.Tensor, accumula
 
 def index_fill(input: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> Any:
     """``torch.index_fill`` with a tensor: its derivative counts an index that occurs twice once."""
-    if not isinstance(value, torch.Tensor) or value.dim() or not input.dim():
+    if not isinstance(value, torch.Tensor) or value.dim():
         return NotImplemented
-    filled = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device).index_fill(0, index, True)
+    size = input.shape[dim] if input.dim() else 1
+    filled = torch.zeros(size, dtype=torch.bool, device=input.device).index_fill(0, index, True)
     shape = [1] * input.dim()
-    shape[dim] = -1
+    if shape:
+        shape[dim] = size
     return torch.where(filled.view(shape), value.to(input.dtype), input)
 
 

@@ -18,6 +18,7 @@ typedef struct th_frame {
     th_slot *slots;
     void *user;      /* the runner's: whatever the instructions need */
     uint32_t failed; /* after an error: the instruction, counted from 0 */
+    bool keep;       /* after an error the slots stay as they are: the caller releases them */
 } th_frame;
 
 typedef struct th_instr th_instr;
@@ -51,7 +52,8 @@ th_status th_plan_add(th_plan *plan, th_instr_fn run, void *data, uint32_t op);
 /* The slot dies after the last instruction added; before the first one there is nothing to do. */
 th_status th_plan_kill(th_plan *plan, uint32_t slot);
 
-/* Run all instructions. On error everything that the frame owns is released and frame->failed is set. */
+/* Run all instructions. On error frame->failed is set, and everything that the frame owns is released unless it says
+ * otherwise. */
 int th_plan_run(const th_plan *plan, th_frame *frame);
 /* Release every owned slot: after the outputs were taken. */
 void th_plan_clear(const th_plan *plan, th_frame *frame);

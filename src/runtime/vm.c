@@ -11,7 +11,7 @@ int th_plan_run(const th_plan *plan, th_frame *frame) {
         int rc = instr->run(frame, instr);
         if (rc) {
             frame->failed = (uint32_t)(instr - plan->instrs);
-            th_plan_clear(plan, frame);
+            if (!frame->keep) th_plan_clear(plan, frame);
             return rc;
         }
         const uint32_t *dead = plan->frees + instr->frees, *last = dead + instr->nfrees;

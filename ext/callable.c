@@ -81,6 +81,7 @@ static int entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient
     int same = arguments_match(c->x, e, args, npositional, kwnames, leaves);
     for (uint32_t i = 0; i < e->nidentical && same == 1; i++)
         same = leaves->items[e->identical[i].leaf] == e->identical[i].tensor;
+    thx_guards_pin(e->guards, e->running > 1); /* the tensors of a run that goes on stay */
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }
@@ -230,15 +231,27 @@ static PyObject *call_original(thx_callable_object *c, PyObject *const *args, si
     return PyObject_Vectorcall(c->fn, args, nargsf, kwnames);
 }
 
+/* Other threads, and code that a program calls, may drop an entry that runs. */
+static void drop(thx_callable_object *c, thx_entry *e) {
+    e->dropped = true;
+    if (!e->running) thx_entry_free(c->x, e);
+}
+
+static void leave_entry(thx_callable_object *c, thx_entry *e) {
+    if (!--e->running && e->dropped) thx_entry_free(c->x, e);
+}
+
 /* A kernel failed. What eager writes before that line is not written yet: eager does it, as long as nothing else has
  * changed; otherwise the error stays, which names the line. */
 static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, size_t nargsf,
                                     PyObject *kwnames) {
-    bool writes = (e->nwrites || e->writes_inputs) && !c->needs_transform;
+    e->running++;
     PyObject *result = run_entry(c, e, leaves);
-    if (result || !writes || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(c->x->StaleProgram) ||
-        !thx_entry_is_untouched(e))
-        return result;
+    bool again = !result && (e->nwrites || e->writes_inputs) && !c->needs_transform &&
+                 PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
+                 thx_entry_is_untouched(e);
+    leave_entry(c, e);
+    if (!again) return result;
     PyErr_Clear();
     return PyObject_Vectorcall(c->fn, leaves->args, nargsf, kwnames);
 }
@@ -275,18 +288,20 @@ static int tell_eager(thx_callable_object *c, const thx_entry *e) {
 enum { MAX_SETTLED = 4 };
 
 static void drop_all(thx_callable_object *c) {
-    while (c->entries) {
-        thx_entry *next = c->entries->next;
-        thx_entry_free(c->x, c->entries);
-        c->entries = next;
-    }
+    c->changes++;
     c->entry_count = 0;
+    while (c->entries) {
+        thx_entry *e = c->entries;
+        c->entries = e->next;
+        drop(c, e);
+    }
 }
 
 static void keep(thx_callable_object *c, thx_entry *e) {
     e->next = c->entries;
     c->entries = e;
     c->entry_count++;
+    c->changes++;
 }
 
 /* The program raised while it was captured, and all is as it was before: eager leaves behind what it did until then.
@@ -384,7 +399,8 @@ static void drop_dead(thx_callable_object *c) { /* keep at most 64 entries */
         if (e->dead || ++kept > MAX_ENTRIES) {
             *p = e->next;
             c->entry_count--;
-            thx_entry_free(c->x, e);
+            c->changes++;
+            drop(c, e);
         } else {
             p = &e->next;
         }
@@ -412,10 +428,19 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     thx_leaves leaves;
     thx_leaves_init(&leaves);
     leaves.args = args;
+    uint64_t changes = c->changes;
     for (thx_entry **p = &c->entries; *p && c->cache != 1; p = &(*p)->next) {
         thx_entry *e = *p;
+        e->running++;
         int same = c->cache == 2 ? arguments_match(x, e, args, npositional, kwnames, &leaves)
                                  : entry_matches(c, e, &ambient, args, npositional, kwnames, &leaves);
+        leave_entry(c, e);
+        if (same >= 0 &&
+            c->changes != changes) { /* comparing ran Python code, and that or another thread came by here */
+            thx_leaves_fini(&leaves);
+            c->calls--;
+            return vectorcall(self, args, nargsf, kwnames);
+        }
         if (same < 0) {
             thx_leaves_fini(&leaves);
             return NULL;
@@ -428,9 +453,12 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
         }
         c->hits++;
         e->hits++;
-        *p = e->next; /* most recent first */
-        e->next = c->entries;
-        c->entries = e;
+        if (p != &c->entries) { /* most recent first */
+            *p = e->next;
+            e->next = c->entries;
+            c->entries = e;
+            c->changes++;
+        }
         PyObject *result = run_entry_or_raise(c, e, &leaves, nargsf, kwnames);
         thx_leaves_fini(&leaves);
         return !result && begin_anew(c) ? miss(c, &ambient, args, nargsf, kwnames) : result;
@@ -472,7 +500,7 @@ static int callable_clear(thx_callable_object *c) {
     c->entry_count = 0;
     while (e) {
         thx_entry *next = e->next;
-        thx_entry_free(c->x, e);
+        drop(c, e);
         e = next;
     }
     Py_CLEAR(c->fn);

@@ -52,6 +52,8 @@ typedef struct thx_entry { /* one compiled program of a callable */
                            by leaf: how far its start lies from that one's; then: is it an inference tensor? */
     uint8_t eager;      /* THX_EAGER_*: not compiled, calls like this one run the original */
     bool dead;          /* its guards failed for good */
+    bool dropped;       /* out of the callable's list: freed when the last run of it ends */
+    uint32_t running;
     uint64_t hits;
     double capture_ms, passes_ms, lower_ms;
     uint32_t nfast, nslow, nqueries, nevals;
@@ -66,6 +68,7 @@ typedef struct thx_callable_object {
     PyObject *claims;    /* what its executors claim: claim.c; NULL: torch runs everything */
     PyObject *on_event;  /* Python callable for rare things: warnings, fallback decisions */
     thx_entry *entries;  /* most recent first */
+    uint64_t changes;    /* of that list: what looks through it while Python code may run begins anew */
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint8_t cache;        /* 0 constant values, 1 no caching, 2 same input */
     uint8_t remat;        /* th_remat */

@@ -374,7 +374,6 @@ static int note_told(compile *k) {
 /* A result that requires grad though no gradient reaches an input through it (the code made a leaf; something was
  * written over), or the other way round (a.type_as(b)), is not one of ours. */
 static int check_leaves(compile *k, const th_joint *joint) {
-    const th_trace *t = k->e->captured;
     for (uint32_t i = 0; i < k->nvalues; i++) {
         bool reached = false;
         for (uint32_t j = 0; j < joint->ntangents && !reached; j++)
@@ -382,9 +381,8 @@ static int check_leaves(compile *k, const th_joint *joint) {
         bool right = reached == k->told[i];
         for (uint32_t j = 0; j < k->r->nroots && !right && !reached; j++) { /* an input, or one that was written to */
             const thx_root *root = &k->r->roots[j];
-            uint32_t alias = t->values[k->values[i]].alias;
-            right = (root->value == k->values[i] && root->requires_grad) ||
-                    (joint->nmutated && alias && t->values[root->value].alias == alias);
+            bool same = i < k->outputs.count && thx_recorder_fake(k->r, root->real) == k->outputs.items[i];
+            right = (root->value == k->values[i] && root->requires_grad) || (joint->nmutated && same);
         }
         if (right) continue;
         PyErr_SetString(k->x->GradNeeded,

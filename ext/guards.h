@@ -14,6 +14,7 @@ void thx_guards_free(thx *x, thx_guards *g);
 int thx_guards_check(thx *x, thx_guards *g);
 /* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */
 const char *thx_guards_iterator(const thx_guards *g);
+void thx_guards_pin(thx_guards *g, bool pinned); /* pinned: a check replaces no bound tensor */
 const char *thx_guards_reason(const thx_guards *g);
 /* Parameters and buffers of the outermost modules. dict: id of a tensor -> (dict, key, dotted name); new reference. */
 PyObject *thx_guards_params(thx *x, const thx_guards *g);

@@ -71,6 +71,7 @@ struct thx_guards {
     PyObject **live;        /* the bound tensors (owned), parallel to bounds: handed out as an array */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
     uint64_t generation, events;
+    bool pinned;
     char reason[200];
 };
 

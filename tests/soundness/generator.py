@@ -520,7 +520,7 @@ class Writer:
             lines.append(f"    with contextlib.suppress(Exception):\n        {self.pick(ALIASES)}")
         if self.chance(15):
             lines.append(self.pick([
-                "    if isinstance(out, torch.Tensor) and not out.requires_grad and not INFERENCE:\n        out.mul_(2)",
+                "    if isinstance(out, torch.Tensor) and not out.requires_grad and not INFERENCE:\n        with contextlib.suppress(RuntimeError):\n            out.mul_(2)",
                 "    if isinstance(out, torch.Tensor) and out.shape == (4,) and not out.requires_grad:\n        x = out",
                 "    if isinstance(out, torch.Tensor) and out.shape == (4,):\n        x = out.detach()",
             ]))  # fmt: skip

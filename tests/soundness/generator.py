@@ -270,7 +270,7 @@ OPS = {  # operand shapes are kept: (4,), or ()
 
 VIEWS = (
     "{t}[:]", "{t}.view(2, 2).t().reshape(-1)", "{t}.detach()", "{t}.unsqueeze(0)[0]", "{t}.view(2, 2).view(4)", "{t}.expand(1, 4)[0]",
-    "x.as_strided((4,), (1,))", "{t}.narrow(0, 0, 4)", "{t}.contiguous()", "{t}.to({t}.dtype)", "{t}.chunk(1)[0]", "{t}.data",
+    "{t}.narrow(0, 0, 4)", "{t}.contiguous()", "{t}.to({t}.dtype)", "{t}.chunk(1)[0]", "{t}.data",
     "{t}.reshape(4)", "{t}.T", "{t}.view_as({t})", "{t}.alias()" , "{t}.squeeze()", "{t}.real", "{t}.type_as({u})", "{t}.requires_grad_()",
 )  # fmt: skip
 

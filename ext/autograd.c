@@ -673,7 +673,7 @@ static PyObject *run_gradients(thx *x, const thx_gradient *g, thx_program *progr
         else
             PyTuple_SET_ITEM(result, i + 1, Py_NewRef(o));
     }
-    th_frame frame = {slots, x, 0};
+    th_frame frame = {.slots = slots, .user = x};
     th_plan_clear(program->plan, &frame);
     give_up_inputs(x, program, slots);
     if (slots != fixed) PyMem_Free(slots);

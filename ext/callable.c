@@ -95,6 +95,7 @@ static int entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient
     int same = arguments_match(c->x, e, args, npositional, kwnames, leaves);
     for (uint32_t i = 0; i < e->nidentical && same == 1; i++)
         same = leaves->items[e->identical[i].leaf] == e->identical[i].tensor;
+    thx_guards_pin(e->guards, e->running > 1); /* the tensors of a run that goes on stay */
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
     if (holds == 1 && e->offsets && !same_offsets(c->x, e, leaves)) return 0;
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
@@ -292,9 +293,7 @@ static PyObject *run_entry(thx_callable_object *c, thx_entry *e, const thx_leave
     PyObject *undo = NULL;
     if (e->expected && (e->nundo || e->undo_random) && !(undo = remember(x, e, leaves))) return NULL;
     if (call->left.entry) call->left_by = find_entry(c, call->left.entry);
-    e->running++;
     PyObject *result = run_in_mode(x, e, leaves, call);
-    e->running--;
     if (!result && undo && PyErr_ExceptionMatches(x->ValueChanged)) put_back(undo);
     Py_XDECREF(undo);
     return result;
@@ -366,14 +365,26 @@ static PyObject *call_original(thx_callable_object *c, PyObject *const *args, si
     return PyObject_Vectorcall(c->fn, args, nargsf, kwnames);
 }
 
+/* Other threads, and code that a program calls, may drop an entry that runs. */
+static void drop(thx_callable_object *c, thx_entry *e) {
+    e->dropped = true;
+    if (!e->running) thx_entry_free(c->x, e);
+}
+
+static void leave_entry(thx_callable_object *c, thx_entry *e) {
+    if (!--e->running && e->dropped) thx_entry_free(c->x, e);
+}
+
 /* A kernel failed. What eager writes before that line is not written yet: eager does it, as long as nothing else has
  * changed; otherwise the error stays, which names the line. */
 static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
-    bool writes = (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform;
+    e->running++;
     PyObject *result = run_entry(c, e, leaves, call);
-    if (result || !writes || !PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(c->x->StaleProgram) ||
-        PyErr_ExceptionMatches(c->x->ValueChanged) || !thx_entry_is_untouched(e))
-        return result;
+    bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform &&
+                 PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
+                 !PyErr_ExceptionMatches(c->x->ValueChanged) && thx_entry_is_untouched(e);
+    leave_entry(c, e);
+    if (!again) return result;
     PyErr_Clear();
     return PyObject_Vectorcall(c->fn, call->args, call->nargsf, call->kwnames);
 }
@@ -410,18 +421,20 @@ static int tell_eager(thx_callable_object *c, const thx_entry *e) {
 enum { MAX_SETTLED = 4 };
 
 static void drop_all(thx_callable_object *c) {
-    while (c->entries) {
-        thx_entry *next = c->entries->next;
-        thx_entry_free(c->x, c->entries);
-        c->entries = next;
-    }
+    c->changes++;
     c->entry_count = 0;
+    while (c->entries) {
+        thx_entry *e = c->entries;
+        c->entries = e->next;
+        drop(c, e);
+    }
 }
 
 static void keep(thx_callable_object *c, thx_entry *e) {
     e->next = c->entries;
     c->entries = e;
     c->entry_count++;
+    c->changes++;
 }
 
 /* The program raised while it was captured, and all is as it was before: eager leaves behind what it did until then.
@@ -593,7 +606,8 @@ static void drop_dead(thx_callable_object *c) { /* keep at most 64 entries */
         if (e->dead || ++kept > MAX_ENTRIES) {
             *p = e->next;
             c->entry_count--;
-            thx_entry_free(c->x, e);
+            c->changes++;
+            drop(c, e);
         } else {
             p = &e->next;
         }
@@ -607,15 +621,22 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
     thx_leaves_init(&leaves);
     leaves.args = call->args;
     Py_ssize_t npositional = PyVectorcall_NARGS(call->nargsf);
-    uint64_t number = c->calls;
+    uint64_t number = c->calls, changes = c->changes;
     bool served = false;
     for (thx_entry **p = &c->entries; !served && *p && c->cache != 1;) {
         thx_entry *e = *p;
+        e->running++;
         int same = e->tried == number || !may_serve(e, call->seen) ? 0
                    : c->cache == 2
                        ? arguments_match(x, e, call->args, npositional, call->kwnames, &leaves)
                        : entry_matches(c, e, call->ambient, call->args, npositional, call->kwnames, &leaves);
+        leave_entry(c, e);
         if (same < 0) break;
+        if (c->changes != changes) { /* comparing ran Python code, and that or another thread came by here */
+            changes = c->changes;
+            p = &c->entries;
+            continue;
+        }
         if (!same) {
             p = &e->next;
             continue;
@@ -627,15 +648,20 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
             break;
         }
         e->hits++;
-        *p = e->next; /* most recent first */
-        e->next = c->entries;
-        c->entries = e;
+        if (p != &c->entries) { /* most recent first */
+            *p = e->next;
+            e->next = c->entries;
+            c->entries = e;
+            c->changes++;
+        }
+        e->running++; /* it stays while its result is looked at */
         *result = run_entry_or_raise(c, e, &leaves, call);
         int another = *result ? 0 : take_value(x, e, call);
+        if (another > 0) e->hits--, e->tried = number;
+        leave_entry(c, e);
         if (another < 0) break;
         if (another) { /* the entry for that value, if there is one */
-            e->hits--;
-            e->tried = number;
+            changes = c->changes;
             p = &c->entries;
             continue;
         }
@@ -712,7 +738,7 @@ static int callable_clear(thx_callable_object *c) {
     c->entry_count = 0;
     while (e) {
         thx_entry *next = e->next;
-        thx_entry_free(c->x, e);
+        drop(c, e);
         e = next;
     }
     Py_CLEAR(c->fn);

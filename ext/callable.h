@@ -58,9 +58,8 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t number;               /* its own, from 1 */
     thx_resume **resumes;          /* how to go on from other entries */
     uint32_t nresumes;
-    uint32_t running; /* calls of it that are in progress */
-    uint64_t tried;   /* the call that met another value in it */
-    uint32_t *undo;   /* by undo: the root of a tensor that is written before the last of them is known */
+    uint64_t tried; /* the call that met another value in it */
+    uint32_t *undo; /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
@@ -69,6 +68,8 @@ typedef struct thx_entry { /* one compiled program of a callable */
     int64_t *offsets;   /* by root: where it starts in its storage, where that matters; else NULL */
     uint8_t eager;      /* THX_EAGER_*: not compiled, calls like this one run the original */
     bool dead;          /* its guards failed for good */
+    bool dropped;       /* out of the callable's list: freed when the last run of it ends */
+    uint32_t running;
     uint64_t hits;
     double capture_ms, passes_ms, lower_ms;
     uint32_t nfast, nslow, nqueries, nevals;
@@ -84,6 +85,7 @@ typedef struct thx_callable_object {
     PyObject *log;       /* told of each call that is captured; or NULL */
     PyObject *on_event;  /* Python callable for rare things: warnings, fallback decisions */
     thx_entry *entries;  /* most recent first */
+    uint64_t changes;    /* of that list: what looks through it while Python code may run begins anew */
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint32_t generalised;  /* how often it was tried to let numbers change */
     uint32_t branch_limit; /* of entries for the values of tensors that one call can meet */

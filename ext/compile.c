@@ -466,7 +466,6 @@ static bool gives_several(const th_trace *t, th_val v) {
 /* A result that requires grad though no gradient reaches an input through it (the code made a leaf; something was
  * written over), or the other way round (a.type_as(b)), is not one of ours. */
 static int check_leaves(compile *k, const th_joint *joint) {
-    const th_trace *t = k->e->captured;
     for (uint32_t i = 0; i < k->nvalues; i++) {
         bool reached = false;
         for (uint32_t j = 0; j < joint->ntangents && !reached; j++)
@@ -474,11 +473,12 @@ static int check_leaves(compile *k, const th_joint *joint) {
         bool right = reached == k->told[i];
         for (uint32_t j = 0; j < k->r->nroots && !right && !reached; j++) { /* an input, or one that was written to */
             const thx_root *root = &k->r->roots[j];
-            uint32_t alias = t->values[k->values[i]].alias;
-            right = (root->value == k->values[i] && root->requires_grad) ||
-                    (joint->nmutated && alias && t->values[root->value].alias == alias);
+            const thx_cell *cell = thx_recorder_cell(k->r, root->real); /* known: nothing is added */
+            bool same = i < k->outputs.count && cell && cell->key == k->outputs.items[i];
+            right = (root->value == k->values[i] && root->requires_grad) || (joint->nmutated && same);
         }
-        right |= !reached && gives_several(t, k->values[i]); /* its rule knows which of them have a derivative */
+        right |= !reached &&
+                 gives_several(k->e->captured, k->values[i]); /* its rule knows which of them have a derivative */
         if (right) continue;
         PyErr_SetString(k->x->GradNeeded,
                         "whether a result requires grad does not follow from the inputs that it is computed from");

@@ -294,7 +294,8 @@ int thx_lower_dispatch(thx_lowering *l, th_opref o) {
     dispatch_data *d = PyMem_Calloc(1, sizeof *d);
     if (!d) return PyErr_NoMemory(), -1;
     d->head.free = free_dispatch;
-    bool fits = split_name(th_str_get(x->ctx, op->callee), d);
+    /* Others may be Python functions, whose exceptions the dispatcher would turn into text. */
+    bool fits = split_name(th_str_get(x->ctx, op->callee), d) && strncmp(d->name, "aten::", 6) == 0;
     PyObject *overload = fits ? thx_callable(x, l->t, op) : NULL;
     PyObject *schema = overload ? PyObject_GetAttrString(overload, "_schema") : NULL;
     fits = schema && fit_call(l, op, d, schema);

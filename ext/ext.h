@@ -76,7 +76,8 @@ typedef struct thx {
     thx_func transient; /* description of a function without importable name; valid until the next look-up */
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
     PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *inference_mode, *modes_off,
-        *is_neg, *is_inference, *use_count, *count_weakrefs, *get_rng_state, *set_rng_state, *equal, *rand;
+        *is_neg, *is_inference, *set_eval_frame, *use_count, *count_weakrefs, *get_rng_state, *set_rng_state, *equal,
+        *rand;
     PyObject *autograd_grad, *is_view, *is_multithreading, *set_multithreading;
     PyObject *apply; /* of the autograd node's class: autograd.c */
     PyObject *top_hooks, *keep_graph, *is_legacy_batched, *below_autograd;

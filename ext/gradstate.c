@@ -71,6 +71,14 @@ static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
     return NULL;
 }
 
+static bool says(PyObject *tensor, const char *attribute) { /* of a flag, or of a method without arguments */
+    PyObject *flag = PyObject_GetAttrString(tensor, attribute);
+    if (flag && PyCallable_Check(flag)) Py_SETREF(flag, PyObject_CallNoArgs(flag));
+    PyErr_Clear();
+    Py_XDECREF(flag); /* a singleton */
+    return flag == Py_True;
+}
+
 /* The object of the caller, whatever was written to it since. */
 static bool comes_from_outside(thx_recorder *r, PyObject *tensor) {
     if (!thx_is_fake(r->x, tensor)) return true;
@@ -80,11 +88,12 @@ static bool comes_from_outside(thx_recorder *r, PyObject *tensor) {
     return false;
 }
 
-/* x.is_inference(): of what the program computes it follows from the modes around it. */
+/* x.is_inference(): of what the program computes it follows from the modes around it, and of most inputs too. */
 bool thx_asks_of_intermediate(thx_recorder *r, const thx_func *f, PyObject *args) {
     const char *name = f->callee ? th_str_get(r->x->ctx, f->callee) : "";
-    return strcmp(name, "torch.Tensor.is_inference") == 0 && PyTuple_GET_SIZE(args) == 1 &&
-           !comes_from_outside(r, PyTuple_GET_ITEM(args, 0));
+    if (strcmp(name, "torch.Tensor.is_inference") != 0 || PyTuple_GET_SIZE(args) != 1) return false;
+    PyObject *tensor = PyTuple_GET_ITEM(args, 0), *root = root_of(r, tensor);
+    return !comes_from_outside(r, tensor) || (root && !r->inference && !says(root, "is_inference"));
 }
 
 /* What x.detach_() does to a tensor no trace holds; it raises for a view. */
@@ -194,14 +203,6 @@ static bool reads_what_it_writes(thx_recorder *r, th_val value) {
     }
     PyErr_Clear();
     return false;
-}
-
-static bool says(PyObject *tensor, const char *attribute) { /* of a flag, or of a method without arguments */
-    PyObject *flag = PyObject_GetAttrString(tensor, attribute);
-    if (flag && PyCallable_Check(flag)) Py_SETREF(flag, PyObject_CallNoArgs(flag));
-    PyErr_Clear();
-    Py_XDECREF(flag); /* a singleton */
-    return flag == Py_True;
 }
 
 /* A leaf that requires grad, or a view of one. */

@@ -280,6 +280,7 @@ uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
 }
 uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
 const char *thx_guards_iterator(const thx_guards *g) { return g->iterator ? g->iterator->tp_name : NULL; }
+void thx_guards_pin(thx_guards *g, bool pinned) { g->pinned = pinned; }
 
 /* ---- checking ---- */
 
@@ -327,7 +328,8 @@ static bool is_tied(const thx_guards *g, PyObject *tensor) {
 /* A tensor bound from dict[key] was replaced: take the new one when it is of the same kind, and as single as the old
  * one was: which places hold the same tensor is something that programs see. */
 static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObject *old, PyObject *now) {
-    if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old) || is_tied(g, old) || thx_guards_holds(g, now))
+    if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old) || g->pinned || is_tied(g, old) ||
+        thx_guards_holds(g, now))
         return false;
     bool found = false;
     for (uint32_t i = 0; i < g->bounds.count; i++) {

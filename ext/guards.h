@@ -16,6 +16,7 @@ void thx_guards_ran(thx_guards *g, PyObject *codes);
 int thx_guards_check(thx *x, thx_guards *g);
 /* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */
 const char *thx_guards_iterator(const thx_guards *g);
+void thx_guards_pin(thx_guards *g, bool pinned); /* pinned: a check replaces no bound tensor */
 /* What does not hold: (text, owner, key, before, after), None for what there is not; Py_None when it holds. */
 PyObject *thx_guards_cause(thx *x, thx_guards *g);
 /* Parameters and buffers of the outermost modules. dict: id of a tensor -> (dict, key, dotted name); new reference. */

@@ -76,6 +76,7 @@ struct thx_guards {
     PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
     uint64_t generation, events;
+    bool pinned;
     bool explain;    /* keep what does not hold, for a report */
     PyObject *cause; /* (owner, key, before, after), or NULL (owned) */
     bool unnamed;    /* something that can be reached reads attributes by names of its own */

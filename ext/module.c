@@ -97,6 +97,7 @@ static int load_functions(thx *x) {
         {&x->grad_enabled, x->torch, "is_grad_enabled"},
         {&x->is_neg, (PyObject *)x->TensorBase, "is_neg"},
         {&x->is_inference, (PyObject *)x->TensorBase, "is_inference"},
+        {&x->set_eval_frame, x->torch_c, "_dynamo.eval_frame.set_eval_frame"},
         {&x->set_grad, x->torch_c, "_set_grad_enabled"},
         {&x->modes_off, x->torch_c, "DisableTorchFunction"},
         {&x->default_dtype, x->torch, "get_default_dtype"},

@@ -406,7 +406,7 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
 /* ---- running ---- */
 
 typedef struct surroundings { /* state of torch that is different while a program is captured */
-    PyObject *previous, *compiler, *compiling, *script;
+    PyObject *previous, *compiler, *compiling, *script, *frames;
     thx_purity purity;
 } surroundings;
 
@@ -439,6 +439,8 @@ static int enter(thx_recorder *r, surroundings *s) {
     x->active = (PyObject *)r;
     x->active_thread = PyThread_get_thread_ident();
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
+    s->frames = PyObject_CallOneArg(x->set_eval_frame, Py_None); /* what torch.compile makes of code is not the code */
+    PyErr_Clear();
     thx_purity_begin(r, &s->purity);
     return 0;
 }
@@ -448,6 +450,9 @@ static void leave(thx_recorder *r, surroundings *s) { /* keeps a pending excepti
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     thx_purity_end(r, &s->purity);
+    PyObject *frames = s->frames ? PyObject_CallOneArg(x->set_eval_frame, s->frames) : NULL;
+    Py_XDECREF(frames);
+    Py_CLEAR(s->frames);
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", s->compiling);
     set_script_optimize(x, s->script);
     thx_custom_leave(x);

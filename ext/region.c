@@ -57,7 +57,7 @@ static int run_body(thx *x, thx_region *r, const th_slot *ins, uint32_t nins, th
     }
     for (uint32_t i = 0; rc == 0 && i < nouts; i++) rc = take_result(x, p, slots, i, &outs[i]);
     if (rc == 0) {
-        th_frame frame = {slots, x, 0};
+        th_frame frame = {.slots = slots, .user = x};
         th_plan_clear(p->plan, &frame);
         for (uint32_t i = 0; i < nins; i++) thx_slot_drop(x, &slots[i]);
     }
@@ -101,7 +101,7 @@ static PyObject *try_out(th_frame *f, const unit_data *d, PyObject *copies) {
     th_slot *slots = PyMem_Calloc(d->nslots + 1, sizeof *slots);
     if (!slots) return PyErr_NoMemory();
     thx *x = f->user;
-    th_frame trial = {slots, x, 0};
+    th_frame trial = {.slots = slots, .user = x};
     for (uint32_t i = 0; i < d->nins; i++) slots[d->slots[i]].object = PyList_GET_ITEM(copies, i);
     PyObject *results = NULL;
     if (thx_call_run(&trial, d->call, d->region->implementation) == 0)

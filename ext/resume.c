@@ -162,7 +162,7 @@ typedef struct moving {
 static void add_move(void *user, th_val *v) {
     moving *m = user;
     thx_resume *r = m->resume;
-    if (!m->k->needed[*v]) return;
+    if (m->k->gone[m->k->back[*v]]) return; /* nobody needs it; the rest is there for whoever goes on from here */
     uint32_t from = m->from->slot_of[m->k->back[*v]], to = m->to->slot_of[*v];
     void *moves = PyMem_Realloc(r->moves, sizeof *r->moves * (r->nmoves + 1));
     if (!moves || from == UINT32_MAX || to == UINT32_MAX) {
@@ -251,6 +251,16 @@ void thx_resumes_free(thx_entry *e) {
 
 /* ---- running ---- */
 
+/* A run that itself went on from another one has not all that its program makes. */
+static bool is_there(const thx_resume *resume, const thx_left *from) {
+    bool all = from->entry != 0;
+    for (uint32_t i = 0; i < resume->nmoves && all; i++) {
+        const th_slot *s = &from->slots[resume->moves[i].from];
+        all = s->handle || s->object;
+    }
+    return all;
+}
+
 static int run_skipping(const th_plan *plan, th_frame *frame, const thx_resume *resume, thx_left *from) {
     uint32_t move = 0;
     for (uint32_t i = 0; i < plan->ninstrs; i++) {
@@ -294,7 +304,8 @@ int thx_program_resume(thx *x, thx_program *p, th_slot *slots, const thx_resume 
                        thx_left *leave) {
     th_frame frame = {.slots = slots, .user = x, .keep = true};
     memset(slots + p->plan->nroots, 0, sizeof *slots * (p->plan->nslots - p->plan->nroots));
-    int rc = resume && from->entry ? run_skipping(p->plan, &frame, resume, from) : th_plan_run(p->plan, &frame);
+    int rc =
+        resume && is_there(resume, from) ? run_skipping(p->plan, &frame, resume, from) : th_plan_run(p->plan, &frame);
     if (rc == 0) return 0;
     bool changed = PyErr_ExceptionMatches(x->ValueChanged);
     stop(x, p, &frame, leave);

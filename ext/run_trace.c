@@ -88,7 +88,7 @@ static int run_once(runner *o, PyObject *args, PyObject **result) {
     if (rc == 0) {
         results r = {o, slots};
         *result = o->p.t->result ? thx_from_node(x, o->p.t, o->p.t->result, result_value, &r) : Py_NewRef(Py_None);
-        th_frame frame = {slots, x, 0};
+        th_frame frame = {.slots = slots, .user = x};
         th_plan_clear(plan, &frame);
     }
     PyMem_Free(slots);

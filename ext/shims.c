@@ -363,6 +363,7 @@ static int lower_attention(shape_op *s, th_opref o, th_val out) {
         tq->shape[0] * tq->shape[1] * tq->shape[2] * tk->shape[2] * (tq->shape[3] + tv->shape[3]) > THX_SMALL_PRODUCT)
         return 0;
     if (!number_at(s, param(s, "scale"), &scale)) scale = 1.0 / sqrt((double)tq->shape[3]);
+    if (!(scale > 0)) return 0; /* torch's kernels scale after they mask: not a number, where this would have one */
     attention_data *d = PyMem_Calloc(1, sizeof *d);
     if (!d) return PyErr_NoMemory(), -1;
     th_tile_attention *t = &d->t;

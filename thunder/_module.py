@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -220,6 +221,23 @@ class ThunderModule(torch.nn.Module):
         settings = dict(self._thunder_callable._thunder_settings)
         settings["executors"] = [executor.name for executor in settings["executors"]]
         return _unpickle, (self._thunder_model, settings)
+
+
+def _hide_from_dynamo() -> None:
+    """torch.compile calls a compiled module as it is, and compiles what is around it."""
+    frames = torch._C._dynamo.eval_frame
+    for function in (*vars(ThunderModule).values(), _overrides, _returning):
+        if not inspect.isfunction(function):
+            continue
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        if hasattr(frames, "set_code_exec_strategy"):
+            skip = frames._FrameAction.SKIP
+            frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+        else:  # before torch 2.12
+            frames.skip_code(function.__code__)
+
+
+_hide_from_dynamo()
 
 
 def _unpickle(model: torch.nn.Module, settings: dict[str, Any]) -> ThunderModule:

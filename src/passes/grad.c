@@ -478,6 +478,9 @@ static th_status join_write(joiner *j, th_opref at, record *rec) {
     th_val dest = th__node_as_value(j->t, th__op_arg(j->t, &rec->op, 0, NULL));
     uint32_t input = input_index(j->t, dest);
     bool part = any_requires_grad(j, rec->uses, rec->nuses) && !(old->marks & TH_MARK_NO_GRAD);
+    if (!part && input != UINT32_MAX && !old->outs && !th__op_is(j->t, old, "torch.Tensor.copy_") &&
+        used_later(j, at, dest))
+        return declined(j, old, "writes to an input that is used again: what a derivative keeps of it cannot be told");
     if (!part) {
         th__op_push(j->t, &rec->op);
         return th_trace_status(j->t);

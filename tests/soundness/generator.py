@@ -270,7 +270,7 @@ OPS = {  # operand shapes are kept: (4,), or ()
 
 VIEWS = (
     "{t}[:]", "{t}.view(2, 2).t().reshape(-1)", "{t}.detach()", "{t}.unsqueeze(0)[0]", "{t}.view(2, 2).view(4)", "{t}.expand(1, 4)[0]",
-    "x.as_strided((4,), (1,))", "{t}.narrow(0, 0, 4)", "{t}.contiguous()", "{t}.to({t}.dtype)", "{t}.chunk(1)[0]", "{t}.data",
+    "{t}.narrow(0, 0, 4)", "{t}.contiguous()", "{t}.to({t}.dtype)", "{t}.chunk(1)[0]", "{t}.data",
     "{t}.reshape(4)", "{t}.T", "{t}.view_as({t})", "{t}.alias()" , "{t}.squeeze()", "{t}.real", "{t}.type_as({u})", "{t}.requires_grad_()",
 )  # fmt: skip
 
@@ -520,7 +520,7 @@ class Writer:
             lines.append(f"    with contextlib.suppress(Exception):\n        {self.pick(ALIASES)}")
         if self.chance(15):
             lines.append(self.pick([
-                "    if isinstance(out, torch.Tensor) and not out.requires_grad and not INFERENCE:\n        out.mul_(2)",
+                "    if isinstance(out, torch.Tensor) and not out.requires_grad and not INFERENCE:\n        with contextlib.suppress(RuntimeError):\n            out.mul_(2)",
                 "    if isinstance(out, torch.Tensor) and out.shape == (4,) and not out.requires_grad:\n        x = out",
                 "    if isinstance(out, torch.Tensor) and out.shape == (4,):\n        x = out.detach()",
             ]))  # fmt: skip

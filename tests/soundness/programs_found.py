@@ -427,3 +427,49 @@ def inference_tensor_outside_of_inference_mode():
     with torch.inference_mode():
         x = X()
     yield x
+
+
+@program("grad modes")
+def infinite_derivative_of_a_result_that_is_not_used():
+    x = torch.zeros(4, requires_grad=True)
+    out = yield lambda x: (x * 2, x.log()), x
+    yield Seen(error=backward(out[0]), x=x)
+
+
+@program("grad modes")
+def written_by_index_and_then_used():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(x, y):
+        x[[0, 2]] = y[:2]
+        return x * w
+
+    out = yield f, X(), X(0.5)
+    yield Seen(error=backward(out), w=w)
+
+
+@program("grad modes")
+def detached_view_that_takes_what_requires_grad():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(y):
+        t = y.detach()
+        t.copy_(w)
+        return t, y * 1
+
+    out = yield f, X()
+    yield Seen(error=backward(out), w=w)
+
+
+@program("grad modes")
+def strided_input_that_takes_what_requires_grad():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(y):
+        y += w
+        return y, y * 2
+
+    out = yield f, X()
+    yield Seen(error=backward(out), w=w)
+    out = yield (torch.arange(8.0)[::2],)
+    yield Seen(error=backward(out), w=w)

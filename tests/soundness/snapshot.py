@@ -30,7 +30,7 @@ def snapshot(value: Any, depth: int = 0, held: dict[int, int] | None = None) -> 
         held[id(value)] = len(held)
         plain = value.detach()
         values = (plain.to_dense() if plain.layout != torch.strided else plain).clone()
-        grad = snapshot(value.grad, depth + 1, held) if value.is_leaf else None
+        grad = snapshot(value.grad, depth + 1, held) if is_leaf(value) else None
         return Leaf(type(value), value.dtype, tuple(value.shape), requires_grad(value), values, grad)
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
@@ -84,11 +84,19 @@ def difference(theirs: Any, ours: Any, where: str = "") -> str:
     return "" if same else f"{where}: {ours!r} where eager has {theirs!r}"
 
 
+def is_leaf(t: torch.Tensor) -> bool:
+    """As the tensor says; no, where torch does not say."""
+    try:
+        return t.is_leaf
+    except RuntimeError:  # a view whose base was written to since, in another mode
+        return False
+
+
 def requires_grad(t: torch.Tensor) -> bool:
     """As the tensor says, but for a view made under no_grad: it says what its base says, and has no gradient."""
     try:
         return t.requires_grad and not (t._is_view() and t.grad_fn is None)
-    except RuntimeError:  # its base was written to since: it is of no more use to autograd
+    except RuntimeError:  # likewise
         return False
 
 

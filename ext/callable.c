@@ -371,7 +371,7 @@ static void drop(thx_callable_object *c, thx_entry *e) {
     if (!e->running) thx_entry_free(c->x, e);
 }
 
-static void leave_entry(thx_callable_object *c, thx_entry *e) {
+void thx_entry_leave(thx_callable_object *c, thx_entry *e) {
     if (!--e->running && e->dropped) thx_entry_free(c->x, e);
 }
 
@@ -383,7 +383,7 @@ static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const 
     bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform &&
                  PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
                  !PyErr_ExceptionMatches(c->x->ValueChanged) && thx_entry_is_untouched(e);
-    leave_entry(c, e);
+    thx_entry_leave(c, e);
     if (!again) return result;
     PyErr_Clear();
     return PyObject_Vectorcall(c->fn, call->args, call->nargsf, call->kwnames);
@@ -494,30 +494,23 @@ static int limit_branches(thx_callable_object *c, thx_request *call) {
     thx_leaves_init(&leaves);
     leaves.args = call->args;
     int same = 0;
-    for (thx_entry *e = c->entries; e && same >= 0; e = e->next) {
+    uint64_t changes = c->changes;
+    for (thx_entry *e = c->entries, *next; e && same >= 0 && c->changes == changes; e = next) {
+        next = e->next;
         if (!e->expected) continue;
+        e->running++;
         same = entry_matches(c, e, call->ambient, call->args, PyVectorcall_NARGS(call->nargsf), call->kwnames, &leaves);
         count += same == 1;
         if (same == 1 && !newest) newest = e;
+        thx_entry_leave(c, e);
     }
+    if (c->changes != changes) newest = NULL; /* another thread was here: the next call will count */
     thx_leaves_fini(&leaves);
     if (same < 0) return -1;
     char why[120];
     snprintf(why, sizeof why, "calls have met more than %u different values, each with a program of its own",
              (unsigned)c->branch_limit);
     return count >= c->branch_limit && newest ? refuse_values(c->x, newest, call, why) : 0;
-}
-
-/* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
-static void settle(thx_callable_object *c, const thx_request *call) {
-    thx_entry *after = thx_compile(
-        c,
-        &(thx_request){.ambient = call->ambient, .args = call->args, .nargsf = call->nargsf, .kwnames = call->kwnames});
-    PyErr_Clear();
-    if (after && after->eager)
-        thx_entry_free(c->x, after);
-    else if (after)
-        keep(c, after);
 }
 
 /* What made a program unfit whose arguments fit: as thx_guards_cause tells it. */
@@ -528,13 +521,19 @@ static PyObject *find_cause(thx_callable_object *c, const thx_request *call) {
     PyObject *cause = NULL;
     Py_ssize_t npositional = PyVectorcall_NARGS(call->nargsf);
     int same = 0;
-    for (thx_entry *e = c->entries; e && same >= 0 && (!cause || cause == Py_None); e = e->next) {
+    uint64_t changes = c->changes;
+    for (thx_entry *e = c->entries, *next; e && same >= 0 && c->changes == changes && (!cause || cause == Py_None);
+         e = next) {
+        next = e->next;
         if (e->dead || memcmp(&e->ambient, call->ambient, sizeof e->ambient) != 0) continue;
+        e->running++;
         same = arguments_match(c->x, e, call->args, npositional, call->kwnames, &leaves);
-        if (same != 1) continue;
-        Py_XDECREF(cause);
-        cause = thx_guards_cause(c->x, e->guards);
-        if (!cause) same = -1;
+        if (same == 1) {
+            Py_XDECREF(cause);
+            cause = thx_guards_cause(c->x, e->guards);
+            if (!cause) same = -1;
+        }
+        thx_entry_leave(c, e);
     }
     thx_leaves_fini(&leaves);
     return cause || same < 0 ? cause : Py_NewRef(Py_None);
@@ -556,21 +555,41 @@ static int tell_log(thx_callable_object *c, const thx_request *call) {
 
 enum { MAX_ATTEMPTS = 4 }; /* to find the values that the compiled program finds, where eager's differ in a last bit */
 
+/* One thread captures at a time. NULL without an exception: another one does. */
+static thx_entry *compile_alone(thx_callable_object *c, thx_request *call, bool first) {
+    thx *x = c->x;
+    if (x->compiling) return NULL;
+    x->compiling = true;
+    thx_entry *e = NULL;
+    c->misses += first;
+    if (!first || (tell_log(c, call) == 0 && limit_branches(c, call) == 0)) e = thx_compile(c, call);
+    x->compiling = false;
+    return e;
+}
+
+/* The run changed state that it also reads (a flag set on first use): capture for the state it left behind. */
+static void settle(thx_callable_object *c, const thx_request *call) {
+    thx_request again = {
+        .ambient = call->ambient, .args = call->args, .nargsf = call->nargsf, .kwnames = call->kwnames};
+    thx_entry *after = compile_alone(c, &again, false);
+    PyErr_Clear();
+    if (after && after->eager)
+        thx_entry_free(c->x, after);
+    else if (after)
+        keep(c, after);
+}
+
 static PyObject *miss(thx_callable_object *c, thx_request *call) {
     thx *x = c->x;
-    if (x->compiling) { /* another thread captures; this call does not wait for it */
-        c->fallbacks++;
-        return call_original(c, call->args, call->nargsf, call->kwnames);
-    }
-    c->misses++;
-    if (tell_log(c, call) < 0 || limit_branches(c, call) < 0) return NULL;
     thx_entry *e = NULL;
     PyObject *result = NULL;
     for (int attempt = 1; !result; attempt++) {
-        x->compiling = true;
-        e = thx_compile(c, call);
-        x->compiling = false;
-        if (!e) return NULL;
+        e = compile_alone(c, call, attempt == 1);
+        if (!e && PyErr_Occurred()) return NULL;
+        if (!e) { /* another thread captures; this call does not wait for it */
+            c->fallbacks++;
+            return call_original(c, call->args, call->nargsf, call->kwnames);
+        }
         if (e->eager == THX_EAGER_RAISED) return raise_in_eager(c, e, call->args, call->nargsf, call->kwnames);
         if (e->eager) {
             int told = tell_eager(c, e);
@@ -630,7 +649,7 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
                    : c->cache == 2
                        ? arguments_match(x, e, call->args, npositional, call->kwnames, &leaves)
                        : entry_matches(c, e, call->ambient, call->args, npositional, call->kwnames, &leaves);
-        leave_entry(c, e);
+        thx_entry_leave(c, e);
         if (same < 0) break;
         if (c->changes != changes) { /* comparing ran Python code, and that or another thread came by here */
             changes = c->changes;
@@ -658,7 +677,7 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
         *result = run_entry_or_raise(c, e, &leaves, call);
         int another = *result ? 0 : take_value(x, e, call);
         if (another > 0) e->hits--, e->tried = number;
-        leave_entry(c, e);
+        thx_entry_leave(c, e);
         if (another < 0) break;
         if (another) { /* the entry for that value, if there is one */
             changes = c->changes;

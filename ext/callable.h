@@ -125,6 +125,8 @@ PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot
 bool thx_entry_is_untouched(const thx_entry *entry);
 int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
+/* An entry that is looked at while Python code may run: entry->running++ before, this afterwards. */
+void thx_entry_leave(thx_callable_object *c, thx_entry *entry);
 /* Raise for a call that would have to run the original; NULL: for the pending exception. Always NULL. */
 PyObject *thx_refuse_original(thx_callable_object *c, const char *why);
 int thx_callable_init(thx *x, PyObject *module);

@@ -238,7 +238,7 @@ static int find_identical(compile *k) {
 
 static int refuse_iterators(compile *k) {
     const char *kind = thx_guards_iterator(k->e->guards);
-    char text[120];
+    char text[160];
     if (!kind) return 0;
     snprintf(text, sizeof text, "an iterator (%.80s) from outside the function", kind);
     return thx_capture_error(k->r, text, "each use moves it on, and where it is cannot be watched",
@@ -618,6 +618,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
             rc = 0;
         }
     }
+    if (k.like) thx_entry_leave(c, k.like);
     Py_XDECREF(k.tape);
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);

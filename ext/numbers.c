@@ -84,11 +84,18 @@ int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
     uint32_t n = 0;
     *like = NULL;
     for (uint32_t i = 0; i < e->nargs; i++) count_floats(&e->args[i], &n);
-    for (thx_entry *a = c->entries; a && n && n <= THX_MAX_NUMBERS && c->generalised < MAX_TRIES && !*like;
-         a = a->next) {
+    uint64_t changes = c->changes;
+    thx_entry *a = n && n <= THX_MAX_NUMBERS && c->generalised < MAX_TRIES ? c->entries : NULL;
+    while (a && !*like && c->changes == changes) {
+        thx_entry *next = a->next;
+        a->running++; /* the caller lets go of the one that is found */
         int holds = alike_calls(a, e) ? thx_guards_check(c->x, a->guards) : 0;
+        if (holds == 1)
+            *like = a;
+        else
+            thx_entry_leave(c, a);
         if (holds < 0) return -1;
-        if (holds) *like = a;
+        a = next;
     }
     if (!*like) {
         for (uint32_t i = 0; i < e->nargs; i++) forget_floats(&e->args[i]);

@@ -114,17 +114,26 @@ static PyObject *output_leaf(void *user, uint32_t leaf) {
     return Py_XNewRef(thx_slot_object(o->x, &o->slots[o->e->result_slots[leaf]]));
 }
 
-static int replay_writes(thx *x, const thx_entry *e, th_slot *slots) {
-    for (uint32_t i = 0; i < e->nwrites; i++) {
-        const thx_write *w = &e->writes[i];
-        PyObject *value = w->constant ? w->constant : thx_slot_object(x, &slots[w->slot]);
-        int rc = !value                   ? -1
-                 : PyType_Check(w->dict)  ? PyObject_SetAttr(w->dict, w->key, value)
-                 : PyODict_Check(w->dict) ? PyODict_SetItem(w->dict, w->key, value)
-                                          : PyDict_SetItem(w->dict, w->key, value);
-        if (rc < 0) return -1;
+static int replay_write(thx *x, const thx_write *w, th_slot *slots) {
+    PyObject *value = w->constant ? w->constant : thx_slot_object(x, &slots[w->slot]);
+    return !value                   ? -1
+           : PyType_Check(w->dict)  ? PyObject_SetAttr(w->dict, w->key, value)
+           : PyODict_Check(w->dict) ? PyODict_SetItem(w->dict, w->key, value)
+                                    : PyDict_SetItem(w->dict, w->key, value);
+}
+
+/* Changes of Python state, in the order in which they were found. */
+static int replay(thx *x, const thx_entry *e, th_slot *slots, PyObject *const *contents, const thx_inputs *inputs) {
+    PyObject **owners = e->effects.count ? thx_effects_owners(&e->effects, inputs) : NULL;
+    int rc = e->effects.count && !owners ? -1 : 0;
+    uint32_t write = 0;
+    for (uint32_t i = 0; rc == 0 && i < e->effects.count; i++) {
+        for (; rc == 0 && write < e->effects.items[i].after; write++) rc = replay_write(x, &e->writes[write], slots);
+        if (rc == 0) rc = thx_effect_apply(&e->effects.items[i], owners[i], contents[i]);
     }
-    return 0;
+    for (; rc == 0 && write < e->nwrites; write++) rc = replay_write(x, &e->writes[write], slots);
+    thx_effects_forget(&e->effects, owners);
+    return rc;
 }
 
 static void refresh_roots(thx *x, thx_entry *e) { /* a bound tensor was replaced by one of the same kind */
@@ -160,12 +169,12 @@ static PyObject *finish(thx *x, thx_entry *e, const thx_leaves *leaves, th_slot 
     output o = {x, e, slots};
     const thx_inputs inputs = {e->args, leaves->args, e->nargs, NULL};
     PyObject *result = thx_result_build(x, &e->result, output_leaf, &o, &inputs);
-    if (result && e->effects.count) {
-        PyObject *own = Py_NewRef(PyTuple_GET_ITEM(result, 0));
-        if (thx_effects_apply(&e->effects, &PyTuple_GET_ITEM(result, 1), &inputs) < 0) Py_CLEAR(own);
+    if (result && (e->effects.count || e->nwrites)) {
+        PyObject *own = Py_NewRef(e->effects.count ? PyTuple_GET_ITEM(result, 0) : result);
+        PyObject *const *contents = e->effects.count ? &PyTuple_GET_ITEM(result, 1) : NULL;
+        if (replay(x, e, slots, contents, &inputs) < 0) Py_CLEAR(own);
         Py_SETREF(result, own);
     }
-    if (result && e->nwrites && replay_writes(x, e, slots) < 0) Py_CLEAR(result);
     th_frame frame = {.slots = slots, .user = x};
     th_plan_clear(e->main.plan, &frame);
     return result;

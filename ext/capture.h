@@ -91,8 +91,9 @@ thx_recorder *thx_recorder_new(thx *x, PyObject *params);
 PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf);
 /* Where the current value of a fake or a real tensor is kept, made when new; NULL with an exception. */
 thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor);
-PyObject *thx_recorder_fake(thx_recorder *r, PyObject *tensor); /* the fake of a real tensor, or itself: borrowed */
-th_val thx_recorder_value(void *recorder, PyObject *tensor);    /* 0 with an exception */
+thx_cell *thx_recorder_known(thx_recorder *r, PyObject *tensor); /* the same, NULL when it is new */
+PyObject *thx_recorder_fake(thx_recorder *r, PyObject *tensor);  /* the fake of a real tensor, or itself: borrowed */
+th_val thx_recorder_value(void *recorder, PyObject *tensor);     /* 0 with an exception */
 int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind or re-bind a fake */
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);
 /* The real tensor of a value that depends on no input: borrowed; NULL without exception when it does depend on one. */

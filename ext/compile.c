@@ -153,7 +153,7 @@ static void name_change(compile *k, PyObject *owner, PyObject *key, char *text, 
 static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before, PyObject *after) {
     compile *k = user;
     char text[240];
-    (void)before;
+    thx_entry *e = k->e;
     bool keyed = PyDict_Check(dict) || PyType_Check(dict);
     if (keyed && after && thx_is_tensor(k->x, after)) {
         thx_cell *cell = thx_recorder_cell(k->r, after);
@@ -162,15 +162,20 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
         return add_write(k, dict, key, NULL, value);
     }
     if (keyed && after && is_plain(after)) return add_write(k, dict, key, after, 0);
-    thx_effect effect = {.owner = dict, .key = keyed ? key : NULL};
+    thx_effect effect = {.owner = dict, .key = keyed ? key : NULL, .after = e->nwrites};
+    if (PyDict_Check(dict) && key == Py_None && !before == !after && (!after || PyTuple_Check(after))) {
+        effect.kind = THX_EFFECT_BODY; /* the order of its keys; after: these, and the dictionary is as it was */
+        effect.key = NULL;
+        return thx_effect_add_items(&e->effects, &effect, dict, after);
+    }
     effect.kind = keyed                         ? (after ? THX_EFFECT_KEY : THX_EFFECT_DELETE)
                   : PyCell_Check(dict) && after ? THX_EFFECT_CELL
                                                 : 0;
-    if (effect.kind) return thx_effect_add(&k->e->effects, &effect, after);
+    if (effect.kind) return thx_effect_add(&e->effects, &effect, after);
     if (after && (PyList_Check(dict) || PyAnySet_Check(dict))) {
         effect.kind = THX_EFFECT_BODY;
         PyObject *none = Py_None, *content = PyTuple_Pack(2, after, none);
-        int rc = content ? thx_effect_add(&k->e->effects, &effect, content) : -1;
+        int rc = content ? thx_effect_add(&e->effects, &effect, content) : -1;
         Py_XDECREF(content);
         return rc;
     }
@@ -458,14 +463,19 @@ static int note_told(compile *k) {
     return 0;
 }
 
-static bool gives_several(const th_trace *t, th_val v) {
-    th_opref def = t->values[v].def;
-    return def && t->nodes[t->ops[def].outs].kind == TH_N_TUPLE && t->nodes[t->ops[def].outs].count > 1;
+static bool rule_decides(const th_trace *t, th_val v) {
+    static const char *const fresh[] = {".new_", "_like", ".empty", ".zeros", ".ones", ".full", NULL};
+    const th_op *op = &t->ops[t->values[v].def];
+    const char *name = t->values[v].def && !op->callee_opaque ? th_str_get(t->ctx, op->callee) : "";
+    bool found = t->values[v].def && t->nodes[op->outs].kind == TH_N_TUPLE && t->nodes[op->outs].count > 1;
+    for (int i = 0; fresh[i] && !found; i++) found = strstr(name, fresh[i]) != NULL;
+    return found && !is_written_before(t, v, t->nops);
 }
 
 /* A result that requires grad though no gradient reaches an input through it (the code made a leaf; something was
  * written over), or the other way round (a.type_as(b)), is not one of ours. */
 static int check_leaves(compile *k, const th_joint *joint) {
+    const th_trace *t = k->e->captured;
     for (uint32_t i = 0; i < k->nvalues; i++) {
         bool reached = false;
         for (uint32_t j = 0; j < joint->ntangents && !reached; j++)
@@ -473,12 +483,12 @@ static int check_leaves(compile *k, const th_joint *joint) {
         bool right = reached == k->told[i];
         for (uint32_t j = 0; j < k->r->nroots && !right && !reached; j++) { /* an input, or one that was written to */
             const thx_root *root = &k->r->roots[j];
-            const thx_cell *cell = thx_recorder_cell(k->r, root->real); /* known: nothing is added */
+            const thx_cell *cell = thx_recorder_known(k->r, root->real);
             bool same = i < k->outputs.count && cell && cell->key == k->outputs.items[i];
             right = (root->value == k->values[i] && root->requires_grad) || (joint->nmutated && same);
         }
-        right |= !reached &&
-                 gives_several(k->e->captured, k->values[i]); /* its rule knows which of them have a derivative */
+        /* A transform may have made it so; and of what is new or one of several results, the rule knows best. */
+        right |= reached ? k->c->transform != NULL : !k->r->leaves && rule_decides(t, k->values[i]);
         if (right) continue;
         PyErr_SetString(k->x->GradNeeded,
                         "whether a result requires grad does not follow from the inputs that it is computed from");

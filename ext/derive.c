@@ -141,7 +141,8 @@ static counting counts_from(const th_rule_request *q) {
     if (!strstr(name, "as_strided")) return FROM_ITSELF;
     for (uint32_t i = 0; i < q->nuses; i++) {
         const th_value *v = &q->t->values[q->uses[i]];
-        if (v->offset) return FROM_ELSEWHERE;
+        bool whole = th_type_get(q->t->ctx, v->type)->contiguous; /* all of its storage, as far as can be told */
+        if (v->offset || !whole) return FROM_ELSEWHERE;
         if (!v->def) found = FROM_ZERO;
         for (uint32_t k = 0; v->alias && k < q->t->ninputs; k++)
             if (q->t->values[q->t->inputs[k]].alias == v->alias) found = FROM_ZERO;

@@ -110,9 +110,22 @@ static int set_attributes(PyObject *o, bool members, PyObject *attributes, PyObj
     return rc;
 }
 
+int thx_effect_add_items(thx_effects *e, const thx_effect *effect, PyObject *dict, PyObject *order) {
+    PyObject *items = order ? PyDict_New() : items_of(dict), *none = Py_None;
+    for (Py_ssize_t i = 0; items && order && i < PyTuple_GET_SIZE(order); i++) {
+        PyObject *key = PyTuple_GET_ITEM(order, i), *value = PyDict_GetItemWithError(dict, key);
+        if (value && PyDict_SetItem(items, key, value) < 0) Py_CLEAR(items);
+    }
+    PyObject *content = items ? PyTuple_Pack(2, items, none) : NULL;
+    int rc = content ? thx_effect_add(e, effect, content) : -1;
+    Py_XDECREF(content);
+    Py_XDECREF(items);
+    return rc;
+}
+
 /* ---- applying ---- */
 
-static int apply(const thx_effect *e, PyObject *owner, PyObject *content) {
+int thx_effect_apply(const thx_effect *e, PyObject *owner, PyObject *content) {
     switch ((thx_effect_kind)e->kind) {
     case THX_EFFECT_BODY:
         return set_items(owner, PyTuple_GET_ITEM(content, 0)) < 0
@@ -127,17 +140,21 @@ static int apply(const thx_effect *e, PyObject *owner, PyObject *content) {
     return 0;
 }
 
-int thx_effects_apply(const thx_effects *e, PyObject *const *contents, const thx_inputs *inputs) {
-    PyObject **owners = PyMem_Calloc(e->count + 1, sizeof *owners); /* all found before any of them changes */
-    int rc = owners ? 0 : (PyErr_NoMemory(), -1);
-    for (uint32_t i = 0; i < e->count && rc == 0; i++) {
+PyObject **thx_effects_owners(const thx_effects *e, const thx_inputs *inputs) {
+    PyObject **owners = PyMem_Calloc(e->count + 1, sizeof *owners);
+    if (!owners) return (PyObject **)PyErr_NoMemory();
+    for (uint32_t i = 0; i < e->count; i++) {
         owners[i] = e->items[i].owner ? Py_NewRef(e->items[i].owner) : thx_argument_at(inputs, e->items[i].path);
-        if (!owners[i]) rc = -1;
+        if (owners[i]) continue;
+        thx_effects_forget(e, owners);
+        return NULL;
     }
-    for (uint32_t i = 0; i < e->count && rc == 0; i++) rc = apply(&e->items[i], owners[i], contents[i]);
+    return owners;
+}
+
+void thx_effects_forget(const thx_effects *e, PyObject **owners) {
     for (uint32_t i = 0; owners && i < e->count; i++) Py_XDECREF(owners[i]);
     PyMem_Free(owners);
-    return rc;
 }
 
 /* ---- arguments ---- */
@@ -281,7 +298,8 @@ static int collect_row(PyObject *row, thx_effects *effects) {
         if (effects) {
             PyObject *removed = PyList_AsTuple(gone), *none = Py_None;
             PyObject *content = removed ? PyTuple_Pack(2, same ? none : items, quiet ? none : changed) : NULL;
-            const thx_effect effect = {THX_EFFECT_BODY, members, NULL, PyTuple_GET_ITEM(row, 1), NULL, removed};
+            const thx_effect effect = {
+                .kind = THX_EFFECT_BODY, .members = members, .path = PyTuple_GET_ITEM(row, 1), .removed = removed};
             rc = content ? thx_effect_add(effects, &effect, content) : -1;
             Py_XDECREF(content);
             Py_XDECREF(removed);

@@ -19,6 +19,7 @@ typedef enum thx_effect_kind {
 typedef struct thx_effect {
     uint8_t kind;
     bool members;      /* BODY: as in thx_spec */
+    uint32_t after;    /* how many writes (thx_write) come before it */
     PyObject *owner;   /* what changes; NULL: an argument, at `path` */
     PyObject *path;    /* as in thx_spec of kind INPUT */
     PyObject *key;     /* KEY, DELETE */
@@ -34,8 +35,12 @@ typedef struct thx_effects {
 int thx_effect_add(thx_effects *e, const thx_effect *effect, PyObject *content); /* takes new references */
 void thx_effects_fini(thx_effects *e);
 int thx_effects_traverse(const thx_effects *e, visitproc visit, void *arg);
-/* contents: one for each effect, in order. */
-int thx_effects_apply(const thx_effects *e, PyObject *const *contents, const thx_inputs *inputs);
+/* The effect is what the dictionary holds now, in the order of the keys in the tuple `order` (NULL: its own). */
+int thx_effect_add_items(thx_effects *e, const thx_effect *effect, PyObject *dict, PyObject *order);
+/* What changes at this call, one for each effect, found before any of them changes: NULL with an exception. */
+PyObject **thx_effects_owners(const thx_effects *e, const thx_inputs *inputs);
+void thx_effects_forget(const thx_effects *e, PyObject **owners);
+int thx_effect_apply(const thx_effect *e, PyObject *owner, PyObject *content);
 
 /* ---- arguments while they are captured ---- */
 

@@ -168,6 +168,7 @@ static int restore_other(thx *x, watch_other *w, thx_change_fn changed, void *us
     pending error = hold_error();
     bool holds = thx_watch_other_holds(x, w), class_ = w->kind == WATCH_CLASS;
     PyObject *after = !holds && class_ ? PyDict_Copy(((PyTypeObject *)w->object)->tp_dict) : NULL;
+    PyObject *order = !holds && w->kind == WATCH_ORDER ? PySequence_Tuple(w->object) : NULL;
     if (!holds) thx_watch_other_put_back(w);
     release_error(error);
     if (holds) return 0;
@@ -176,7 +177,9 @@ static int restore_other(thx *x, watch_other *w, thx_change_fn changed, void *us
         Py_DECREF(after);
         return rc;
     }
-    return changed ? changed(user, w->object, Py_None, w->copy, NULL) : 0;
+    int rc = changed ? changed(user, w->object, Py_None, w->copy, order) : 0;
+    Py_XDECREF(order);
+    return rc;
 }
 
 /* Its class, and the dictionary that its attributes are in. */

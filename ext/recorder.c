@@ -209,9 +209,15 @@ static bool is_functorch(thx *x, PyObject *tensor) {
     return yes == Py_True;
 }
 
-thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor) {
+thx_cell *thx_recorder_known(thx_recorder *r, PyObject *tensor) {
     thx_cell *cell = r->cap_cells ? probe(r->cells, r->cap_cells, tensor) : NULL;
-    if (cell && cell->key) return cell->fake ? probe(r->cells, r->cap_cells, cell->fake) : cell;
+    if (!cell || !cell->key) return NULL;
+    return cell->fake ? probe(r->cells, r->cap_cells, cell->fake) : cell;
+}
+
+thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor) {
+    thx_cell *cell = thx_recorder_known(r, tensor);
+    if (cell) return cell;
     if (thx_is_fake(r->x, tensor)) {
         thx_capture_error(r, "a tensor of another capture",
                           "it was made while something else was captured and kept since",

@@ -412,7 +412,7 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
     PyObject *key, *value;
     Py_ssize_t place = 0;
     bool same = compare_items(x, g, w);
-    for (Py_ssize_t at = 0; same && PyDict_Next(w->dict, &at, &key, &value); place++)
+    for (Py_ssize_t at = 0; same && !PyODict_Check(w->dict) && PyDict_Next(w->dict, &at, &key, &value); place++)
         if (key != w->items[2 * place] && !thx_same_value(key, w->items[2 * place])) {
             snprintf(g->reason, sizeof g->reason, "the order of a dictionary changed");
             same = false;

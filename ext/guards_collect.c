@@ -87,10 +87,19 @@ static PyObject **copy_items(PyObject *dict, Py_ssize_t *count) {
         *count = -1;
         return NULL;
     }
-    for (Py_ssize_t at = 0; i < n && PyDict_Next(dict, &at, &key, &value); i++) {
+    PyObject *keys = n && PyODict_Check(dict) ? PySequence_List(dict) : NULL; /* in an order of its own */
+    PyErr_Clear();
+    for (; keys && i < n && i < PyList_GET_SIZE(keys); i++) {
+        value = PyDict_GetItemWithError(dict, PyList_GET_ITEM(keys, i));
+        if (!value) break;
+        items[2 * i] = Py_NewRef(PyList_GET_ITEM(keys, i));
+        items[2 * i + 1] = Py_NewRef(value);
+    }
+    for (Py_ssize_t at = 0; !keys && i < n && PyDict_Next(dict, &at, &key, &value); i++) {
         items[2 * i] = Py_NewRef(key);
         items[2 * i + 1] = Py_NewRef(value);
     }
+    Py_XDECREF(keys);
     *count = i;
     return items;
 }

@@ -472,14 +472,30 @@ static bool writes_statistics(const joiner *j, th_opref at, const th_op *op) {
     return w.own && !writes_what_has_grad(j, op);
 }
 
+/* Does the operation write memory that two inputs share, or part of an input, which is used again by another name? */
+static bool writes_shared_input(const joiner *j, th_opref at) {
+    const th_trace *t = j->t;
+    const th_op *op = &j->r.ops[at];
+    for (uint32_t i = 0; i < op->nwrites; i++) {
+        th_val v = t->kids[op->writes + i];
+        uint32_t inputs = 0;
+        for (uint32_t k = 0; k < t->ninputs; k++) inputs += th__group_of(t, t->inputs[k]) == th__group_of(t, v);
+        bool whole = inputs == 1 && input_index(t, v) != UINT32_MAX;
+        if (inputs && !whole && used_later(j, at, v)) return true;
+    }
+    return false;
+}
+
 /* A write: inside the forward trace when autograd has no part in it, after the call when it has. */
 static th_status join_write(joiner *j, th_opref at, record *rec) {
     const th_op *old = &j->r.ops[at];
     th_val dest = th__node_as_value(j->t, th__op_arg(j->t, &rec->op, 0, NULL));
     uint32_t input = input_index(j->t, dest);
     bool part = any_requires_grad(j, rec->uses, rec->nuses) && !(old->marks & TH_MARK_NO_GRAD);
-    if (!part && input != UINT32_MAX && !old->outs && !th__op_is(j->t, old, "torch.Tensor.copy_") &&
-        used_later(j, at, dest))
+    bool copy = th__op_is(j->t, old, "torch.Tensor.copy_");
+    if (!part && writes_shared_input(j, at))
+        return declined(j, old, "writes to memory of an input that is used again by another name");
+    if (!part && input != UINT32_MAX && !old->outs && !copy && used_later(j, at, dest))
         return declined(j, old, "writes to an input that is used again: what a derivative keeps of it cannot be told");
     if (!part) {
         th__op_push(j->t, &rec->op);

@@ -463,13 +463,17 @@ static int note_told(compile *k) {
     return 0;
 }
 
-static bool rule_decides(const th_trace *t, th_val v) {
+/* What the recorder said of a result is that some input requires grad. Where nothing is written, the rules of the
+ * operations know better: a result may have no derivative. */
+static bool rules_decide(const th_trace *t, th_val v) {
     static const char *const fresh[] = {".new_", "_like", ".empty", ".zeros", ".ones", ".full", NULL};
     const th_op *op = &t->ops[t->values[v].def];
     const char *name = t->values[v].def && !op->callee_opaque ? th_str_get(t->ctx, op->callee) : "";
-    bool found = t->values[v].def && t->nodes[op->outs].kind == TH_N_TUPLE && t->nodes[op->outs].count > 1;
+    bool found = t->values[v].def && t->nodes[op->outs].kind == TH_N_TUPLE && t->nodes[op->outs].count > 1,
+         writes = false;
     for (int i = 0; fresh[i] && !found; i++) found = strstr(name, fresh[i]) != NULL;
-    return found && !is_written_before(t, v, t->nops);
+    for (th_opref o = 1; o < t->nops && !writes; o++) writes = t->ops[o].nwrites > 0;
+    return !writes || (found && !is_written_before(t, v, t->nops));
 }
 
 /* A result that requires grad though no gradient reaches an input through it (the code made a leaf; something was
@@ -488,7 +492,7 @@ static int check_leaves(compile *k, const th_joint *joint) {
             right = (root->value == k->values[i] && root->requires_grad) || (joint->nmutated && same);
         }
         /* A transform may have made it so; and of what is new or one of several results, the rule knows best. */
-        right |= reached ? k->c->transform != NULL : !k->r->leaves && rule_decides(t, k->values[i]);
+        right |= reached ? k->c->transform != NULL : !k->r->leaves && rules_decide(t, k->values[i]);
         if (right) continue;
         PyErr_SetString(k->x->GradNeeded,
                         "whether a result requires grad does not follow from the inputs that it is computed from");

@@ -481,10 +481,10 @@ def reads_the_clock():
     start = time.perf_counter()
 
     def f(x):
-        return x + (1 if time.perf_counter() - start > 0.2 else 0)
+        return x + (1 if time.perf_counter() - start > 1.0 else 0)
 
     yield f, X()
-    time.sleep(0.3)
+    time.sleep(1.2)
     yield X()
 
 

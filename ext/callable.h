@@ -123,6 +123,15 @@ int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape)
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */
 bool thx_entry_is_untouched(const thx_entry *entry);
+/* ---- entry.c ---- */
+/* 1 the entry serves this call, 0 it does not, -1 error; leaves: the tensors of the arguments. */
+int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,
+                      Py_ssize_t npositional, PyObject *kwnames, thx_leaves *leaves);
+int thx_arguments_match(thx *x, const thx_entry *e, PyObject *const *args, Py_ssize_t npositional, PyObject *kwnames,
+                        thx_leaves *leaves); /* as far as these go */
+/* The result as the caller gets it. ValueChanged: all is as it was before, and call->left has what was computed. */
+PyObject *thx_entry_run(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call);
+
 int thx_entry_place(thx *x, thx_entry *entry); /* find the slots of results in the present plan */
 void thx_entry_free(thx *x, thx_entry *entry);
 /* An entry that is looked at while Python code may run: entry->running++ before, this afterwards. */

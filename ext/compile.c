@@ -330,24 +330,10 @@ static int bind_roots(compile *k) {
     return 0;
 }
 
-static bool is_written_before(const th_trace *t, th_val v, th_opref end) {
-    for (th_opref o = 1; o < end; o++)
-        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
-            th_val w = t->kids[t->ops[o].writes + i];
-            if (w == v || (t->values[w].alias && t->values[w].alias == t->values[v].alias)) return true;
-        }
-    return false;
-}
-
 static bool writes_inputs(const th_trace *t, th_opref until) {
-    for (th_opref o = 1; o < until; o++)
-        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
-            const th_value *v = &t->values[t->kids[t->ops[o].writes + i]];
-            if (!v->def) return true;
-            for (uint32_t j = 0; v->alias && j < t->ninputs; j++)
-                if (t->values[t->inputs[j]].alias == v->alias) return true;
-        }
-    return false;
+    bool found = false;
+    for (uint32_t i = 0; i < t->ninputs && !found; i++) found = th__is_written(t, t->inputs[i], until);
+    return found;
 }
 
 bool thx_entry_is_untouched(const thx_entry *e) {
@@ -391,7 +377,7 @@ static int note_undo(compile *k) {
     if (!e->expected || !e->undo) return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
     for (th_opref o = 1; o < last; o++) e->undo_random |= (t->ops[o].effects & TH_FX_RANDOM) != 0;
     for (uint32_t i = 0; i < t->ninputs; i++)
-        if (is_written_before(t, t->inputs[i], last)) e->undo[e->nundo++] = i;
+        if (th__is_written(t, t->inputs[i], last)) e->undo[e->nundo++] = i;
     return 0;
 }
 
@@ -473,7 +459,7 @@ static bool rules_decide(const th_trace *t, th_val v) {
          writes = false;
     for (int i = 0; fresh[i] && !found; i++) found = strstr(name, fresh[i]) != NULL;
     for (th_opref o = 1; o < t->nops && !writes; o++) writes = t->ops[o].nwrites > 0;
-    return !writes || (found && !is_written_before(t, v, t->nops));
+    return !writes || (found && !th__is_written(t, v, t->nops));
 }
 
 /* A result that requires grad though no gradient reaches an input through it (the code made a leaf; something was

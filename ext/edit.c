@@ -509,19 +509,9 @@ static bool uses(th_trace *t, th_opref o, th_val value) {
     return s.found;
 }
 
-static bool is_written(const th_trace *t, th_val value) {
-    uint32_t alias = t->values[value].alias;
-    for (th_opref o = 1; o < t->nops; o++)
-        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) {
-            th_val written = t->kids[t->ops[o].writes + i];
-            if (written == value || (alias && t->values[written].alias == alias)) return true;
-        }
-    return false;
-}
-
 /* The operation after which a value is what it is in the end and used no more: memory can go as early as that. */
 static th_opref last_use(th_trace *t, th_val value) {
-    th_opref last = is_written(t, value) ? t->nops - 1 : t->values[value].def;
+    th_opref last = th__is_written(t, value, t->nops) ? t->nops - 1 : t->values[value].def;
     for (th_opref o = last + 1; o < t->nops; o++)
         if (uses(t, o, value)) last = o;
     return last;
@@ -530,7 +520,7 @@ static th_opref last_use(th_trace *t, th_val value) {
 /* The operation before which an input is first needed; the number of operations where none uses it. */
 static th_opref first_use(th_trace *t, th_val value) {
     th_opref first = 1;
-    while (!is_written(t, value) && first < t->nops && !uses(t, first, value)) first++;
+    while (!th__is_written(t, value, t->nops) && first < t->nops && !uses(t, first, value)) first++;
     return first;
 }
 

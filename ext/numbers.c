@@ -12,6 +12,8 @@
  */
 #include "callable.h"
 
+#include "ir/ir.h"
+
 #include <string.h>
 
 enum { MAX_TRIES = 4, MAX_LITERALS = 64 };
@@ -114,51 +116,28 @@ typedef struct literal {
 } literal;
 
 typedef struct comparison {
-    thx *x;
     const th_trace *a, *b;
     literal found[MAX_LITERALS];
     uint32_t count;
     thx_number at;
-    bool direct; /* the node being compared is an argument itself, not inside of one */
 } comparison;
 
-static bool same_node(comparison *k, th_node na, th_node nb, bool direct);
-
-static bool same_kids(comparison *k, const th_node_data *a, const th_node_data *b) {
-    bool same = a->count == b->count;
-    uint32_t ka = a->u.kids, kb = b->u.kids;
-    for (uint32_t i = 0; i < a->count && same; i++) same = same_node(k, k->a->kids[ka + i], k->b->kids[kb + i], false);
-    return same;
+static bool same_value(void *user, th_val a, th_val b) {
+    const comparison *k = user;
+    return a == b && k->a->values[a].type == k->b->values[b].type && k->a->values[a].alias == k->b->values[b].alias;
 }
 
-static bool note_literal(comparison *k, double before, double now, bool direct) {
-    if (memcmp(&before, &now, sizeof now) == 0) return true;
-    if (!direct || k->count == MAX_LITERALS) return false;
-    k->found[k->count++] = (literal){k->at, before, now};
-    return true;
+static bool same_node(comparison *k, th_node a, th_node b) {
+    return th__nodes_match(&(th__match){k->a, k->b, same_value, k}, a, b);
 }
 
-static bool same_node(comparison *k, th_node na, th_node nb, bool direct) {
+/* An argument itself, which may be a literal that differs. */
+static bool same_argument(comparison *k, th_node na, th_node nb) {
     const th_node_data *a = &k->a->nodes[na], *b = &k->b->nodes[nb];
-    if (a->kind != b->kind) return false;
-    switch ((th_node_kind)a->kind) {
-    case TH_N_ABSENT:
-    case TH_N_NONE:
-    case TH_N_ELLIPSIS: return true;
-    case TH_N_BOOL:
-    case TH_N_INT: return a->u.i == b->u.i;
-    case TH_N_FLOAT: return note_literal(k, a->u.f, b->u.f, direct);
-    case TH_N_COMPLEX: return a->u.f == b->u.f && a->f2 == b->f2;
-    case TH_N_OPAQUE: return k->a->opaques[a->u.ref].object == k->b->opaques[b->u.ref].object;
-    case TH_N_VALUE:
-        return a->u.ref == b->u.ref && k->a->values[a->u.ref].type == k->b->values[b->u.ref].type &&
-               k->a->values[a->u.ref].alias == k->b->values[b->u.ref].alias;
-    case TH_N_TUPLE:
-    case TH_N_LIST:
-    case TH_N_DICT:
-    case TH_N_SLICE: return same_kids(k, a, b);
-    default: return a->u.ref == b->u.ref; /* strings, dtypes, devices, symbols: interned */
-    }
+    if (a->kind != TH_N_FLOAT || b->kind != TH_N_FLOAT || same_node(k, na, nb)) return same_node(k, na, nb);
+    if (k->count == MAX_LITERALS) return false;
+    k->found[k->count++] = (literal){k->at, a->u.f, b->u.f};
+    return true;
 }
 
 static bool same_arguments(comparison *k, const th_op *a, const th_op *b) {
@@ -167,7 +146,7 @@ static bool same_arguments(comparison *k, const th_op *a, const th_op *b) {
     if (n != pb->count) return false;
     for (uint32_t i = 0; i < n; i++) {
         k->at.argument = i;
-        if (!same_node(k, k->a->kids[la + i], k->b->kids[lb + i], true)) return false;
+        if (!same_argument(k, k->a->kids[la + i], k->b->kids[lb + i])) return false;
     }
     if (!a->kwargs || !b->kwargs) return !a->kwargs && !b->kwargs;
     uint32_t m = k->a->nodes[a->kwargs].count;
@@ -175,8 +154,8 @@ static bool same_arguments(comparison *k, const th_op *a, const th_op *b) {
     if (m != k->b->nodes[b->kwargs].count) return false;
     for (uint32_t i = 0; i + 1 < m; i += 2) {
         k->at.argument = n + i / 2;
-        if (!same_node(k, k->a->kids[la + i], k->b->kids[lb + i], false) ||
-            !same_node(k, k->a->kids[la + i + 1], k->b->kids[lb + i + 1], true))
+        if (!same_node(k, k->a->kids[la + i], k->b->kids[lb + i]) ||
+            !same_argument(k, k->a->kids[la + i + 1], k->b->kids[lb + i + 1]))
             return false;
     }
     return true;
@@ -185,15 +164,13 @@ static bool same_arguments(comparison *k, const th_op *a, const th_op *b) {
 static bool same_op(comparison *k, th_opref o) {
     const th_op *a = &k->a->ops[o], *b = &k->b->ops[o];
     k->at.op = o;
-    bool callee = a->callee_opaque && b->callee_opaque
-                      ? k->a->opaques[a->callee_opaque].object == k->b->opaques[b->callee_opaque].object
-                      : !a->callee_opaque && !b->callee_opaque && a->callee == b->callee;
-    if (!callee || a->kind != b->kind || a->effects != b->effects || a->marks != b->marks || a->nwrites != b->nwrites ||
-        a->outs_list != b->outs_list)
+    const th__match m = {k->a, k->b, same_value, k};
+    if (!th__callees_match(&m, a, b) || a->kind != b->kind || a->effects != b->effects || a->marks != b->marks ||
+        a->nwrites != b->nwrites || a->outs_list != b->outs_list)
         return false;
     for (uint32_t i = 0; i < a->nwrites; i++)
         if (k->a->kids[a->writes + i] != k->b->kids[b->writes + i]) return false;
-    return same_arguments(k, a, b) && same_node(k, a->outs, b->outs, false);
+    return same_arguments(k, a, b) && same_node(k, a->outs, b->outs);
 }
 
 static bool same_program(comparison *k, const th_trace *a, const th_trace *b) {
@@ -203,7 +180,7 @@ static bool same_program(comparison *k, const th_trace *a, const th_trace *b) {
     for (uint32_t i = 0; i < a->ninputs && same; i++)
         same = a->inputs[i] == b->inputs[i] && a->values[a->inputs[i]].type == b->values[b->inputs[i]].type;
     for (th_opref o = 1; o < a->nops && same; o++) same = same_op(k, o);
-    return same && same_node(k, a->result, b->result, false);
+    return same && same_node(k, a->result, b->result);
 }
 
 /* Inputs that are no arguments: the same parameters and buffers, and constants that are equal. */
@@ -299,7 +276,7 @@ static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *ans
 }
 
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape) {
-    comparison k = {.x = x};
+    comparison k = {.count = 0};
     bool same = !e->gradient && !like->gradient && !e->expected && !e->effects.count && same_writes(like, e) &&
                 same_result(&like->result, &e->result) && same_roots(x, like, e) &&
                 same_program(&k, like->main.t, e->main.t) && k.count;

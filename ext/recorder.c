@@ -5,6 +5,8 @@
 #include "capture.h"
 #include "shadow.h"
 
+#include "passes/pass.h"
+
 #include <string.h>
 
 /* ---- pointer table ---- */
@@ -276,13 +278,6 @@ static void scan_use(void *user, th_val *value) {
     if (s->ok && !thx_recorder_constant(s->r, *value)) s->ok = false;
 }
 
-static bool group_written(const th_trace *t, uint32_t alias) {
-    for (th_opref o = 1; alias && o < t->nops; o++)
-        for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
-            if (t->values[t->kids[t->ops[o].writes + i]].alias == alias) return true;
-    return false;
-}
-
 /* Distribute an evaluated result over the outs pattern. */
 static void keep_consts(thx_recorder *r, th_node outs, PyObject *result) {
     const th_node_data *d = &r->t->nodes[outs];
@@ -304,7 +299,7 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
         r->nconsts = t->nvalues;
     }
     th_opref o = t->values[value].def;
-    if (!o || group_written(t, t->values[value].alias)) return NULL;
+    if (!o || th__is_written(t, value, t->nops)) return NULL;
     if (r->consts[value]) return r->consts[value];
     if (t->ops[o].effects) return NULL;
     scan s = {r, true};

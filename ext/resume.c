@@ -3,6 +3,8 @@
 
 #include "callable.h"
 
+#include "ir/ir.h"
+
 #include <string.h>
 
 void thx_left_clear(thx_left *left) {
@@ -26,29 +28,7 @@ typedef struct pairing {
     bool misses;
 } pairing;
 
-static bool same_node(const pairing *k, th_node na, th_node nb) {
-    const th_node_data *a = &k->a->nodes[na], *b = &k->b->nodes[nb];
-    if (a->kind != b->kind || a->count != b->count) return false;
-    switch ((th_node_kind)a->kind) {
-    case TH_N_ABSENT:
-    case TH_N_NONE:
-    case TH_N_ELLIPSIS: return true;
-    case TH_N_BOOL:
-    case TH_N_INT: return a->u.i == b->u.i;
-    case TH_N_FLOAT:
-    case TH_N_COMPLEX: return memcmp(&a->u.f, &b->u.f, sizeof a->u.f) == 0 && memcmp(&a->f2, &b->f2, sizeof a->f2) == 0;
-    case TH_N_OPAQUE: return k->a->opaques[a->u.ref].object == k->b->opaques[b->u.ref].object;
-    case TH_N_VALUE: return k->to[a->u.ref] == b->u.ref;
-    case TH_N_TUPLE:
-    case TH_N_LIST:
-    case TH_N_DICT:
-    case TH_N_SLICE:
-        for (uint32_t i = 0; i < a->count; i++)
-            if (!same_node(k, k->a->kids[a->u.kids + i], k->b->kids[b->u.kids + i])) return false;
-        return true;
-    default: return a->u.ref == b->u.ref; /* interned */
-    }
-}
+static bool same_value(void *user, th_val a, th_val b) { return ((const pairing *)user)->to[a] == b; }
 
 /* Results of the same operation on the same values. */
 static bool pair_outs(pairing *k, th_node na, th_node nb, bool set) {
@@ -68,12 +48,10 @@ static bool pair_outs(pairing *k, th_node na, th_node nb, bool set) {
 }
 
 static bool same_op(pairing *k, const th_op *a, const th_op *b) {
-    bool callee = a->callee_opaque && b->callee_opaque
-                      ? k->a->opaques[a->callee_opaque].object == k->b->opaques[b->callee_opaque].object
-                      : !a->callee_opaque && !b->callee_opaque && a->callee == b->callee;
-    return callee && a->kind == TH_OP_CALL && b->kind == TH_OP_CALL && a->effects == b->effects && !a->nwrites &&
-           !b->nwrites && same_node(k, a->args, b->args) && same_node(k, a->kwargs, b->kwargs) &&
-           pair_outs(k, a->outs, b->outs, false);
+    const th__match m = {k->a, k->b, same_value, k};
+    return a->kind == TH_OP_CALL && b->kind == TH_OP_CALL && a->effects == b->effects && !a->nwrites && !b->nwrites &&
+           th__callees_match(&m, a, b) && th__nodes_match(&m, a->args, b->args) &&
+           th__nodes_match(&m, a->kwargs, b->kwargs) && pair_outs(k, a->outs, b->outs, false);
 }
 
 static void pair_inputs(pairing *k, const thx_entry *ea, const thx_entry *eb) {

@@ -46,14 +46,6 @@ static PyObject *call_helper(const char *name, PyObject *argument) {
 
 /* ---- inputs ---- */
 
-static bool is_written(const th_trace *t, th_val v) {
-    uint32_t alias = t->values[v].alias;
-    for (th_opref o = 1; alias && o < t->nops; o++)
-        for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
-            if (t->values[t->kids[t->ops[o].writes + i]].alias == alias) return true;
-    return false;
-}
-
 static int grow(thx_recorder *r, thx_shadow *s) {
     const th_trace *t = r->t;
     if (s->nreal < t->nvalues) {
@@ -78,7 +70,7 @@ static void start_again(thx_shadow *s) {
 /* A write to an input that ran as it is, or one beside others that may share its memory, came later. */
 static bool is_outdated(const thx_recorder *r, const thx_shadow *s) {
     for (uint32_t i = 0; s->nroots && i < r->nroots; i++)
-        if ((i >= s->nroots || !s->copied[i]) && is_written(r->t, r->roots[i].value)) return true;
+        if ((i >= s->nroots || !s->copied[i]) && th__is_written(r->t, r->roots[i].value, r->t->nops)) return true;
     return false;
 }
 
@@ -88,7 +80,7 @@ static int bring_inputs(thx_recorder *r, thx_shadow *s) {
     PyObject *written = PyList_New(0);
     int rc = written ? 0 : -1;
     for (uint32_t i = s->nroots; i < r->nroots && rc == 0; i++) {
-        s->copied[i] = is_written(r->t, r->roots[i].value);
+        s->copied[i] = th__is_written(r->t, r->roots[i].value, r->t->nops);
         if (s->copied[i]) rc = PyList_Append(written, r->roots[i].real);
     }
     PyObject *copies = rc == 0 ? call_helper("copies", written) : NULL;

@@ -259,7 +259,7 @@ def test_explain_recompile_names_what_changed():
     call(X)
     SCALE = 3.0
     call(X)
-    call(X.double().float().double() if False else X, 2)
+    call(X, 2)
     call(X, k=3)
     net.eval()
     with torch.no_grad():

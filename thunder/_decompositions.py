@@ -183,12 +183,12 @@ def getitem(input: torch.Tensor, index: Any) -> torch.Tensor:
 
 
 def index(input: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
-    """``torch.ops.aten.index`` with masks."""
-    dim, result = 0, []
-    for position, item in enumerate(indices):
-        result.extend(_places(item, input, dim, position) if _is_mask(item) else [item])
-        dim += _taken(item) if item is not None else 1
-    return torch.ops.aten.index.Tensor(input, result)
+    """``torch.ops.aten.index`` with masks; None stands for a whole dimension there."""
+    whole = slice(None)
+    places = _without_masks(input, [whole if i is None else i for i in indices])
+    if places is None:
+        return NotImplemented
+    return torch.ops.aten.index.Tensor(input, [None if i is whole else i for i in places])
 
 
 def masked_select(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -82,8 +82,9 @@ static bool value_defined_equal(side *a, th_val va, side *b, th_val vb) {
     return alias_number(a, x->alias) == alias_number(b, y->alias);
 }
 
-static bool node_equal(side *a, th_node na, side *b, th_node nb, bool defining) {
-    const th_node_data *x = &a->t->nodes[na], *y = &b->t->nodes[nb];
+bool th__nodes_match(const th__match *m, th_node na, th_node nb) {
+    const th_trace *a = m->a, *b = m->b;
+    const th_node_data *x = &a->nodes[na], *y = &b->nodes[nb];
     if (x->kind != y->kind || x->count != y->count) return false;
     switch ((th_node_kind)x->kind) {
     case TH_N_BOOL:
@@ -91,33 +92,51 @@ static bool node_equal(side *a, th_node na, side *b, th_node nb, bool defining) 
     case TH_N_COMPLEX: return float_equal(x->u.f, y->u.f) && float_equal(x->f2, y->f2);
     case TH_N_FLOAT: return float_equal(x->u.f, y->u.f);
     case TH_N_STR:
-    case TH_N_SYMBOL: return str_equal(a->t->ctx, x->u.ref, b->t->ctx, y->u.ref);
+    case TH_N_SYMBOL: return str_equal(a->ctx, x->u.ref, b->ctx, y->u.ref);
     case TH_N_DTYPE: return x->u.ref == y->u.ref;
-    case TH_N_DEVICE: return device_equal(a->t->ctx, x->u.ref, b->t->ctx, y->u.ref);
-    case TH_N_OPAQUE: return opaque_equal(a->t, x->u.ref, b->t, y->u.ref);
-    case TH_N_VALUE:
-        if (defining) return value_defined_equal(a, x->u.ref, b, y->u.ref);
-        return a->value[x->u.ref] == b->value[y->u.ref];
+    case TH_N_DEVICE: return device_equal(a->ctx, x->u.ref, b->ctx, y->u.ref);
+    case TH_N_OPAQUE: return opaque_equal(a, x->u.ref, b, y->u.ref);
+    case TH_N_VALUE: return m->value(m->user, x->u.ref, y->u.ref);
     default: break;
     }
     for (uint32_t i = 0; i < x->count; i++) {
-        if (!node_equal(a, a->t->kids[x->u.kids + i], b, b->t->kids[y->u.kids + i], defining)) return false;
+        if (!th__nodes_match(m, a->kids[x->u.kids + i], b->kids[y->u.kids + i])) return false;
     }
     return true;
 }
 
+bool th__callees_match(const th__match *m, const th_op *x, const th_op *y) {
+    if ((x->callee_opaque != 0) != (y->callee_opaque != 0)) return false;
+    return x->callee_opaque ? opaque_equal(m->a, x->callee_opaque, m->b, y->callee_opaque)
+                            : str_equal(m->a->ctx, x->callee, m->b->ctx, y->callee);
+}
+
+typedef struct sides {
+    side *a, *b;
+} sides;
+
+static bool value_used_equal(void *user, th_val va, th_val vb) {
+    const sides *s = user;
+    return s->a->value[va] == s->b->value[vb];
+}
+
+static bool value_made_equal(void *user, th_val va, th_val vb) {
+    const sides *s = user;
+    return value_defined_equal(s->a, va, s->b, vb);
+}
+
 static bool op_equal(side *a, const th_op *x, side *b, const th_op *y) {
+    sides both = {a, b};
+    const th__match used = {a->t, b->t, value_used_equal, &both}, made = {a->t, b->t, value_made_equal, &both};
     if (x->kind != y->kind || x->effects != y->effects || x->marks != y->marks || x->nwrites != y->nwrites)
         return false;
-    if ((x->callee_opaque != 0) != (y->callee_opaque != 0)) return false;
-    bool same = x->callee_opaque ? opaque_equal(a->t, x->callee_opaque, b->t, y->callee_opaque)
-                                 : str_equal(a->t->ctx, x->callee, b->t->ctx, y->callee);
-    if (!same || !node_equal(a, x->args, b, y->args, false) || !node_equal(a, x->kwargs, b, y->kwargs, false))
+    if (!th__callees_match(&used, x, y) || !th__nodes_match(&used, x->args, y->args) ||
+        !th__nodes_match(&used, x->kwargs, y->kwargs))
         return false;
     for (uint32_t i = 0; i < x->nwrites; i++) {
         if (a->value[a->t->kids[x->writes + i]] != b->value[b->t->kids[y->writes + i]]) return false;
     }
-    return node_equal(a, x->outs, b, y->outs, true);
+    return th__nodes_match(&made, x->outs, y->outs);
 }
 
 /* 0 and None both mean that nothing is returned. */
@@ -132,7 +151,8 @@ static bool sides_equal(side *a, side *b) {
         if (!op_equal(a, &a->t->ops[op], b, &b->t->ops[op])) return false;
     }
     if (returns_nothing(a->t) || returns_nothing(b->t)) return returns_nothing(a->t) == returns_nothing(b->t);
-    return node_equal(a, a->t->result, b, b->t->result, false);
+    sides both = {a, b};
+    return th__nodes_match(&(th__match){a->t, b->t, value_used_equal, &both}, a->t->result, b->t->result);
 }
 
 bool th_trace_equal(const th_trace *a, const th_trace *b) {

@@ -34,6 +34,17 @@ uint32_t th__trace_add_opaque(th_trace *t, th_str name, void *object);
 void th__node_define(th_trace *t, th_node outs, th_opref op); /* set def of the values in outs */
 th_node th__node_opaque_entry(th_trace *t, uint32_t index);
 
+/* ---- nodes of two traces (compare.c) ---- */
+
+typedef struct th__match {
+    const th_trace *a, *b;
+    bool (*value)(void *user, th_val a, th_val b); /* is the one in a's place what the other is in b's? */
+    void *user;
+} th__match;
+
+bool th__nodes_match(const th__match *m, th_node a, th_node b); /* equal but for values */
+bool th__callees_match(const th__match *m, const th_op *a, const th_op *b);
+
 /* ---- types (type.c) ---- */
 
 uint64_t th__type_hash(const th_ctx *ctx, th_typeref type); /* content hash */

@@ -86,6 +86,13 @@ uint8_t *th__groups(th_trace *t, th__scratch *s) {
     return m.flags;
 }
 
+bool th__is_written(const th_trace *t, th_val v, th_opref end) {
+    for (th_opref o = 1; o < end; o++)
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++)
+            if (th__group_of(t, t->kids[t->ops[o].writes + i]) == th__group_of(t, v)) return true;
+    return false;
+}
+
 /* ---- rewriting ---- */
 
 th_status th__rewrite_begin(th__rewrite *r, th_trace *t) {

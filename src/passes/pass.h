@@ -36,6 +36,9 @@ static inline uint32_t th__group_of(const th_trace *t, th_val v) {
 static inline uint32_t th__group_count(const th_trace *t) { return t->next_alias + t->nvalues; }
 uint8_t *th__groups(th_trace *t, th__scratch *s); /* flags by group; NULL when out of memory */
 
+/* Does an operation before `end` write the value, or memory that it shares? */
+bool th__is_written(const th_trace *t, th_val v, th_opref end);
+
 /* ---- rewriting ---- */
 
 typedef struct th__rewrite {

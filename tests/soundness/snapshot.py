@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tests.harness.compare import TOLERANCE
+
 
 @dataclasses.dataclass
 class Leaf:
@@ -60,8 +62,7 @@ def difference(theirs: Any, ours: Any, where: str = "") -> str:
             a, b = getattr(theirs, field), getattr(ours, field)
             if a != b:
                 return f"{where}: {field} {b} where eager has {a}"
-        loose = theirs.dtype in (torch.bfloat16, torch.float16)
-        rtol, atol = (2e-2, 2e-2) if loose else (1e-4, 1e-5)
+        rtol, atol = TOLERANCE.get(theirs.dtype, (0.0, 0.0))
         if not torch.allclose(wide(ours.values), wide(theirs.values), rtol=rtol, atol=atol, equal_nan=True):
             return f"{where}: {ours.values} where eager has {theirs.values}"
         return difference(theirs.grad, ours.grad, f"{where}.grad")

@@ -96,7 +96,7 @@ static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const 
     PyObject *result = thx_entry_run(c, e, leaves, call);
     bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform &&
                  PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
-                 !PyErr_ExceptionMatches(c->x->ValueChanged) && thx_entry_is_untouched(e);
+                 !PyErr_ExceptionMatches(c->x->ValueChanged) && !e->main.literals.sizes && thx_entry_is_untouched(e);
     thx_entry_leave(c, e);
     if (!again) return result;
     PyErr_Clear();
@@ -348,8 +348,18 @@ static void drop_dead(thx_callable_object *c) { /* keep at most 64 entries */
     }
 }
 
-/* False: no entry serves this call. */
-static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) {
+/* A program for any sizes could not run: the call goes on without it, and raises what is to be raised. */
+static bool is_misfit(thx_callable_object *c, thx_entry *e, uint64_t number) {
+    enum { MAX_MISFITS = 8 };
+    if (!e->main.literals.sizes || !PyErr_ExceptionMatches(PyExc_Exception)) return false;
+    PyErr_Clear();
+    e->tried = number;
+    if (++e->misfits >= MAX_MISFITS) e->dead = true;
+    return true;
+}
+
+/* Of entries that serve a call, one for its very sizes goes first. */
+static bool serve_by(thx_callable_object *c, thx_request *call, bool any_sizes, PyObject **result) {
     thx *x = c->x;
     thx_leaves leaves;
     thx_leaves_init(&leaves);
@@ -360,7 +370,8 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
     for (thx_entry **p = &c->entries; !served && *p && c->cache != 1;) {
         thx_entry *e = *p;
         e->running++;
-        int same = e->tried == number || !may_serve(e, call->seen) ? 0
+        bool turn = any_sizes == (e->main.literals.sizes != NULL);
+        int same = !turn || e->tried == number || !may_serve(e, call->seen) ? 0
                    : c->cache == 2
                        ? thx_arguments_match(x, e, call->args, npositional, call->kwnames, &leaves)
                        : thx_entry_matches(c, e, call->ambient, call->args, npositional, call->kwnames, &leaves);
@@ -392,6 +403,7 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
         *result = run_entry_or_raise(c, e, &leaves, call);
         int another = *result ? 0 : take_value(x, e, call);
         if (another > 0) e->hits--, e->tried = number;
+        if (!*result && another == 0 && is_misfit(c, e, number)) another = 1;
         thx_entry_leave(c, e);
         if (another < 0) break;
         if (another) { /* the entry for that value, if there is one */
@@ -405,6 +417,14 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
     }
     thx_leaves_fini(&leaves);
     return served || PyErr_Occurred();
+}
+
+/* False: no entry serves this call. */
+static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) {
+    if (serve_by(c, call, false, result)) return true;
+    bool any = false;
+    for (const thx_entry *e = c->entries; e && !any; e = e->next) any = e->main.literals.sizes != NULL;
+    return any && serve_by(c, call, true, result);
 }
 
 static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
@@ -440,13 +460,14 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
 
 static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"fn",        "module",          "cache",  "refused",      "on_event", "remat",
-                            "transform", "needs_transform", "claims", "branch_limit", "log",      NULL};
+                            "transform", "needs_transform", "claims", "branch_limit", "log",      "dynamic",
+                            NULL};
     PyObject *fn, *module = Py_None, *on_event = Py_None, *transform = Py_None, *claims = Py_None, *refused = Py_None,
                   *log = Py_None;
     int cache = 0, remat = TH_REMAT_AUTO, needs = 0;
-    unsigned branches = 16;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOOiOpOIO", names, &fn, &module, &cache, &refused, &on_event,
-                                     &remat, &transform, &needs, &claims, &branches, &log))
+    unsigned branches = 16, dynamic = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|OiOOiOpOIOI", names, &fn, &module, &cache, &refused, &on_event,
+                                     &remat, &transform, &needs, &claims, &branches, &log, &dynamic))
         return NULL;
     thx_callable_object *c = (thx_callable_object *)type->tp_alloc(type, 0);
     if (!c) return NULL;
@@ -458,6 +479,7 @@ static PyObject *callable_new(PyTypeObject *type, PyObject *args, PyObject *kwar
     c->claims = claims == Py_None ? NULL : Py_NewRef(claims);
     c->cache = (uint8_t)cache;
     c->branch_limit = branches;
+    c->dynamic = (uint8_t)dynamic;
     c->log = log == Py_None ? NULL : Py_NewRef(log);
     c->refused = refused == Py_None ? NULL : Py_NewRef(refused);
     c->remat = (uint8_t)remat;

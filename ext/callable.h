@@ -8,6 +8,7 @@
 #include "effects.h"
 #include "guards.h"
 #include "resume.h"
+#include "sizes.h"
 #include "structure.h"
 #include "trace_object.h"
 
@@ -58,8 +59,9 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t number;               /* its own, from 1 */
     thx_resume **resumes;          /* how to go on from other entries */
     uint32_t nresumes;
-    uint64_t tried; /* the call that met another value in it */
-    uint32_t *undo; /* by undo: the root of a tensor that is written before the last of them is known */
+    uint32_t misfits; /* how often it could not serve a call whose arguments fit */
+    uint64_t tried;   /* the call that met another value in it */
+    uint32_t *undo;   /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
@@ -88,6 +90,8 @@ typedef struct thx_callable_object {
     uint64_t changes;    /* of that list: what looks through it while Python code may run begins anew */
     uint64_t hits, misses, fallbacks, entry_count, calls;
     uint32_t generalised;  /* how often it was tried to let numbers change */
+    uint8_t dynamic;       /* 0: sizes are not followed, 1: they are, 2: and the caller says that they decide nothing */
+    uint32_t unfollowed;   /* captures that tried to follow sizes and could not */
     uint32_t branch_limit; /* of entries for the values of tensors that one call can meet */
     uint8_t cache;         /* 0 constant values, 1 no caching, 2 same input */
     uint8_t remat;         /* th_remat */
@@ -114,6 +118,12 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call);
 int64_t thx_offset_of(thx *x, PyObject *tensor); /* in its storage, in elements */
 /* Which of the leaves share storage, as thx_entry.sharing describes; out holds 3 * leaves->count numbers. */
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
+/* ---- alike.c ---- */
+enum { THX_ALIKE_NUMBERS, THX_ALIKE_SIZES };
+/* The same but for values of the floats that b numbers, or for sizes; adds to *differences. */
+bool thx_specs_alike(const thx_spec *a, const thx_spec *b, int but_for, uint32_t *differences);
+bool thx_same_object(PyObject *a, PyObject *b, bool by_identity);
+
 /* numbers.c. Before a capture: is there an entry for the same call but for values of floats? Then these are followed,
  * and `*like` is that entry. After it: what differs between the two programs becomes slots; 1 it did, 0 not, -1 error.
  */

@@ -72,14 +72,18 @@ typedef struct thx_recorder {
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;       /* code objects that ran, by address: open addressing (owned) */
     uint32_t ncodes, cap_codes;
-    bool may_expect;    /* values of tensors may be found out: a call is captured, and has real inputs */
-    PyObject *tape;     /* of numbers that are followed, or NULL (borrowed) */
-    PyObject *oracle;   /* tuple of values of tensors that a run has seen, in order; or NULL (owned) */
-    PyObject *expected; /* list of all that the program was told, or NULL (owned) */
-    thx_shadow *shadow; /* shadow.c; NULL until a value is asked for */
-    thx_pool *pool;     /* pool.c; NULL until the first fake of our own */
-    thx_line *lines;    /* THX_LINES, by code and instruction; NULL until the first look-up */
-    int depth;          /* above 0: inside an operation that is recorded whole */
+    bool may_expect;      /* values of tensors may be found out: a call is captured, and has real inputs */
+    PyObject *tape;       /* of numbers that are followed, or NULL (borrowed) */
+    PyObject *numbers;    /* r->sizes.values (borrowed) */
+    PyObject *sizes;      /* thunder._sizes.Sizes: those of arguments are followed; or NULL (borrowed) */
+    const th_trace *like; /* then: a capture with other sizes (borrowed) */
+    PyObject *fixed;      /* then: set of values whose sizes the program was told, which must not change (owned) */
+    PyObject *oracle;     /* tuple of values of tensors that a run has seen, in order; or NULL (owned) */
+    PyObject *expected;   /* list of all that the program was told, or NULL (owned) */
+    thx_shadow *shadow;   /* shadow.c; NULL until a value is asked for */
+    thx_pool *pool;       /* pool.c; NULL until the first fake of our own */
+    thx_line *lines;      /* THX_LINES, by code and instruction; NULL until the first look-up */
+    int depth;            /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
     th_dev default_device;
     uint32_t nfast, nslow, nqueries, nevals;

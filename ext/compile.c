@@ -26,6 +26,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     Py_XDECREF(e->expected);
     PyMem_Free(e->numbers);
     Py_XDECREF(e->formula);
+    thx_sizes_free(e->main.literals.sizes);
     PyMem_Free(e->undo);
     PyMem_Free(e->offsets);
     thx_resumes_free(e);
@@ -64,6 +65,8 @@ typedef struct compile {
     thx_watched_args watched;
     thx_entry *like;    /* the entry for the same call but for values of floats, or NULL */
     PyObject *tape;     /* follows these */
+    thx_entry *other;   /* the entry for the same call but for sizes, or NULL */
+    PyObject *sizes;    /* follows these */
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
@@ -257,6 +260,21 @@ static int refuse_two_places(compile *k) {
                              "the function compares objects with `is`", "pass a copy, or do not pass it");
 }
 
+/* The code has run: what it says of sizes from here on does not count. Keeps a pending exception. */
+static int close_sizes(compile *k) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    k->r->sizes = NULL;
+    PyObject *codes = thx_codes_list(k->r), *done = codes ? PyObject_CallMethod(k->sizes, "close", "O", codes) : NULL;
+    Py_XDECREF(codes);
+    PyObject *spoiled = done ? PyObject_GetAttrString(k->sizes, "spoiled") : NULL;
+    Py_XDECREF(done);
+    if (!type && spoiled && spoiled != Py_None) PyErr_SetObject(k->x->SizesChanged, spoiled);
+    Py_XDECREF(spoiled);
+    if (type) PyErr_Restore(type, value, trace);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 static int capture(compile *k) {
     thx *x = k->x;
     PyObject *params = thx_guards_params(x, k->e->guards);
@@ -274,9 +292,16 @@ static int capture(compile *k) {
     k->tape = x->tape;
     x->tape = NULL;
     k->r->tape = k->tape;
+    if (k->sizes) {
+        k->r->sizes = k->sizes;
+        k->r->like = k->other->captured;
+        k->r->numbers = PyObject_GetAttrString(k->sizes, "values");
+        Py_XDECREF(k->r->numbers); /* k->sizes holds it */
+    }
     if (built < 0 || thx_args_watch(&k->watched, k->e->args, k->fakes, k->e->nargs) < 0) return -1;
     int rc = refuse_iterators(k) < 0 ? -1 : refuse_two_places(k);
     if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
+    if (k->sizes && close_sizes(k) < 0) rc = -1;
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     k->raised = rc < 0 && PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->CaptureError) &&
                 !PyErr_ExceptionMatches(x->GradNeeded);
@@ -530,6 +555,8 @@ static int differentiate(compile *k) {
 }
 
 static const char functional[] = "functionalize,noop,fold,cse,dce"; /* what comes before differentiation */
+/* Of a program for any sizes: what functionalize makes of a write states sizes. */
+static const char sized[] = "noop,fold,cse,dce,lifetime";
 
 /* What the user's transforms make of the program may require grad where the captured one did not. */
 static int transform(compile *k, bool *grad) {
@@ -556,14 +583,15 @@ static int run_passes(compile *k) {
     bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
     bool more = grad || k->c->transform;
-    const char *passes = more && !k->x->passes ? functional : k->x->passes;
+    const char *passes = k->x->passes ? k->x->passes : more ? functional : k->sizes ? sized : NULL;
     if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, k->x->verify, between_passes, k)) < 0) return -1;
     if (k->c->transform && transform(k, &grad) < 0) return -1;
     if (grad && differentiate(k) < 0) return -1;
     return more && !e->gradient ? finish_inference(k) : 0;
 }
 
-thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
+/* follow: sizes that were others in a former call. */
+static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, bool follow, bool *followed) {
     thx *x = c->x;
     compile k = {.c = c, .call = call, .x = x, .e = PyMem_Calloc(1, sizeof(thx_entry))};
     if (!k.e) return (thx_entry *)PyErr_NoMemory();
@@ -576,6 +604,11 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
     int rc = describe_args(&k);
     rc = rc == 0 ? make_guards(&k) : rc;
     if (rc == 0 && !c->cache && !call->seen && !c->transform) rc = thx_numbers_begin(c, k.e, &k.like);
+    if (rc == 0 && follow && !k.like && !c->cache && !call->seen) {
+        rc = thx_sizes_begin(c, k.e, &k.other);
+        if (k.other && !(k.sizes = thx_sizes_new(x))) rc = -1;
+    }
+    *followed = k.sizes != NULL;
     if (rc == 0 && call->refusal) {
         PyErr_SetObject(x->CaptureError, call->refusal);
         rc = -1;
@@ -583,6 +616,7 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
     if (rc == 0) rc = capture(&k);
     captured = now_ms();
     if (rc == 0) rc = run_passes(&k);
+    if (rc == 0 && k.sizes) rc = thx_sizes_end(x, k.e, k.other, k.r, k.sizes, c->dynamic > 1);
     passed = now_ms();
     if (rc == 0) rc = lower(&k);
     if (rc == 0) {
@@ -619,6 +653,8 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
         }
     }
     if (k.like) thx_entry_leave(c, k.like);
+    if (k.other) thx_entry_leave(c, k.other);
+    Py_XDECREF(k.sizes);
     Py_XDECREF(k.tape);
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);
@@ -641,4 +677,14 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
         return NULL;
     }
     return k.e;
+}
+
+thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
+    bool followed = false;
+    thx_entry *e = compile_once(c, call, true, &followed);
+    if (!followed || (e && !e->eager)) return e;
+    PyErr_Clear(); /* what the code does with a size cannot be followed, or so it seems: as it is, then */
+    c->unfollowed++;
+    if (e) thx_entry_free(c->x, e);
+    return compile_once(c, call, false, &followed);
 }

@@ -59,7 +59,9 @@ static bool keep_results(folding *f, th_node outs, PyObject *result) {
  */
 static int evaluate(folding *f, th_opref o) {
     const th_op *op = &f->t->ops[o];
-    if (op->kind != TH_OP_CALL || op->effects || !op->outs || op->callee_opaque) return 0;
+    if (op->kind != TH_OP_CALL || op->effects || !op->outs || op->callee_opaque || th_node_has_extent(f->t, op->args) ||
+        th_node_has_extent(f->t, op->kwargs))
+        return 0;
     f->ok = true;
     f->returned = false;
     th_op_each_use(f->t, o, check_use, f);

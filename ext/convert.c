@@ -1,6 +1,8 @@
 /* Between Python objects and the core's types and nodes. */
 #include "ext.h"
 
+#include "sizes.h"
+
 #include <string.h>
 
 /* ---- devices and dtypes ---- */
@@ -272,6 +274,8 @@ th_node thx_to_node(thx *x, th_trace *t, PyObject *o, thx_tensor_fn tensor, void
         int overflow = 0;
         long long number = PyLong_AsLongLongAndOverflow(o, &overflow);
         node = overflow ? th_node_opaque(t, "big", o) : th_node_int(t, number);
+    } else if (type == x->extent_type) {
+        node = thx_extent_node(x, t, o);
     } else if (type == &PyFloat_Type || type == x->number_type) {
         node = th_node_float(t, PyFloat_AS_DOUBLE(o));
     } else if (type == &PyComplex_Type) {

@@ -94,6 +94,7 @@ int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a
         same = leaves->items[e->identical[i].leaf] == e->identical[i].tensor;
     thx_guards_pin(e->guards, e->running > 1); /* the tensors of a run that goes on stay */
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
+    if (holds == 1 && e->main.literals.sizes && !thx_sizes_hold(c->x, e, leaves)) return 0;
     if (holds == 1 && e->offsets && !same_offsets(c->x, e, leaves)) return 0;
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }
@@ -108,6 +109,8 @@ typedef struct output {
 
 static PyObject *output_leaf(void *user, uint32_t leaf) {
     output *o = user;
+    if (leaf & THX_EXTENT_LEAF)
+        return PyLong_FromLongLong((intptr_t)o->slots[o->e->nroots + (leaf & ~THX_EXTENT_LEAF)].handle);
     return Py_XNewRef(thx_slot_object(o->x, &o->slots[o->e->result_slots[leaf]]));
 }
 
@@ -204,6 +207,7 @@ static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, thx_r
         slots = n <= THX_SLOTS_ON_STACK ? fixed : PyMem_Malloc(sizeof *slots * n);
         if (!slots) return PyErr_NoMemory();
         fill_roots(&f, slots);
+        memset(slots + e->nroots, 0, sizeof *slots * (e->main.plan->nroots - e->nroots));
         PyObject *numbers = e->formula ? thx_numbers_fill(e, leaves, slots + e->nroots) : NULL;
         rc = e->formula && !numbers ? -1 : run_program(x, e, slots, call);
         Py_XDECREF(numbers);

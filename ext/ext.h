@@ -62,6 +62,7 @@ typedef struct thx {
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *ValueChanged;               /* internal: a run met another value than its program was made for */
     PyObject *StaleProgram;               /* internal: a run found out that its program has to be made anew */
+    PyObject *SizesChanged;               /* internal: a program does not hold for the sizes that it met */
     PyObject *dtype_objects[TH_DTYPE_COUNT];
     PyObject *fake_classes; /* dict: device -> subclass of FakeTensor */
     struct {
@@ -108,6 +109,8 @@ typedef struct thx {
     uint64_t captures, entry_numbers;
     PyObject *tape;            /* of numbers that the capture in progress follows, or NULL: numbers.c */
     PyTypeObject *number_type; /* thunder._numbers.Number; NULL until the first tape */
+    PyTypeObject *extent_type; /* thunder._sizes.Extent; NULL until sizes are followed for the first time: sizes.c */
+    bool saw_extent;           /* one became a node since this was cleared */
     thx_code codes[THX_CODES];
     uint32_t facts;         /* TH_FACT_*: what meta rules may rely on */
     const char *passes;     /* the pipeline; NULL: the default one */

@@ -6,10 +6,11 @@
 #include "lower.h"
 
 #include "region.h"
+#include "sizes.h"
 
 #include <string.h>
 
-typedef enum arg_kind { ARG_CONST = 1, ARG_SLOT, ARG_TUPLE, ARG_LIST, ARG_DICT, ARG_SLICE } arg_kind;
+typedef enum arg_kind { ARG_CONST = 1, ARG_SLOT, ARG_EXTENT, ARG_TUPLE, ARG_LIST, ARG_DICT, ARG_SLICE } arg_kind;
 
 typedef struct arg {
     uint8_t kind;
@@ -74,7 +75,7 @@ static void arg_fini(arg *a) {
 
 static bool has_value(const th_trace *t, th_node node) {
     const th_node_data *d = &t->nodes[node];
-    if (d->kind == TH_N_VALUE) return true;
+    if (d->kind == TH_N_VALUE || d->number) return true;
     if (d->kind < TH_N_TUPLE || d->kind > TH_N_SLICE) return false;
     for (uint32_t i = 0; i < d->count; i++)
         if (has_value(t, t->kids[d->u.kids + i])) return true;
@@ -95,7 +96,12 @@ static int arg_init(thx_lowering *l, arg *a, th_node node) {
         a->slot = thx_slot_for(l, d->u.ref);
         return 0;
     }
-    if (!has_value(l->t, node)) {
+    if (d->number && l->literals->sizes) {
+        a->kind = ARG_EXTENT;
+        a->slot = thx_extent_slot(l, d->number);
+        return 0;
+    }
+    if (d->number || !has_value(l->t, node)) {
         a->kind = ARG_CONST;
         a->object = thx_from_node(l->x, l->t, node, no_value, NULL);
         return a->object ? 0 : -1;
@@ -115,6 +121,7 @@ static int arg_init(thx_lowering *l, arg *a, th_node node) {
 static PyObject *arg_object(thx *x, th_frame *f, const arg *a) { /* new reference */
     if (a->kind == ARG_CONST) return Py_NewRef(a->object);
     if (a->kind == ARG_SLOT) return Py_XNewRef(thx_slot_object(x, &f->slots[a->slot]));
+    if (a->kind == ARG_EXTENT) return PyLong_FromLongLong((intptr_t)f->slots[a->slot].handle);
     if (a->kind == ARG_DICT) {
         PyObject *dict = PyDict_New();
         for (uint32_t i = 0; dict && i + 1 < a->nkids; i += 2) {
@@ -272,15 +279,15 @@ static PyObject *differentiable_scatter(thx *x) {
 }
 
 static bool has_number(const thx_lowering *l, th_opref o) {
-    for (uint32_t i = 0; i < l->nnumbers; i++)
-        if (l->numbers[i].op == o) return true;
+    for (uint32_t i = 0; i < l->literals->nnumbers; i++)
+        if (l->literals->numbers[i].op == o) return true;
     return false;
 }
 
 static void put_numbers(const thx_lowering *l, thx_call *c, th_opref o) {
-    for (uint32_t i = 0; i < l->nnumbers; i++) {
-        if (l->numbers[i].op != o) continue;
-        arg *a = &c->args[l->numbers[i].argument];
+    for (uint32_t i = 0; i < l->literals->nnumbers; i++) {
+        if (l->literals->numbers[i].op != o) continue;
+        arg *a = &c->args[l->literals->numbers[i].argument];
         arg_fini(a);
         *a = (arg){.kind = ARG_SLOT, .slot = l->t->ninputs + i};
     }
@@ -381,31 +388,34 @@ static th_opref *last_uses(const thx_lowering *l) {
 static int lower_ops(thx_lowering *l) {
     for (th_opref o = 1; o < l->t->nops; o++) {
         const th_op *op = &l->t->ops[o];
-        bool call = op->kind != TH_OP_DEL, whole = call && !has_number(l, o);
-        int rc = call ? 0 : lower_del(l, op);
+        int rc = thx_lower_size(l, o);
+        bool call = rc == 0 && op->kind != TH_OP_DEL, whole = call && !has_number(l, o) && thx_is_steady(l, o);
+        if (rc == 0 && !call) rc = lower_del(l, op);
+        if (rc == 1) rc = 0;
         if (rc == 0 && whole) rc = thx_lower_region(l, o);
         if (rc == 0 && whole) rc = thx_lower_shim(l, o);
         if (rc == 0 && whole) rc = thx_lower_dispatch(l, o);
-        if (rc == 0 && call) rc = lower_builtin(l, o);
+        if (rc == 0 && call) rc = lower_builtin(l, o) < 0 ? -1 : thx_lower_checks(l, o);
         if (rc == 0 && op->kind != TH_OP_DEL && l->last) rc = spend_inputs(l, l->last, o);
         if (rc < 0) return -1;
     }
     return 0;
 }
 
-th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, const thx_number *numbers, uint32_t nnumbers,
-                   uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin) {
-    thx_lowering l = {.x = x, .t = t, .plain = plain, .numbers = numbers, .nnumbers = nnumbers};
+th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, const thx_literals *literals, uint32_t **slot_of,
+                   uint32_t *nshim, uint32_t *nbuiltin) {
+    thx_lowering l = {.x = x, .t = t, .plain = plain, .literals = literals};
+    uint32_t nliterals = literals->nnumbers + thx_sizes_count(literals->sizes);
     l.slots = PyMem_Malloc(sizeof(uint32_t) * t->nvalues);
     l.free_slots = PyMem_Malloc(sizeof(uint32_t) * (t->nvalues + 1));
-    l.plan = th_plan_new(x->ctx, 0, t->ninputs + nnumbers, release, x, free_data);
+    l.plan = th_plan_new(x->ctx, 0, t->ninputs + nliterals, release, x, free_data);
     if (!l.slots || !l.free_slots || !l.plan) {
         PyErr_NoMemory();
         goto fail;
     }
     memset(l.slots, 0xff, sizeof(uint32_t) * t->nvalues);
     for (uint32_t i = 0; i < t->ninputs; i++) l.slots[t->inputs[i]] = l.next_slot++;
-    l.next_slot += nnumbers;
+    l.next_slot += nliterals;
     if ((spends && !(l.last = last_uses(&l))) || lower_ops(&l) < 0) goto fail;
     l.plan->nslots = l.next_slot;
     PyMem_Free(l.free_slots);

@@ -15,11 +15,16 @@ typedef struct thx_number { /* a literal of a program that is another one at eac
     uint32_t argument; /* place among the positional arguments, then those by keyword */
 } thx_number;
 
+typedef struct thx_literals {  /* in the slots after those of the inputs */
+    const thx_number *numbers; /* filled by the caller (borrowed) */
+    uint32_t nnumbers;
+    const struct thx_sizes *sizes; /* sizes.h: what the program computes of sizes, as integers in `handle`; or NULL */
+} thx_literals;
+
 typedef struct thx_lowering {
     thx *x;
     const th_trace *t;
-    const thx_number *numbers; /* in the slots after those of the inputs, filled by the caller */
-    uint32_t nnumbers;
+    const thx_literals *literals;
     th_plan *plan;
     uint32_t *slots; /* by value; UINT32_MAX: none yet */
     uint32_t *free_slots, nfree, next_slot;
@@ -30,8 +35,8 @@ typedef struct thx_lowering {
 
 /* Slots of trace inputs are 0 .. ninputs-1 in order. spends: they are dropped after their last use. slot_of: by value,
  * for the results (caller frees with PyMem_Free). */
-th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, const thx_number *numbers, uint32_t nnumbers,
-                   uint32_t **slot_of, uint32_t *nshim, uint32_t *nbuiltin);
+th_plan *thx_lower(thx *x, const th_trace *t, bool plain, bool spends, const thx_literals *literals, uint32_t **slot_of,
+                   uint32_t *nshim, uint32_t *nbuiltin);
 uint32_t thx_slot_for(thx_lowering *l, th_val value); /* the slot of a value, assigned when it has none */
 
 /* Kernels that leave out what only their backward needs while gradients are off: their instructions switch them on. */

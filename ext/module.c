@@ -208,7 +208,8 @@ static int load_errors(thx *x) {
     x->GradNeeded = PyErr_NewException("thunder._C.GradNeeded", NULL, NULL);
     x->StaleProgram = PyErr_NewException("thunder._C.StaleProgram", NULL, NULL);
     x->ValueChanged = PyErr_NewException("thunder._C.ValueChanged", NULL, NULL);
-    return x->CaptureError && x->GradNeeded && x->StaleProgram && x->ValueChanged ? 0 : -1;
+    x->SizesChanged = PyErr_NewException("thunder._C.SizesChanged", NULL, NULL);
+    return x->CaptureError && x->GradNeeded && x->StaleProgram && x->ValueChanged && x->SizesChanged ? 0 : -1;
 }
 
 /* ---- functions ---- */

@@ -31,36 +31,6 @@ static void forget_floats(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) forget_floats(&s->kids[i]);
 }
 
-static bool same_constant(PyObject *a, PyObject *b, bool by_identity) {
-    if (a == b) return true;
-    if (by_identity || !a || !b || Py_TYPE(a) != Py_TYPE(b)) return false;
-    if (thx_same_constant(a, b)) return true;
-    bool same = (PyTuple_CheckExact(a) || PyFrozenSet_CheckExact(a)) && PyObject_RichCompareBool(a, b, Py_EQ) == 1;
-    PyErr_Clear();
-    return same;
-}
-
-/* The same but for the values of floats; *differ: some do. */
-static bool alike(const thx_spec *a, const thx_spec *b, bool *differ) {
-    bool number = a->kind == THX_S_NUMBER || (a->kind == THX_S_CONST && a->type == &PyFloat_Type && b->number);
-    if (a->type != b->type || a->nkids != b->nkids || a->nitems != b->nitems || a->memo != b->memo) return false;
-    if (number && b->number) {
-        *differ |= a->kind == THX_S_NUMBER || !thx_same_constant(a->object, b->object);
-        return true;
-    }
-    if (a->kind != b->kind || a->by_identity != b->by_identity) return false;
-    if (a->kind == THX_S_TENSOR)
-        return a->leaf == b->leaf && a->repeated == b->repeated && a->requires_grad == b->requires_grad &&
-               a->dtype == b->dtype && a->device_type == b->device_type && a->device_index == b->device_index &&
-               a->ndim == b->ndim && !a->dims == !b->dims &&
-               (!a->dims || memcmp(a->dims, b->dims, sizeof *a->dims * (size_t)(2 * a->ndim)) == 0);
-    if (a->kind == THX_S_SAME && a->leaf != b->leaf) return false;
-    if (a->kind == THX_S_BUFFER || !same_constant(a->object, b->object, a->by_identity)) return false;
-    for (uint32_t i = 0; i < a->nkids; i++)
-        if (!alike(&a->kids[i], &b->kids[i], differ)) return false;
-    return true;
-}
-
 static bool same_names(PyObject *a, PyObject *b) {
     return a == b || (a && b && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
 }
@@ -68,10 +38,11 @@ static bool same_names(PyObject *a, PyObject *b) {
 static bool alike_calls(const thx_entry *a, const thx_entry *b) {
     bool same = !a->eager && !a->dead && !a->expected && !a->effects.count && a->nargs == b->nargs &&
                 a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
-                memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0,
-         differ = false;
-    for (uint32_t i = 0; i < a->nargs && same; i++) same = alike(&a->args[i], &b->args[i], &differ);
-    return same && differ;
+                memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
+    uint32_t differences = 0;
+    for (uint32_t i = 0; i < a->nargs && same; i++)
+        same = thx_specs_alike(&a->args[i], &b->args[i], THX_ALIKE_NUMBERS, &differences);
+    return same && differences;
 }
 
 static PyObject *new_tape(thx *x) {
@@ -200,16 +171,16 @@ static bool same_roots(thx *x, const thx_entry *a, const thx_entry *b) {
 }
 
 static bool same_result(const thx_spec *a, const thx_spec *b) {
-    bool differ = false;
-    return alike(a, b, &differ) && !differ;
+    uint32_t differences = 0;
+    return thx_specs_alike(a, b, THX_ALIKE_NUMBERS, &differences) && !differences;
 }
 
 static bool same_writes(const thx_entry *a, const thx_entry *b) {
     bool same = a->nwrites == b->nwrites;
     for (uint32_t i = 0; i < a->nwrites && same; i++) {
         const thx_write *p = &a->writes[i], *q = &b->writes[i];
-        same = p->dict == q->dict && same_constant(p->key, q->key, false) && !p->constant == !q->constant &&
-               (!p->constant || same_constant(p->constant, q->constant, false));
+        same = p->dict == q->dict && thx_same_object(p->key, q->key, false) && !p->constant == !q->constant &&
+               (!p->constant || thx_same_object(p->constant, q->constant, false));
     }
     return same;
 }
@@ -266,8 +237,8 @@ static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *ans
     e->nnumbers = k->count;
     e->formula = Py_NewRef(PyTuple_GET_ITEM(answer, 0));
     for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], PyTuple_GET_ITEM(answer, 1));
-    e->main.numbers = e->numbers;
-    e->main.nnumbers = e->nnumbers;
+    e->main.literals.numbers = e->numbers;
+    e->main.literals.nnumbers = e->nnumbers;
     bool checked = e->main.checked;
     if (thx_program_lower(x, &e->main, false) < 0) return -1;
     e->main.checked &= checked;

@@ -7,6 +7,7 @@
  * casts).
  */
 #include "observe.h"
+#include "sizes.h"
 
 #include <string.h>
 
@@ -26,12 +27,12 @@ static long version_of(thx *x, PyObject *tensor) {
 static PyObject *fakeify_sequence(thx_recorder *r, PyObject *o) {
     Py_ssize_t n = PySequence_Fast_GET_SIZE(o);
     PyObject **items = PySequence_Fast_ITEMS(o);
-    PyObject *result = PyTuple_CheckExact(o) ? PyTuple_New(n) : PyList_New(n);
+    PyObject *result = PyTuple_Check(o) ? PyTuple_New(n) : PyList_New(n);
     for (Py_ssize_t i = 0; result && i < n; i++) {
         PyObject *item = thx_fakeify(r, items[i]);
         if (!item)
             Py_CLEAR(result);
-        else if (PyTuple_CheckExact(o))
+        else if (PyTuple_Check(o))
             PyTuple_SET_ITEM(result, i, item);
         else
             PyList_SET_ITEM(result, i, item);
@@ -51,10 +52,11 @@ static PyObject *fakeify_dict(thx_recorder *r, PyObject *o) {
 }
 
 PyObject *thx_fakeify(thx_recorder *r, PyObject *o) {
+    if (Py_TYPE(o) == r->x->extent_type) return thx_extent_plain(o);
     if (thx_is_tensor(r->x, o)) {
         return Py_XNewRef(thx_recorder_fake(r, o));
     }
-    if (PyTuple_CheckExact(o) || PyList_CheckExact(o)) return fakeify_sequence(r, o);
+    if (PyTuple_CheckExact(o) || PyList_CheckExact(o) || Py_TYPE(o) == r->x->Size) return fakeify_sequence(r, o);
     if (PyDict_CheckExact(o)) return fakeify_dict(r, o);
     if (PySlice_Check(o)) {
         PySliceObject *s = (PySliceObject *)o;
@@ -373,6 +375,7 @@ static int emit_slow(thx_recording *c, PyObject **result, const long *versions) 
         return -1;
     }
     if (!tensors && !nwrites && !r->saw_random && !acts(c)) {
+        if (r->x->saw_extent) thx_sizes_spoil(r, "torch computes with it");
         r->nqueries++;
         return 0;
     }
@@ -392,8 +395,9 @@ static int emit_slow(thx_recording *c, PyObject **result, const long *versions) 
 
 static PyObject *slow(thx_recording *c) {
     thx_recorder *r = c->r;
-    PyObject *args = r->real_inputs ? thx_fakeify(r, c->args) : Py_NewRef(c->args);
-    PyObject *kwargs = args && c->kwargs ? (r->real_inputs ? thx_fakeify(r, c->kwargs) : Py_NewRef(c->kwargs)) : NULL;
+    bool copies = r->real_inputs || r->x->saw_extent;
+    PyObject *args = copies ? thx_fakeify(r, c->args) : Py_NewRef(c->args);
+    PyObject *kwargs = args && c->kwargs ? (copies ? thx_fakeify(r, c->kwargs) : Py_NewRef(c->kwargs)) : NULL;
     if (!args || (c->kwargs && !kwargs)) {
         Py_XDECREF(args);
         return NULL;
@@ -414,7 +418,7 @@ static PyObject *slow(thx_recording *c) {
     PyObject *result = call_under_fake_mode(r, c->func, args, kwargs);
     r->nslow++;
     if (!result)
-        result = thx_call_otherwise(c);
+        thx_sizes_spoil(r, "an operation was recorded in parts"), result = thx_call_otherwise(c);
     else if (note_statistics(c), emit_slow(c, &result, versions) < 0)
         Py_CLEAR(result);
     if (versions != fixed) PyMem_Free(versions);
@@ -511,11 +515,13 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     thx *x = r->x;
     thx_recording c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
     if (!indifferent_to_functorch(f) &&
-        thx_under_functorch(x)) /* what vmap or grad makes of the call reaches layer 2 */
+        thx_under_functorch(x)) { /* what vmap or grad makes of the call reaches layer 2 */
+        thx_sizes_spoil(r, "a functorch transform is at work");
         return PyObject_Call(func, args, kwargs);
+    }
     if (check_default_dtype(r) < 0) return NULL;
     r->ninputs = 0;
-    r->real_inputs = r->wrapped_input = false;
+    r->real_inputs = r->wrapped_input = x->saw_extent = false;
     c.anode = thx_to_node(x, r->t, args, thx_recorder_value, r);
     c.knode = c.anode && kwargs ? thx_to_node(x, r->t, kwargs, thx_recorder_value, r) : 0;
     if (!c.anode || (kwargs && !c.knode)) {
@@ -523,7 +529,10 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
         PyErr_Clear(); /* under vmap or grad: what functorch makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     }
-    if (f->kind == THX_FUNC_DATA) return thx_call_for_data(&c);
+    if (f->kind == THX_FUNC_DATA) {
+        thx_sizes_spoil(r, "the values of a tensor are asked for");
+        return thx_call_for_data(&c);
+    }
     if (f->kind == THX_FUNC_CHECK) return record_check(&c);
     if (f->kind == THX_FUNC_REFUSE || f->kind == THX_FUNC_ASK)
         return thx_asks_of_intermediate(r, f, args) ? PyObject_Call(func, args, kwargs) : refuse_call(r, f);
@@ -568,7 +577,8 @@ static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_func f = *found; /* the table may grow below */
     if (f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_SKIP) {
         r->nqueries++;
-        return PyObject_Call(func, args, kwargs);
+        PyObject *answer = PyObject_Call(func, args, kwargs);
+        return r->sizes && answer ? thx_sizes_answer(r, &f, args, kwargs, answer) : answer;
     }
     PyObject *tuple = PyTuple_Check(args) ? Py_NewRef(args) : PySequence_Tuple(args), *result = NULL;
     if (tuple && f.kind == THX_FUNC_GRAD && !thx_under_functorch(r->x))
@@ -681,13 +691,14 @@ PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
 
 static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
+    thx_sizes_spoil(r, "an operation was recorded in parts");
     thx_recording c = {.r = r, .func = func, .args = args, .kwargs = kwargs};
     const thx_func *f = thx_func_find(x, func);
     if (!f) return NULL;
     if (f->kind == THX_FUNC_REFUSE) return refuse_call(r, f);
     c.callee = f->callee;
     r->ninputs = 0;
-    r->real_inputs = r->wrapped_input = false;
+    r->real_inputs = r->wrapped_input = x->saw_extent = false;
     c.anode = thx_to_node(x, r->t, args, thx_recorder_value, r);
     c.knode = c.anode && kwargs ? thx_to_node(x, r->t, kwargs, thx_recorder_value, r) : 0;
     if (!c.anode || (kwargs && !c.knode)) {

@@ -8,7 +8,7 @@ int thx_program_lower(thx *x, thx_program *p, bool plain) {
     PyMem_Free(p->slot_of);
     p->slot_of = NULL;
     p->nshim = p->nbuiltin = 0;
-    p->plan = thx_lower(x, p->t, plain, p->spends, p->numbers, p->nnumbers, &p->slot_of, &p->nshim, &p->nbuiltin);
+    p->plan = thx_lower(x, p->t, plain, p->spends, &p->literals, &p->slot_of, &p->nshim, &p->nbuiltin);
     p->checked = !p->nshim;
     return p->plan ? 0 : -1;
 }

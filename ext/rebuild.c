@@ -168,6 +168,7 @@ static PyObject *build_plain(builder *b, const thx_spec *s) {
     case THX_S_BUFFER: return thx_copy_of(s->object);
     case THX_S_SAME: return Py_NewRef(b->shared[s->leaf]);
     case THX_S_INPUT: return thx_argument_at(b->inputs, s->object);
+    case THX_S_EXTENT: return b->leaf(b->user, THX_EXTENT_LEAF | s->leaf);
     }
     return thx_raise(b->x, TH_EINTERNAL);
 }

@@ -301,7 +301,8 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
     th_opref o = t->values[value].def;
     if (!o || th__is_written(t, value, t->nops)) return NULL;
     if (r->consts[value]) return r->consts[value];
-    if (t->ops[o].effects) return NULL;
+    if (t->ops[o].effects || th_node_has_extent(t, t->ops[o].args) || th_node_has_extent(t, t->ops[o].kwargs))
+        return NULL;
     scan s = {r, true};
     th_op_each_use(t, o, scan_use, &s);
     if (!s.ok || PyErr_Occurred()) return NULL;
@@ -624,6 +625,7 @@ static void recorder_dealloc(thx_recorder *r) {
     for (uint32_t i = 0; i < r->cap_codes; i++) Py_XDECREF(r->codes[i]);
     PyMem_Free(r->codes);
     Py_XDECREF(r->expected);
+    Py_XDECREF(r->fixed);
     thx_shadow_free(r->shadow);
     th_trace_free(r->t);
     type->tp_free((PyObject *)r);

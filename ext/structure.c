@@ -6,6 +6,7 @@
 #include "describe.h"
 
 #include "attributes.h"
+#include "sizes.h"
 
 #include <string.h>
 
@@ -260,7 +261,12 @@ int thx_describe(thx_describer *d, thx_spec *s, PyObject *o, int depth) {
         Py_XDECREF(plain);
         return rc;
     }
+    if (Py_TYPE(o) == x->extent_type && d->r) return thx_describe_extent(s, o);
     s->type = (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o));
+    if (d->r && s->type == x->Size && thx_holds_extent(x, o)) {
+        s->kind = THX_S_NAMED;
+        return describe_kids(d, s, PySequence_Fast_ITEMS(o), PyTuple_GET_SIZE(o), NULL, NULL, depth);
+    }
     if (thx_is_tensor(x, o)) return describe_tensor(d, s, o);
     if (thx_is_plain_value(x, o) && !PySet_Check(o)) return thx_describe_const(s, o, false);
     if (thx_is_opaque_value(x, o)) return d->r ? thx_describe_opaque_result(d, s, o) : thx_describe_const(s, o, true);
@@ -295,6 +301,7 @@ void thx_spec_fini(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) thx_spec_fini(&s->kids[i]);
     PyMem_Free(s->kids);
     PyMem_Free(s->dims);
+    PyMem_Free(s->dense);
     Py_XDECREF((PyObject *)s->type);
     Py_XDECREF(s->object);
     Py_XDECREF(s->original);
@@ -328,6 +335,26 @@ int thx_spec_traverse(const thx_spec *s, visitproc visit, void *arg) {
 
 /* ---- match ---- */
 
+/* Where some sizes are free: the others are the same, and strides are laid out alike. */
+static bool same_layout(const thx_spec *s, const int64_t *sizes, const int64_t *strides) {
+    int64_t spans = 1;
+    for (int64_t i = 0; i < s->ndim; i++)
+        if (s->free >> i & 1 ? sizes[i] < 2 : sizes[i] != s->dims[i]) return false;
+    for (int64_t i = 0; i < s->ndim; i++) {
+        uint8_t d = s->dense[i];
+        if (strides[d] != (s->dense[s->ndim + i] ? spans : s->dims[s->ndim + d])) return false;
+        spans = strides[d] * sizes[d];
+    }
+    return true;
+}
+
+static bool same_dims(const thx_spec *s, const int64_t *sizes, const int64_t *strides) {
+    if (s->free) return same_layout(s, sizes, strides);
+    for (int64_t i = 0; i < s->ndim; i++)
+        if (sizes[i] != s->dims[i] || strides[i] != s->dims[s->ndim + i]) return false;
+    return true;
+}
+
 static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
     if (s->repeated) return s->leaf < leaves->count && leaves->items[s->leaf] == o;
     if (leaves->count <= 24 && find(leaves, o) >= 0) return 0; /* one tensor in two places, where they were two */
@@ -340,13 +367,9 @@ static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leav
         if (abi->aoti_torch_get_dim(h, &ndim) || ndim != s->ndim || abi->aoti_torch_get_dtype(h, &dtype) ||
             dtype != s->dtype || abi->aoti_torch_get_device_type(h, &device_type) || device_type != s->device_type ||
             abi->aoti_torch_get_device_index(h, &device_index) || device_index != s->device_index ||
-            abi->aoti_torch_get_sizes(h, &sizes))
+            abi->aoti_torch_get_sizes(h, &sizes) || abi->aoti_torch_get_strides(h, &strides) ||
+            !same_dims(s, sizes, strides))
             return 0;
-        for (int64_t i = 0; i < ndim; i++)
-            if (sizes[i] != s->dims[i]) return 0;
-        if (abi->aoti_torch_get_strides(h, &strides)) return 0;
-        for (int64_t i = 0; i < ndim; i++)
-            if (strides[i] != s->dims[ndim + i]) return 0;
         int grad = thx_requires_grad(abi, o);
         if (grad < 0) {
             PyObject *flag = x->requires_grad_get(o, x->requires_grad_closure);
@@ -358,8 +381,7 @@ static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leav
         thx_meta m;
         if (thx_read_meta(x, o, false, &m) < 0) return PyErr_Clear(), 0;
         if (m.ndim != s->ndim || (int32_t)m.dtype != s->dtype || (int32_t)m.device != s->device_type ||
-            m.requires_grad != s->requires_grad || memcmp(m.shape, s->dims, sizeof(int64_t) * (size_t)m.ndim) ||
-            memcmp(m.stride, s->dims + m.ndim, sizeof(int64_t) * (size_t)m.ndim))
+            m.requires_grad != s->requires_grad || !same_dims(s, m.shape, m.stride))
             return 0;
     }
     return push(leaves, o) < 0 ? -1 : 1;
@@ -489,7 +511,8 @@ int thx_spec_match(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
     case THX_S_DEQUE: return match_deque(x, s, o, leaves);
     case THX_S_BUFFER: return match_buffer(s, o);
     case THX_S_SAME: return leaves->shared[s->leaf] == o;
-    case THX_S_INPUT: break;
+    case THX_S_INPUT:
+    case THX_S_EXTENT: break;
     }
     return 0;
 }

@@ -21,6 +21,7 @@ typedef enum thx_spec_kind {
     THX_S_BUFFER, /* numpy array or bytearray: object is a copy, contents are compared */
     THX_S_SAME,   /* a container that was met before: number `leaf` */
     THX_S_INPUT,  /* results only: a container of the arguments; object is the path to it */
+    THX_S_EXTENT, /* results only: number `leaf` of what the program computes of sizes; object: its value at capture */
 } thx_spec_kind;
 
 typedef struct thx_spec {
@@ -40,10 +41,14 @@ typedef struct thx_spec {
     bool requires_grad;
     int32_t dtype, device_type, device_index;
     int64_t ndim, *dims; /* ndim sizes, then ndim strides; owned */
+    uint64_t free;       /* bit by dimension: its size may be any from 2 on */
+    uint8_t *dense;      /* then: its dimensions from the innermost on, and by place among these: is its stride what
+                            those before span? owned; otherwise NULL */
 } thx_spec;
 
-enum { THX_MAX_NUMBERS = 16 }; /* floats among the arguments that may be another one at each call */
-enum { THX_MAX_SHARED = 16 };  /* containers that may occur more than once among arguments, and in a result */
+enum { THX_EXTENT_LEAF = 1u << 31 }; /* asked of a leaf function with the number of an extent */
+enum { THX_MAX_NUMBERS = 16 };       /* floats among the arguments that may be another one at each call */
+enum { THX_MAX_SHARED = 16 };        /* containers that may occur more than once among arguments, and in a result */
 
 typedef struct thx_leaves { /* distinct tensors in the order of the walk (borrowed) */
     PyObject **items;

@@ -41,6 +41,7 @@ def jit(
     fuel: int | None = None,
     branch_limit: int = 16,
     recompile_limit: int = 8,
+    dynamic: bool | None = None,
     **options: Any,
 ) -> Any:
     """Compile a PyTorch callable or module.
@@ -67,6 +68,10 @@ def jit(
             0``, ``x.item()``, ``nonzero``); beyond, it takes the fallback. 0: it always does.
         recompile_limit: after how many captures, the first not counted, to warn once of what makes them necessary;
             ``thunder.explain_recompile`` lists the causes. Calls go on being compiled.
+        dynamic: sizes of arguments that change from call to call. ``None``: a program is made for any of them where
+            what the code does with them can be followed, and each decision by a size (``if x.shape[0] > 1``) holds for
+            the sizes that decide alike. ``True``: on the caller's word that sizes decide nothing. ``False``: each set
+            of sizes has a program of its own.
 
     Returns:
         For a module a ``thunder.ThunderModule`` that shares its parameters and buffers; for another callable an object
@@ -90,6 +95,7 @@ def jit(
         "fuel": fuel,
         "branch_limit": branch_limit,
         "recompile_limit": recompile_limit,
+        "dynamic": dynamic,
     }
     if fn is None:
         return lambda target: jit(target, **settings, **options)
@@ -128,6 +134,7 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False, quiet
         claims=claims,
         branch_limit=settings["branch_limit"],
         log=log,
+        dynamic={None: 1, False: 0, True: 2}[settings["dynamic"]],
     )
     compiled._thunder_settings = settings
     compiled._thunder_claims = claims
@@ -156,6 +163,8 @@ def _check_options(settings: dict[str, Any], unknown: dict[str, Any]) -> None:
     fuel = settings["fuel"]
     if fuel is not None and (not isinstance(fuel, int) or fuel < 0):
         raise ValueError(f"fuel must be None or a number of units, not {fuel!r}")
+    if settings["dynamic"] not in (None, True, False):
+        raise ValueError(f"dynamic must be None, True or False, not {settings['dynamic']!r}")
     for name in ("branch_limit", "recompile_limit"):
         if not isinstance(settings[name], int) or settings[name] < 0:
             raise ValueError(f"{name} must be a number of programs, not {settings[name]!r}")

@@ -58,6 +58,24 @@ def warn_if(flag: torch.Tensor, message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
+# ---- sizes ----
+
+
+def extent(tensor: torch.Tensor, dimension: int, number: int) -> None:
+    """A mark in programs for any sizes: size ``dimension`` of ``tensor`` is number ``number`` of what they compute."""
+
+
+def expect_sizes(tensor: torch.Tensor, *sizes: int) -> None:
+    """A mark in programs for any sizes: what ``sizes`` ``tensor`` has to have; -1 may be any.
+
+    Raises:
+        ValueError: it has others.
+    """
+    found = torch.Size(tensor.shape)
+    if any(want not in (-1, size) for want, size in zip(sizes, found, strict=True)):
+        raise ValueError(f"sizes {sizes} are expected, not {tuple(found)}")
+
+
 # ---- hooks of captured code ----
 
 

@@ -100,6 +100,7 @@ enum { TH_MAX_DEPTH = 200 }; /* of nested argument nodes; deeper is TH_ELIMIT */
 typedef struct th_node_data {
     uint8_t kind;
     uint8_t depth;  /* 0 for a leaf, else 1 + the deepest kid's */
+    uint16_t number; /* of TH_N_INT: above 0, it is that number of what the program computes of sizes, from 1 */
     uint32_t count; /* number of kids */
     union {
         int64_t i;
@@ -199,6 +200,8 @@ uint32_t th_trace_alias(th_trace *t);                             /* a fresh ali
 th_node th_node_none(th_trace *t);
 th_node th_node_bool(th_trace *t, bool b);
 th_node th_node_int(th_trace *t, int64_t i);
+th_node th_node_extent(th_trace *t, int64_t i, uint16_t number); /* of what the program computes of sizes, from 1 */
+bool th_node_has_extent(const th_trace *t, th_node node);
 th_node th_node_float(th_trace *t, double f);
 th_node th_node_complex(th_trace *t, double re, double im);
 th_node th_node_str(th_trace *t, th_str s);

@@ -85,7 +85,7 @@ static bool value_defined_equal(side *a, th_val va, side *b, th_val vb) {
 bool th__nodes_match(const th__match *m, th_node na, th_node nb) {
     const th_trace *a = m->a, *b = m->b;
     const th_node_data *x = &a->nodes[na], *y = &b->nodes[nb];
-    if (x->kind != y->kind || x->count != y->count) return false;
+    if (x->kind != y->kind || x->count != y->count || x->number != y->number) return false;
     switch ((th_node_kind)x->kind) {
     case TH_N_BOOL:
     case TH_N_INT: return x->u.i == y->u.i;
@@ -192,7 +192,7 @@ static uint64_t hash_node(uint64_t hash, side *s, th_node n, bool defining) {
     hash = th__hash_mix(hash, (uint64_t)node->kind << 32 | node->count);
     switch ((th_node_kind)node->kind) {
     case TH_N_BOOL:
-    case TH_N_INT: return th__hash_mix(hash, (uint64_t)node->u.i);
+    case TH_N_INT: return th__hash_mix(th__hash_mix(hash, (uint64_t)node->u.i), node->number);
     case TH_N_FLOAT: return hash_float(hash, node->u.f);
     case TH_N_COMPLEX: return hash_float(hash_float(hash, node->u.f), node->f2);
     case TH_N_STR:

@@ -40,6 +40,16 @@ th_node th_node_none(th_trace *t) {
 th_node th_node_ellipsis(th_trace *t) { return add(t, (th_node_data){.kind = TH_N_ELLIPSIS}); }
 th_node th_node_bool(th_trace *t, bool b) { return add(t, (th_node_data){.kind = TH_N_BOOL, .u.i = b}); }
 th_node th_node_int(th_trace *t, int64_t i) { return add(t, (th_node_data){.kind = TH_N_INT, .u.i = i}); }
+th_node th_node_extent(th_trace *t, int64_t i, uint16_t number) {
+    return add(t, (th_node_data){.kind = TH_N_INT, .number = number, .u.i = i});
+}
+bool th_node_has_extent(const th_trace *t, th_node n) {
+    const th_node_data *d = &t->nodes[n];
+    if (d->kind < TH_N_TUPLE || d->kind > TH_N_SLICE) return d->number != 0;
+    bool found = false;
+    for (uint32_t i = 0; i < d->count && !found; i++) found = th_node_has_extent(t, t->kids[d->u.kids + i]);
+    return found;
+}
 th_node th_node_float(th_trace *t, double f) { return add(t, (th_node_data){.kind = TH_N_FLOAT, .u.f = f}); }
 th_node th_node_complex(th_trace *t, double re, double im) {
     return add(t, (th_node_data){.kind = TH_N_COMPLEX, .u.f = re, .f2 = im});

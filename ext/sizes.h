@@ -1,0 +1,57 @@
+/* Sizes that change from call to call: sizes.c. */
+#ifndef THUNDER_SIZES_H
+#define THUNDER_SIZES_H
+
+#include "capture.h"
+#include "lower.h"
+#include "structure.h"
+
+typedef struct thx_term { /* a number that a program computes of sizes */
+    uint8_t op;           /* as thunder._sizes.OPERATIONS */
+    bool condition;       /* it has to be what it was at capture */
+    bool early;           /* arguments tell it before the program runs */
+    bool of_a, of_b;      /* operands are numbers, by place */
+    int64_t a, b;         /* operands; of a size: the value of the captured trace, and the dimension */
+    int64_t value;        /* at capture */
+    int32_t leaf;         /* of a size of an argument: which tensor; otherwise -1 */
+} thx_term;
+
+typedef struct thx_sizes {
+    uint32_t count;
+    bool trusting; /* the caller guarantees that sizes decide nothing: conditions do not count */
+    bool *varies;  /* by value of the final trace: its sizes or strides are others for other sizes; owned */
+    thx_term terms[];
+} thx_sizes;
+
+static inline uint32_t thx_sizes_count(const thx_sizes *z) { return z ? z->count : 0; }
+
+/* ---- while a capture follows sizes ---- */
+PyObject *thx_sizes_new(thx *x); /* a thunder._sizes.Sizes */
+th_node thx_extent_node(thx *x, th_trace *t, PyObject *extent);
+PyObject *thx_extent_plain(PyObject *extent); /* an int */
+bool thx_holds_extent(thx *x, PyObject *tuple);
+int thx_describe_extent(thx_spec *spec, PyObject *extent);
+/* What a query about a tensor is answered: sizes that change are extents. Takes `answer`. */
+PyObject *thx_sizes_answer(thx_recorder *r, const thx_func *f, PyObject *args, PyObject *kwargs, PyObject *answer);
+void thx_sizes_spoil(thx_recorder *r, const char *why); /* the program holds for these sizes alone */
+
+/* ---- plans ---- */
+uint32_t thx_extent_slot(const thx_lowering *l, uint16_t number);
+int thx_lower_size(thx_lowering *l, th_opref op);       /* 1 an operation on sizes, lowered; 0 another, -1 error */
+bool thx_is_steady(const thx_lowering *l, th_opref op); /* its tensors and numbers are the same for all sizes */
+int thx_lower_checks(thx_lowering *l, th_opref op);     /* results of an unsteady one that are the same for all */
+void thx_sizes_free(const thx_sizes *sizes);
+
+/* ---- entries ---- */
+struct thx_entry;
+struct thx_callable_object;
+/* An entry for the same call but for sizes, which does not go away until thx_entry_leave; NULL: there is none. */
+int thx_sizes_begin(struct thx_callable_object *c, struct thx_entry *e, struct thx_entry **like);
+/* After the capture of e: it serves calls of any sizes, or -1 with an exception when it is not the program of `like`.
+ */
+int thx_sizes_end(thx *x, struct thx_entry *e, const struct thx_entry *like, const thx_recorder *r, PyObject *sizes,
+                  bool trusting);
+/* Do the conditions that arguments decide hold? */
+bool thx_sizes_hold(thx *x, const struct thx_entry *e, const thx_leaves *leaves);
+
+#endif

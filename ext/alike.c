@@ -29,6 +29,11 @@ bool thx_specs_alike(const thx_spec *a, const thx_spec *b, int but_for, uint32_t
         *differences += a->kind == THX_S_NUMBER || !thx_same_constant(a->object, b->object);
         return true;
     }
+    if (but_for == THX_ALIKE_SIZES && b->kind == THX_S_CONST && b->type == &PyLong_Type) {
+        bool any = a->kind == THX_S_NUMBER, same = !any && thx_same_constant(a->object, b->object);
+        *differences += !same;
+        return any || a->kind == THX_S_CONST;
+    }
     if (a->kind != b->kind || a->by_identity != b->by_identity) return false;
     if (a->kind == THX_S_TENSOR) return same_tensor(a, b, but_for, differences);
     if ((a->kind == THX_S_SAME || a->kind == THX_S_EXTENT) && a->leaf != b->leaf) return false;

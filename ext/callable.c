@@ -386,6 +386,10 @@ static bool serve_by(thx_callable_object *c, thx_request *call, bool any_sizes, 
             p = &e->next;
             continue;
         }
+        if (any_sizes && thx_sizes_recur(x, e, &leaves)) {
+            call->exact = true;
+            break;
+        }
         if (e->eager) {
             c->fallbacks++;
             *result = call_eager(c, e, call->args, call->nargsf, call->kwnames);

@@ -59,9 +59,11 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t number;               /* its own, from 1 */
     thx_resume **resumes;          /* how to go on from other entries */
     uint32_t nresumes;
-    uint32_t misfits; /* how often it could not serve a call whose arguments fit */
-    uint64_t tried;   /* the call that met another value in it */
-    uint32_t *undo;   /* by undo: the root of a tensor that is written before the last of them is known */
+    thx_recent recent[THX_RECENT]; /* most recent first */
+    uint32_t exact;                /* programs for very sizes that were made because these recurred */
+    uint32_t misfits;              /* how often it could not serve a call whose arguments fit */
+    uint64_t tried;                /* the call that met another value in it */
+    uint32_t *undo;                /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
@@ -109,6 +111,7 @@ typedef struct thx_request { /* a call */
     PyObject *seen;            /* owned tuple: values of tensors that runs of it have met, in order; or NULL */
     thx_left left;             /* what the run before has computed */
     struct thx_entry *left_by; /* the entry that it was of, while it is there */
+    bool exact;                /* to be captured for its very sizes */
     PyObject *refusal;         /* owned: the CaptureError for which it is not to be captured; or NULL */
 } thx_request;
 
@@ -120,7 +123,7 @@ int64_t thx_offset_of(thx *x, PyObject *tensor); /* in its storage, in elements 
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
 /* ---- alike.c ---- */
 enum { THX_ALIKE_NUMBERS, THX_ALIKE_SIZES };
-/* The same but for values of the floats that b numbers, or for sizes; adds to *differences. */
+/* The same but for values of the floats that b numbers, or for sizes and ints; adds to *differences. */
 bool thx_specs_alike(const thx_spec *a, const thx_spec *b, int but_for, uint32_t *differences);
 bool thx_same_object(PyObject *a, PyObject *b, bool by_identity);
 

@@ -288,7 +288,9 @@ static int capture(compile *k) {
     if (!k->r) return -1;
     k->r->oracle = Py_XNewRef(k->call->seen);
     k->r->may_expect = k->c->branch_limit > 0;
+    x->following = k->sizes;
     int built = build_fake_args(k);
+    x->following = NULL;
     k->tape = x->tape;
     x->tape = NULL;
     k->r->tape = k->tape;
@@ -681,7 +683,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
 
 thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
     bool followed = false;
-    thx_entry *e = compile_once(c, call, true, &followed);
+    thx_entry *e = compile_once(c, call, !call->exact, &followed);
     if (!followed || (e && !e->eager)) return e;
     PyErr_Clear(); /* what the code does with a size cannot be followed, or so it seems: as it is, then */
     c->unfollowed++;

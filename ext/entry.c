@@ -209,7 +209,10 @@ static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, thx_r
         fill_roots(&f, slots);
         memset(slots + e->nroots, 0, sizeof *slots * (e->main.plan->nroots - e->nroots));
         PyObject *numbers = e->formula ? thx_numbers_fill(e, leaves, slots + e->nroots) : NULL;
-        rc = e->formula && !numbers ? -1 : run_program(x, e, slots, call);
+        bool ready = e->formula               ? numbers != NULL
+                     : e->main.literals.sizes ? thx_sizes_start(x, e, leaves, slots + e->nroots)
+                                              : true;
+        rc = ready ? run_program(x, e, slots, call) : -1;
         Py_XDECREF(numbers);
         if (rc == 1 && thx_entry_place(x, e) < 0) rc = -1;
         if (rc == 0) result = finish(x, e, leaves, slots);

@@ -109,6 +109,7 @@ typedef struct thx {
     uint64_t captures, entry_numbers;
     PyObject *tape;            /* of numbers that the capture in progress follows, or NULL: numbers.c */
     PyTypeObject *number_type; /* thunder._numbers.Number; NULL until the first tape */
+    PyObject *following;       /* a thunder._sizes.Sizes while the arguments of its capture are made, or NULL */
     PyTypeObject *extent_type; /* thunder._sizes.Extent; NULL until sizes are followed for the first time: sizes.c */
     bool saw_extent;           /* one became a node since this was cleared */
     thx_code codes[THX_CODES];

@@ -22,12 +22,13 @@
 #include "observe.h"
 #include "program.h"
 
+#include "base/hash.h"
 #include "ir/ir.h"
 #include "passes/pass.h"
 
 #include <string.h>
 
-enum { SIZE, ADD, SUB, MUL, FLOORDIV, MOD, NEG, ABS, LT, LE, GT, GE, EQ, NE }; /* thunder._sizes.OPERATIONS */
+enum { SIZE, ARGUMENT, ADD, SUB, MUL, FLOORDIV, MOD, NEG, ABS, LT, LE, GT, GE, EQ, NE }; /* thunder._sizes.OPERATIONS */
 enum { MAX_TRIES = 4 };
 
 static const char extent_callee[] = "thunder._kernels.extent", fixed_callee[] = "thunder._kernels.expect_sizes";
@@ -260,7 +261,7 @@ static bool compute(const thx_sizes *z, uint32_t i, th_slot *slots) {
     default: out = a != b; break;
     }
     into_slot(slots, i, out);
-    return !fails && (!term->condition || z->trusting || out == term->value);
+    return !fails && (!term->condition || (z->trusting && !term->of_int) || out == term->value);
 }
 
 /* Size number `i` is known: what follows from it, up to the next size. */
@@ -286,20 +287,71 @@ static int64_t size_of(thx *x, th_slot *slot, uint32_t d) { /* -1: it has no suc
     return value;
 }
 
+static bool int_argument(const thx_term *term, const thx_leaves *leaves, int64_t *value) {
+    int overflow = 0;
+    *value = PyLong_AsLongLongAndOverflow(leaves->numbers[term->leaf], &overflow);
+    return !overflow;
+}
+
+bool thx_sizes_start(thx *x, const thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
+    const thx_sizes *z = e->main.literals.sizes;
+    bool holds = true;
+    int64_t value = 0;
+    for (uint32_t i = 0; i < z->count && z->terms[i].op != SIZE && holds; i++)
+        if (z->terms[i].op == ARGUMENT) {
+            holds = int_argument(&z->terms[i], leaves, &value);
+            into_slot(slots, i, value);
+        } else {
+            holds = compute(z, i, slots);
+        }
+    if (!holds) PyErr_SetString(x->SizesChanged, "the program does not hold for the numbers that it got");
+    return holds;
+}
+
 bool thx_sizes_hold(thx *x, const thx_entry *e, const thx_leaves *leaves) {
     const thx_sizes *z = e->main.literals.sizes;
     th_slot fixed[64], *slots = z->count <= 64 ? fixed : PyMem_Malloc(sizeof *slots * z->count);
     bool holds = slots != NULL;
+    int64_t value = 0;
     for (uint32_t i = 0; i < z->count && holds; i++) {
         const thx_term *term = &z->terms[i];
         if (!term->early) continue;
-        if (term->op == SIZE)
+        if (term->op == ARGUMENT) {
+            holds = int_argument(term, leaves, &value);
+            into_slot(slots, i, value);
+        } else if (term->op == SIZE)
             into_slot(slots, i, size_of(x, &(th_slot){.object = leaves->items[term->leaf]}, (uint32_t)term->b));
         else
             holds = compute(z, i, slots);
     }
     if (slots != fixed) PyMem_Free(slots);
     return holds;
+}
+
+/* Programs for very sizes know more: they run on our own kernels where tensors are small. So one is made for sizes that
+ * recur, for a few at most. */
+bool thx_sizes_recur(thx *x, thx_entry *e, const thx_leaves *leaves) {
+    enum { CALLS = 16, MAX_EXACT = 8 };
+    uint64_t hash = 1;
+    if (!x->abi.on || e->exact >= MAX_EXACT) return false;
+    for (uint32_t i = 0; i < leaves->count; i++) {
+        int64_t ndim = 0, *sizes = NULL;
+        th_h h = thx_borrow(&x->abi, leaves->items[i]);
+        if (x->abi.aoti_torch_get_dim(h, &ndim) || x->abi.aoti_torch_get_sizes(h, &sizes)) return false;
+        for (int64_t d = 0; d < ndim; d++) hash = th__hash_mix(hash, (uint64_t)sizes[d]);
+    }
+    for (uint32_t i = 0; i < e->main.literals.sizes->count; i++)
+        if (e->main.literals.sizes->terms[i].op == ARGUMENT)
+            hash =
+                th__hash_mix(hash, (uint64_t)PyLong_AsLongLong(leaves->numbers[e->main.literals.sizes->terms[i].leaf]));
+    uint32_t at = 0;
+    while (at < THX_RECENT - 1 && e->recent[at].hash != hash) at++;
+    thx_recent found = e->recent[at].hash == hash ? e->recent[at] : (thx_recent){hash, 0};
+    memmove(e->recent + 1, e->recent, sizeof *e->recent * at);
+    found.calls = ++found.calls >= CALLS ? 0 : found.calls;
+    e->recent[0] = found;
+    e->exact += !found.calls;
+    return !found.calls;
 }
 
 /* ---- plans ---- */
@@ -456,16 +508,23 @@ static bool free_tensor(const thx_spec *a, thx_spec *b) {
     return known;
 }
 
-static bool free_sizes(const thx_spec *a, thx_spec *b) {
+/* *ints: how many ints there are that may be any. */
+static bool free_sizes(const thx_spec *a, thx_spec *b, uint32_t *ints) {
     bool differ =
         b->kind == THX_S_TENSOR && b->dims && memcmp(a->dims, b->dims, sizeof *a->dims * (size_t)(2 * b->ndim)) != 0;
     bool known = !differ || free_tensor(a, b);
-    for (uint32_t i = 0; i < b->nkids && known; i++) known = free_sizes(&a->kids[i], &b->kids[i]);
+    if (b->kind == THX_S_CONST && b->type == &PyLong_Type &&
+        (a->kind == THX_S_NUMBER || !thx_same_constant(a->object, b->object))) {
+        b->number = ++*ints;
+        known = *ints <= THX_MAX_NUMBERS;
+    }
+    for (uint32_t i = 0; i < b->nkids && known; i++) known = free_sizes(&a->kids[i], &b->kids[i], ints);
     return known;
 }
 
 static void fix_sizes_of(thx_spec *s) {
     s->free = 0;
+    s->number = 0;
     PyMem_Free(s->dense);
     s->dense = NULL;
     for (uint32_t i = 0; i < s->nkids; i++) fix_sizes_of(&s->kids[i]);
@@ -476,11 +535,11 @@ static bool alike_calls(const thx_entry *a, thx_entry *b) {
     bool same = !a->eager && !a->dead && !a->expected && !a->gradient && !a->formula && a->nargs == b->nargs &&
                 a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
                 memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
-    uint32_t differences = 0;
+    uint32_t differences = 0, ints = 0;
     for (uint32_t i = 0; i < a->nargs && same; i++)
         same = thx_specs_alike(&a->args[i], &b->args[i], THX_ALIKE_SIZES, &differences);
     if (!same || !differences) return false;
-    for (uint32_t i = 0; i < b->nargs && same; i++) same = free_sizes(&a->args[i], &b->args[i]);
+    for (uint32_t i = 0; i < b->nargs && same; i++) same = free_sizes(&a->args[i], &b->args[i], &ints);
     for (uint32_t i = 0; i < b->nargs && !same; i++) fix_sizes_of(&b->args[i]);
     return same && !PyErr_Occurred();
 }
@@ -553,10 +612,21 @@ static bool same_mark(const comparison *k, const th_op *op, int kind) {
     return same;
 }
 
+/* The values of ints in the former call. */
+static void former_ints(const thx_spec *a, const thx_spec *b, const comparison *k) {
+    if (b->kind == THX_S_CONST && b->number && b->type == &PyLong_Type)
+        for (uint32_t i = 0; i < k->sizes->count; i++)
+            if (k->sizes->terms[i].op == ARGUMENT && k->sizes->terms[i].leaf == (int32_t)b->number - 1)
+                into_slot(k->slots, i, PyLong_AsLongLong(a->object));
+    for (uint32_t i = 0; i < b->nkids; i++) former_ints(&a->kids[i], &b->kids[i], k);
+}
+
 /* Is b, with the sizes of a put in, the program a? */
 static bool same_program(const comparison *k) {
     const th_trace *a = k->a, *b = k->b;
     bool same = a->ninputs == b->ninputs;
+    for (uint32_t i = 0; i < k->sizes->count && k->sizes->terms[i].op != SIZE && same; i++)
+        same = k->sizes->terms[i].op == ARGUMENT || compute(k->sizes, i, k->slots);
     for (uint32_t i = 0; i < a->ninputs && same; i++) same = same_value((void *)k, a->inputs[i], b->inputs[i]);
     th_opref at = 1;
     for (th_opref o = 1; o < b->nops && same; o++) {
@@ -591,6 +661,9 @@ static int read_term(const thx_recorder *r, thx_sizes *z, uint32_t i, PyObject *
         read_operand(PyTuple_GET_ITEM(term, 2), &out->of_b, &out->b) < 0)
         return -1;
     out->early = (!out->of_a || z->terms[out->a].early) && (!out->of_b || z->terms[out->b].early);
+    out->of_int =
+        out->op == ARGUMENT || (out->of_a && z->terms[out->a].of_int) || (out->of_b && z->terms[out->b].of_int);
+    if (out->op == ARGUMENT) out->leaf = (int32_t)out->a;
     if (out->op != SIZE) return 0;
     for (uint32_t j = 0; j < r->nroots; j++)
         if (r->roots[j].value == (th_val)out->a) out->leaf = r->roots[j].leaf;
@@ -640,6 +713,15 @@ static int note_varying(thx_sizes *z, const th_trace *a, const th_trace *b, cons
     return 0;
 }
 
+static void free_ints(thx_spec *s) {
+    if (s->kind == THX_S_CONST && s->number) {
+        s->kind = THX_S_NUMBER;
+        s->leaf = s->number - 1;
+        s->number = 0;
+    }
+    for (uint32_t i = 0; i < s->nkids; i++) free_ints(&s->kids[i]);
+}
+
 int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes, bool trusting) {
     thx_sizes *z = read_sizes(r, sizes, trusting);
     th_slot *slots = z ? PyMem_Calloc(z->count + 1, sizeof *slots) : NULL;
@@ -648,10 +730,12 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
         return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
     }
     const comparison k = {like->captured, e->captured, z, slots};
+    for (uint32_t i = 0; i < e->nargs; i++) former_ints(&like->args[i], &e->args[i], &k);
     bool same = !e->expected && !e->gradient && can_begin_anew(e->main.t) && same_program(&k);
     PyMem_Free(slots);
     if (same && note_varying(z, like->captured, e->captured, e->main.t) == 0) {
         e->main.literals.sizes = z;
+        for (uint32_t i = 0; i < e->nargs; i++) free_ints(&e->args[i]);
         return 0;
     }
     thx_sizes_free(z);

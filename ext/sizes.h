@@ -10,10 +10,11 @@ typedef struct thx_term { /* a number that a program computes of sizes */
     uint8_t op;           /* as thunder._sizes.OPERATIONS */
     bool condition;       /* it has to be what it was at capture */
     bool early;           /* arguments tell it before the program runs */
+    bool of_int;          /* an int among the arguments has part in it */
     bool of_a, of_b;      /* operands are numbers, by place */
     int64_t a, b;         /* operands; of a size: the value of the captured trace, and the dimension */
     int64_t value;        /* at capture */
-    int32_t leaf;         /* of a size of an argument: which tensor; otherwise -1 */
+    int32_t leaf;         /* of a size of an argument: which tensor; of an int: which number; otherwise -1 */
 } thx_term;
 
 typedef struct thx_sizes {
@@ -51,7 +52,18 @@ int thx_sizes_begin(struct thx_callable_object *c, struct thx_entry *e, struct t
  */
 int thx_sizes_end(thx *x, struct thx_entry *e, const struct thx_entry *like, const thx_recorder *r, PyObject *sizes,
                   bool trusting);
+/* Before a run: the numbers that no size is needed for, into their slots. False with SizesChanged. */
+bool thx_sizes_start(thx *x, const struct thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 /* Do the conditions that arguments decide hold? */
 bool thx_sizes_hold(thx *x, const struct thx_entry *e, const thx_leaves *leaves);
+/* A program for any sizes serves a call: is it time for one for these very sizes, which torch's kernels need less of?
+ */
+bool thx_sizes_recur(thx *x, struct thx_entry *e, const thx_leaves *leaves);
+
+enum { THX_RECENT = 4 };
+typedef struct thx_recent { /* sizes of late calls */
+    uint64_t hash;
+    uint32_t calls;
+} thx_recent;
 
 #endif

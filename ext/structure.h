@@ -10,7 +10,7 @@
 typedef enum thx_spec_kind {
     THX_S_CONST = 1, /* equal value of the same type (numbers, strings, ...), or the same object */
     THX_S_TENSOR,
-    THX_S_NUMBER, /* any float: `leaf` is its place among the numbers */
+    THX_S_NUMBER, /* any float, or any int: `leaf` is its place among the numbers */
     THX_S_TUPLE,  /* exact tuple */
     THX_S_LIST,   /* list and its subclasses, with instance attributes if any */
     THX_S_NAMED,  /* named tuple or structseq */
@@ -32,7 +32,7 @@ typedef struct thx_spec {
     PyObject *object;       /* owned: the constant; or the tuple of keys, of items first, then of attributes */
     PyObject *original;     /* owned or NULL: an OBJECT argument without tensors is passed on as it is */
     uint32_t nkids, nitems; /* the first nitems kids are items, the rest attributes */
-    uint32_t number;        /* CONST: above 0 for a float that a capture follows, from 1; numbers.c */
+    uint32_t number;        /* CONST: above 0 for a float or int that a capture follows, from 1; numbers.c, sizes.c */
     uint32_t memo;          /* above 0: SAME specs refer to this container by memo - 1 */
     struct thx_spec *kids;
     /* TENSOR */

@@ -311,7 +311,7 @@ def test_the_limit_warns_once_and_calls_stay_compiled():
     def program(x, k):
         return x * k
 
-    compiled = thunder.jit(program, recompile_limit=2)
+    compiled = thunder.jit(program, recompile_limit=2, dynamic=False)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for k in range(6):

@@ -1,4 +1,4 @@
-"""Sizes that change from call to call, such as the length of a sequence: followed through a capture.
+"""Sizes and ints that change from call to call, such as the length of a sequence: followed through a capture.
 
 A size of an argument that differs from a former call is an ``Extent`` to the captured code: it passes for an int and
 writes down what is computed of it. Where its value decides something (``if n > 1``), the decision becomes a condition of
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-OPERATIONS = ("size", "add", "sub", "mul", "floordiv", "mod", "neg", "abs", "lt", "le", "gt", "ge", "eq", "ne")
+OPERATIONS = ("size", "argument", "add", "sub", "mul", "floordiv", "mod", "neg", "abs", "lt", "le", "gt", "ge", "eq", "ne")
 _LIMIT = 4000  # of numbers: what goes on beyond is no program that one wants to run
 _LARGEST = 1 << 40
 
@@ -60,6 +60,13 @@ class Sizes:
     def size(self, value: int, dimension: int, size: int) -> Extent:
         """Size ``dimension`` of value number ``value`` of the trace."""
         return Extent(self, self._place("size", value, dimension, size, False))
+
+    def argument(self, number: int, value: int) -> Any:
+        """An int among the arguments."""
+        if abs(value) > _LARGEST:
+            self.spoil("an int is too large")
+            return value
+        return Extent(self, self._place("argument", number, 0, value, False))
 
     def _place(self, name: str, a: Any, b: Any, result: int, condition: bool) -> int:
         key = (name, a, b, condition)

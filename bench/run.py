@@ -23,6 +23,7 @@ import torch
 
 import thunder
 from bench import training
+from bench.decode import decoding
 from bench.programs import PROGRAMS, ManyParameters, Program, chain
 from bench.row import Row, fresh_process
 from tests.harness.report import environment, write_json
@@ -141,6 +142,7 @@ def main() -> int:
             for n in (4, 12, 24)
         ),
         *training.jobs(options),
+        ("decoding, a new length", decoding),
         ("capture per operation, own rules", capture_cost),
         ("guards of 300 parameters, per call", lambda: guards(options)),
         ("import thunder beyond import torch", import_cost),

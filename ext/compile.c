@@ -681,12 +681,26 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     return k.e;
 }
 
+/* The log keeps why: the pending exception, which is dropped. */
+static int tell_unfollowed(thx_callable_object *c) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    PyObject *done = c->log && value ? PyObject_CallMethod(c->log, "unfollowed", "O", value) : Py_NewRef(Py_None);
+    Py_XDECREF(done);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return done ? 0 : -1;
+}
+
 thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
     bool followed = false;
     thx_entry *e = compile_once(c, call, !call->exact, &followed);
     if (!followed || (e && !e->eager)) return e;
-    PyErr_Clear(); /* what the code does with a size cannot be followed, or so it seems: as it is, then */
+    int told =
+        tell_unfollowed(c); /* what the code does with a size cannot be followed, or so it seems: as it is, then */
     c->unfollowed++;
     if (e) thx_entry_free(c->x, e);
-    return compile_once(c, call, false, &followed);
+    return told < 0 ? NULL : compile_once(c, call, false, &followed);
 }

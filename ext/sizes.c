@@ -203,12 +203,13 @@ PyObject *thx_sizes_answer(thx_recorder *r, const thx_func *f, PyObject *args, P
         return answer;
     }
     PyObject *tensor = PyTuple_Check(args) && PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
-    thx_cell *cell = tensor && thx_is_tensor(r->x, tensor) ? thx_recorder_cell(r, tensor) : NULL;
-    if (!cell) {
-        if (!PyErr_Occurred()) thx_sizes_spoil(r, name);
-        return PyErr_Occurred() ? (Py_DECREF(answer), NULL) : answer;
+    if (!tensor || !thx_is_tensor(r->x, tensor)) {
+        thx_sizes_spoil(r, name);
+        return answer;
     }
-    for (uint32_t i = 0; i < r->nroots; i++) /* parameters and the like are watched */
+    thx_cell *cell = thx_recorder_known(r, tensor);
+    if (!cell) return answer;                /* a parameter or the like, which is watched */
+    for (uint32_t i = 0; i < r->nroots; i++) /* likewise */
         if (r->roots[i].value == cell->value && r->roots[i].leaf < 0) return answer;
     th_val value = cell->value;
     const th_type *type = th_type_get(r->x->ctx, r->t->values[value].type), *other = NULL;
@@ -570,6 +571,7 @@ typedef struct comparison {
     const th_trace *a, *b;
     const thx_sizes *sizes;
     th_slot *slots; /* numbers as they are in a */
+    th_opref at;    /* the operation of b that is looked at */
 } comparison;
 
 static bool same_value(void *user, th_val a, th_val b) {
@@ -622,7 +624,7 @@ static void former_ints(const thx_spec *a, const thx_spec *b, const comparison *
 }
 
 /* Is b, with the sizes of a put in, the program a? */
-static bool same_program(const comparison *k) {
+static bool same_program(comparison *k) {
     const th_trace *a = k->a, *b = k->b;
     bool same = a->ninputs == b->ninputs;
     for (uint32_t i = 0; i < k->sizes->count && k->sizes->terms[i].op != SIZE && same; i++)
@@ -630,7 +632,7 @@ static bool same_program(const comparison *k) {
     for (uint32_t i = 0; i < a->ninputs && same; i++) same = same_value((void *)k, a->inputs[i], b->inputs[i]);
     th_opref at = 1;
     for (th_opref o = 1; o < b->nops && same; o++) {
-        int kind = mark_kind(b, &b->ops[o]);
+        int kind = mark_kind(b, &b->ops[k->at = o]);
         if (kind) {
             same = same_mark(k, &b->ops[o], kind);
             continue;
@@ -686,15 +688,23 @@ static thx_sizes *read_sizes(const thx_recorder *r, PyObject *sizes, bool trusti
     return NULL;
 }
 
-/* Everything can begin anew: nothing is written to, no random number drawn, no other state touched. */
-static bool can_begin_anew(const th_trace *t) {
+static bool asserts(const th_trace *t, const th_op *op) { /* that may be done twice */
+    const char *callee = op->callee_opaque ? "" : th_str_get(t->ctx, op->callee);
+    return strstr(callee, "assert") || strcmp(callee, "thunder._kernels.raise_if") == 0;
+}
+
+/* Why a run could not begin anew; NULL: it can. */
+static const char *once_only(const th_trace *t) {
     for (th_opref o = 1; o < t->nops; o++) {
         const th_op *op = &t->ops[o];
-        if (op->effects & (TH_FX_RANDOM | TH_FX_STATE) && !mark_kind(t, op)) return false;
+        if (op->effects & TH_FX_RANDOM) return "the program draws random numbers";
+        if (op->effects & TH_FX_STATE && !mark_kind(t, op) && !asserts(t, op))
+            return "the program checks data, or acts outside of tensors";
     }
     for (uint32_t i = 0; i < t->ninputs; i++)
-        if (th__is_written(t, t->inputs[i], t->nops)) return false;
-    return true;
+        if (th__is_written(t, t->inputs[i], t->nops))
+            return "the program writes to an argument, a parameter or a buffer";
+    return NULL;
 }
 
 void thx_sizes_free(const thx_sizes *z) {
@@ -729,9 +739,12 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
         PyMem_Free(z);
         return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
     }
-    const comparison k = {like->captured, e->captured, z, slots};
+    comparison k = {like->captured, e->captured, z, slots, 0};
     for (uint32_t i = 0; i < e->nargs; i++) former_ints(&like->args[i], &e->args[i], &k);
-    bool same = !e->expected && !e->gradient && can_begin_anew(e->main.t) && same_program(&k);
+    const char *why = e->expected   ? "values of tensors steer the program"
+                      : e->gradient ? "the program computes gradients"
+                                    : once_only(e->main.t);
+    bool same = !why && same_program(&k);
     PyMem_Free(slots);
     if (same && note_varying(z, like->captured, e->captured, e->main.t) == 0) {
         e->main.literals.sizes = z;
@@ -739,6 +752,12 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
         return 0;
     }
     thx_sizes_free(z);
-    if (!PyErr_Occurred()) PyErr_SetString(x->SizesChanged, "the program is another one for other sizes");
+    const th_op *op = k.at ? &e->captured->ops[k.at] : NULL;
+    if (PyErr_Occurred()) return -1;
+    if (why || !op)
+        PyErr_SetString(x->SizesChanged, why ? why : "the program is another one for other sizes");
+    else
+        PyErr_Format(x->SizesChanged, "the program is another one for other sizes, from %s, line %u, on",
+                     op->file ? th_str_get(x->ctx, op->file) : "?", (unsigned)op->line);
     return -1;
 }

@@ -190,7 +190,7 @@ def in_a_tuple(x):
 
 
 def text_of(x):
-    return x * len(f"{x.shape[0]:b}") + len(str(x.shape)) + len("%d" % x.shape[0])
+    return x * len(f"{x.shape[0]:b}") + len(str(x.shape)) + len("%d" % x.shape[0])  # noqa: UP031
 
 
 def by_float(x):
@@ -215,7 +215,7 @@ def of_class(x):
 
 
 def truth_of(x):
-    return x + 1 if x.shape[0] and x.numel() and not x.shape[0] == 7 else x * 2
+    return x + 1 if x.shape[0] and x.numel() and x.shape[0] != 7 else x * 2
 
 
 def chained(x):

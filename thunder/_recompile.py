@@ -28,11 +28,17 @@ class Recompile:
         call: the number of the call, from 1.
         cause: what differed from the programs that were there, in words.
         by_value: a tensor had a value that no program was made for.
+        unfollowed: why the program that was made is for these sizes and ints alone, where it was tried to make one for
+            any; empty otherwise.
     """
 
     call: int
     cause: str
     by_value: bool = False
+    unfollowed: str = ""
+
+    def __str__(self) -> str:
+        return self.cause + (f" (not for any sizes: {self.unfollowed})" if self.unfollowed else "")
 
 
 @dataclasses.dataclass
@@ -52,7 +58,7 @@ class Recompiles:
             return f"{self.name}: captured once at most"
         return "\n".join(
             [f"{self.name}: captured again {len(self.recompiles)} times"]
-            + [f"  call {r.call}: {r.cause}" for r in self.recompiles]
+            + [f"  call {r.call}: {r}" for r in self.recompiles]
         )
 
 
@@ -96,6 +102,14 @@ class Log:
                 f"{text}. thunder.explain_recompile lists all causes; recompile_limit moves this warning",
                 ThunderWarning,
                 stacklevel=2,
+            )
+
+    def unfollowed(self, error: BaseException) -> None:
+        """The capture in progress could not be made for any sizes, because of ``error``."""
+        if self.recompiles:
+            text = str(error).splitlines()[0] if str(error) else "what is done with a size cannot be followed"
+            self.recompiles[-1].unfollowed = (
+                text if type(error).__name__ == "SizesChanged" else f"{type(error).__name__}: {text}"
             )
 
     def _of_guard(self, text: str, owner: Any, key: Any, before: Any, after: Any) -> str:

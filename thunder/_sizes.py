@@ -1,8 +1,8 @@
 """Sizes and ints that change from call to call, such as the length of a sequence: followed through a capture.
 
 A size of an argument that differs from a former call is an ``Extent`` to the captured code: it passes for an int and
-writes down what is computed of it. Where its value decides something (``if n > 1``), the decision becomes a condition of
-the program; whatever else looks at it (``range(n)``, ``str(n)``) fixes it to the value that it has.
+writes down what is computed of it. Where its value decides something (``if n > 1``), the decision becomes a condition
+of the program; whatever else looks at it (``range(n)``, ``str(n)``) fixes it to the value that it has.
 
 What is written down goes by number, in the order in which the program comes to know it::
 
@@ -13,14 +13,32 @@ What is written down goes by number, in the order in which the program comes to 
 
 from __future__ import annotations
 
+import dis
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any
 
 import torch
 
-OPERATIONS = ("size", "argument", "add", "sub", "mul", "floordiv", "mod", "neg", "abs", "lt", "le", "gt", "ge", "eq", "ne")
+OPERATIONS = (
+    "size",
+    "argument",
+    "add",
+    "sub",
+    "mul",
+    "floordiv",
+    "mod",
+    "neg",
+    "abs",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+)
 _LIMIT = 4000  # of numbers: what goes on beyond is no program that one wants to run
 _LARGEST = 1 << 40
 
@@ -53,8 +71,8 @@ class Sizes:
     def close(self, codes: Iterable[CodeType]) -> None:
         """The capture is over: extents that live on are as good as ints. codes: what has run."""
         for code in codes:
-            if {"type", "int"} <= set(code.co_names) and not _ours(code.co_filename):
-                self.spoil(f"{code.co_name} may ask whether it is an int")
+            if {"type", "int"} <= set(code.co_names) and not _ours(code.co_filename) and _asks_for_ints(code):
+                self.spoil(f"{code.co_name} may ask whether it is of the type int")
         self.open = False
 
     def size(self, value: int, dimension: int, size: int) -> Extent:
@@ -106,8 +124,19 @@ class Sizes:
         return result
 
 
+_LIBRARY = os.path.dirname(os.__file__)
+
+
 def _ours(path: str) -> bool:
-    return "/torch/" in path or "/thunder/_" in path
+    """Torch's, thunder's or Python's own."""
+    standard = path.startswith((_LIBRARY, "<frozen")) and "site-packages" not in path
+    return standard or "/torch/" in path or "/thunder/_" in path
+
+
+def _asks_for_ints(code: CodeType) -> bool:
+    """``type(n) is int``, which an extent is not."""
+    read = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return {"type", "int"} <= read
 
 
 def _operand(value: Any) -> Any:

@@ -99,9 +99,9 @@ enum { TH_MAX_DEPTH = 200 }; /* of nested argument nodes; deeper is TH_ELIMIT */
 
 typedef struct th_node_data {
     uint8_t kind;
-    uint8_t depth;  /* 0 for a leaf, else 1 + the deepest kid's */
+    uint8_t depth;   /* 0 for a leaf, else 1 + the deepest kid's */
     uint16_t number; /* of TH_N_INT: above 0, it is that number of what the program computes of sizes, from 1 */
-    uint32_t count; /* number of kids */
+    uint32_t count;  /* number of kids */
     union {
         int64_t i;
         double f;

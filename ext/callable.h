@@ -18,6 +18,12 @@ enum {
     THX_EAGER_RAISED = 3   /* the program itself raised: eager does so too, after what it does before */
 };
 
+typedef struct thx_place { /* a float that the callable can reach and that may be any */
+    PyObject *owner, *key; /* owned; a dictionary and its key, or a variable of an enclosing function and None */
+    PyObject *value;       /* owned: at capture */
+    bool any;              /* it is a number of the program */
+} thx_place;
+
 typedef struct thx_write { /* a write to the module tree, replayed after each run */
     PyObject *dict, *key;  /* owned */
     PyObject *constant;    /* owned, or NULL: the value of an output */
@@ -54,10 +60,12 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_number *numbers; /* literals that follow from floats among the arguments */
     uint32_t nnumbers;
     uint32_t nfloats, free_floats; /* floats of the arguments: how many; which may be any, by bit */
-    PyObject *formula;             /* owned: from these to the literals; NULL: there are none */
-    PyObject *expected;            /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
-    uint64_t number;               /* its own, from 1 */
-    thx_resume **resumes;          /* how to go on from other entries */
+    thx_place *places;             /* floats that are no arguments: they come after those */
+    uint32_t nplaces;
+    PyObject *formula;    /* owned: from all these to the literals; NULL: there are none */
+    PyObject *expected;   /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
+    uint64_t number;      /* its own, from 1 */
+    thx_resume **resumes; /* how to go on from other entries */
     uint32_t nresumes;
     thx_recent recent[THX_RECENT]; /* most recent first */
     uint32_t exact;                /* programs for very sizes that were made because these recurred */
@@ -132,6 +140,9 @@ bool thx_same_object(PyObject *a, PyObject *b, bool by_identity);
  */
 int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like);
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape);
+int thx_places_put(thx *x, const thx_entry *e);       /* floats to follow, for the time of a capture */
+void thx_places_put_back(thx *x, const thx_entry *e); /* keeps a pending exception */
+void thx_places_free(thx_entry *e);
 /* The literals of a call, into their slots: what holds them, or NULL with an exception. */
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */

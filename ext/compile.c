@@ -25,6 +25,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     Py_XDECREF(e->kwnames);
     Py_XDECREF(e->expected);
     PyMem_Free(e->numbers);
+    thx_places_free(e);
     Py_XDECREF(e->formula);
     thx_sizes_free(e->main.literals.sizes);
     PyMem_Free(e->undo);
@@ -291,6 +292,7 @@ static int capture(compile *k) {
     x->following = k->sizes;
     int built = build_fake_args(k);
     x->following = NULL;
+    if (built == 0 && x->tape) built = thx_places_put(x, k->e);
     k->tape = x->tape;
     x->tape = NULL;
     k->r->tape = k->tape;
@@ -300,9 +302,13 @@ static int capture(compile *k) {
         k->r->numbers = PyObject_GetAttrString(k->sizes, "values");
         Py_XDECREF(k->r->numbers); /* k->sizes holds it */
     }
-    if (built < 0 || thx_args_watch(&k->watched, k->e->args, k->fakes, k->e->nargs) < 0) return -1;
+    if (built < 0 || thx_args_watch(&k->watched, k->e->args, k->fakes, k->e->nargs) < 0) {
+        thx_places_put_back(x, k->e);
+        return -1;
+    }
     int rc = refuse_iterators(k) < 0 ? -1 : refuse_two_places(k);
     if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
+    thx_places_put_back(x, k->e);
     if (k->sizes && close_sizes(k) < 0) rc = -1;
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     k->raised = rc < 0 && PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->CaptureError) &&

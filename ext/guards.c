@@ -134,6 +134,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
     Py_XDECREF(g->codes);
     Py_XDECREF(g->names);
     Py_XDECREF(g->cause);
+    Py_XDECREF(g->any);
 }
 
 void thx_guards_free(thx *x, thx_guards *g) {
@@ -179,6 +180,7 @@ int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg) {
     Py_VISIT(g->roots);
     Py_VISIT(g->codes);
     Py_VISIT(g->names);
+    Py_VISIT(g->any);
     return 0;
 }
 
@@ -345,6 +347,41 @@ static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObjec
     return found;
 }
 
+/* A float took the place of another: does that matter? Then it may still be one of those that are looked for. */
+static bool float_may_change(thx_guards *g, PyObject *owner, PyObject *key, PyObject *old, PyObject *now, bool *keep) {
+    PyObject *none = Py_None;
+    *keep = false;
+    if (!old || !now || Py_TYPE(old) != &PyFloat_Type || Py_TYPE(now) != &PyFloat_Type) return false;
+    for (Py_ssize_t i = 0; g->any && i < PyList_GET_SIZE(g->any); i++) {
+        PyObject *place = PyList_GET_ITEM(g->any, i);
+        if (PyTuple_GET_ITEM(place, 0) == owner && thx_same_value(PyTuple_GET_ITEM(place, 1), key ? key : none))
+            return true;
+    }
+    if (!g->floats) return false;
+    PyObject *place = PyTuple_Pack(3, owner, key ? key : none, old);
+    *keep = place && PyList_Append(g->floats, place) == 0;
+    PyErr_Clear();
+    Py_XDECREF(place);
+    return *keep;
+}
+
+int thx_guards_free_float(thx_guards *g, PyObject *owner, PyObject *key) {
+    PyObject *place = PyTuple_Pack(2, owner, key);
+    if (place && !g->any) g->any = PyList_New(0);
+    int rc = place && g->any ? PyList_Append(g->any, place) : -1;
+    Py_XDECREF(place);
+    return rc;
+}
+
+PyObject *thx_float_at(PyObject *owner, PyObject *key) {
+    PyObject *found = PyCell_Check(owner) ? PyCell_GET(owner) : PyDict_GetItemWithError(owner, key);
+    return found && PyObject_TypeCheck(found, &PyFloat_Type) ? found : NULL;
+}
+
+int thx_set_float_at(PyObject *owner, PyObject *key, PyObject *value) {
+    return PyCell_Check(owner) ? PyCell_Set(owner, value) : PyDict_SetItem(owner, key, value);
+}
+
 static void keep_cause(thx_guards *g, PyObject *owner, PyObject *key, PyObject *before, PyObject *after) {
     if (!g->explain) return;
     PyObject *none = Py_None;
@@ -366,7 +403,9 @@ static bool compare_items(thx *x, thx_guards *g, watch_dict *w) {
     for (Py_ssize_t i = 0; i < w->count; i++) {
         PyObject *key = w->items[2 * i], *old = w->items[2 * i + 1], *now = PyDict_GetItemWithError(w->dict, key);
         if (now == old) continue;
-        if (now && (thx_same_value(old, now) || rebind(x, g, w->dict, key, old, now) ||
+        bool keep = false, any = float_may_change(g, w->dict, key, old, now, &keep);
+        if (keep) continue;
+        if (now && (any || thx_same_value(old, now) || rebind(x, g, w->dict, key, old, now) ||
                     (w->attributes && !thx_relevant_name(g, key)))) {
             Py_SETREF(w->items[2 * i + 1], Py_NewRef(now));
             continue;
@@ -418,7 +457,7 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
             same = false;
         }
     if (!same && !thx_relevant_owner(x, g, w->dict)) same = w->ignored = true;
-    if (same) w->tag = thx_watch_tag(w->dict);
+    if (same && !g->floats) w->tag = thx_watch_tag(w->dict);
     return same;
 }
 
@@ -426,6 +465,11 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
     PyObject *key, *old, *now;
     for (Py_ssize_t at = 0; PyDict_Next(s->copy, &at, &key, &old);) {
         now = PyDict_GetItemWithError(s->dict, key);
+        bool keep = false, any = now != old && float_may_change(g, s->dict, key, old, now, &keep);
+        if (any) {
+            if (!keep) (void)PyDict_SetItem(s->copy, key, now); /* of a key that is there */
+            continue;
+        }
         if ((!now || !thx_same_value(old, now)) && thx_relevant_name(g, key)) {
             const char *name = PyUnicode_AsUTF8(key);
             snprintf(g->reason, sizeof g->reason, "the global %.100s changed", name ? name : "?");
@@ -445,7 +489,7 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
     if (!holds) snprintf(g->reason, sizeof g->reason, "a global was added");
     PyErr_Clear();
     Py_XDECREF(iterator);
-    if (holds) s->tag = thx_watch_tag(s->dict);
+    if (holds && !g->floats) s->tag = thx_watch_tag(s->dict);
     return holds;
 }
 
@@ -478,7 +522,7 @@ int thx_guards_check(thx *x, thx_guards *g) {
             if (!g->dicts.items[i].ignored && !dict_holds(x, g, &g->dicts.items[i])) return 0;
         for (uint32_t i = 0; i < g->scopes.count; i++)
             if (!scope_holds(g, &g->scopes.items[i])) return 0;
-        g->events = events;
+        if (!g->floats) g->events = events;
     }
 #endif
     for (uint32_t i = 0; i < g->objects.count; i++)
@@ -492,6 +536,12 @@ int thx_guards_check(thx *x, thx_guards *g) {
         if (!object_holds(x, g, &g->others.items[i])) return 0;
     for (uint32_t i = 0; i < g->cells.count; i++)
         if (!g->cells.items[i].ignored && !thx_watch_cell_holds(&g->cells.items[i])) {
+            watch_cell *c = &g->cells.items[i];
+            bool keep = false;
+            if (float_may_change(g, c->cell, NULL, c->value, PyCell_GET(c->cell), &keep)) {
+                if (!keep) Py_SETREF(c->value, Py_NewRef(PyCell_GET(c->cell)));
+                continue;
+            }
             if ((g->cells.items[i].ignored = !thx_relevant_owner(x, g, g->cells.items[i].cell))) continue;
             snprintf(g->reason, sizeof g->reason, "a variable of an enclosing function changed");
             keep_cause(g, g->cells.items[i].cell, NULL, g->cells.items[i].value, PyCell_GET(g->cells.items[i].cell));
@@ -513,6 +563,13 @@ int thx_guards_check(thx *x, thx_guards *g) {
             return 0;
         }
     return 1;
+}
+
+int thx_guards_check_but_floats(thx *x, thx_guards *g, PyObject *floats) {
+    g->floats = floats;
+    int holds = thx_guards_check(x, g);
+    g->floats = NULL;
+    return holds;
 }
 
 PyObject *thx_guards_cause(thx *x, thx_guards *g) {

@@ -14,6 +14,13 @@ void thx_guards_free(thx *x, thx_guards *g);
 void thx_guards_ran(thx_guards *g, PyObject *codes);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
+/* The same, but floats under keys, in variables and globals may have changed: these are appended to `floats` as (owner,
+ * key or None, value before). Nothing is taken over. */
+int thx_guards_check_but_floats(thx *x, thx_guards *g, PyObject *floats);
+/* From now on the float there may be any: a number of the program. */
+int thx_guards_free_float(thx_guards *g, PyObject *owner, PyObject *key);
+PyObject *thx_float_at(PyObject *owner, PyObject *key); /* borrowed; NULL: there is no float */
+int thx_set_float_at(PyObject *owner, PyObject *key, PyObject *value);
 /* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */
 const char *thx_guards_iterator(const thx_guards *g);
 void thx_guards_pin(thx_guards *g, bool pinned); /* pinned: a check replaces no bound tensor */

@@ -74,6 +74,8 @@ struct thx_guards {
     VEC(bound) bounds;
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
     PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
+    PyObject *floats; /* while checking: list of changed ones, see thx_guards_check_but_floats (borrowed); or NULL */
+    PyObject *any;    /* owned: list of (owner, key or None) of floats that may be any; or NULL */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
     uint64_t generation, events;
     bool pinned;

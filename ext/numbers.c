@@ -7,8 +7,9 @@
  *     lr = 0.1                                          lr = 0.05
  *     t0 = torch.Tensor.mul(g, -0.1)                    t0 = torch.Tensor.mul(g, -0.05)       ->  -a0
  *
- * A number whose value was looked at (compared, rounded, printed) stays a constant. So do all where gradients are
- * computed: a backward that waits would have to keep the numbers of its forward.
+ * Floats that the callable reads of attributes, dictionaries and variables go the same way: these hold Numbers while it
+ * is captured. A number whose value was looked at (compared, rounded, printed) stays a constant. So do all where
+ * gradients are computed: a backward that waits would have to keep the numbers of its forward.
  */
 #include "callable.h"
 
@@ -35,14 +36,75 @@ static bool same_names(PyObject *a, PyObject *b) {
     return a == b || (a && b && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
 }
 
-static bool alike_calls(const thx_entry *a, const thx_entry *b) {
+static bool alike_calls(const thx_entry *a, const thx_entry *b, uint32_t *differences) {
     bool same = !a->eager && !a->dead && !a->expected && !a->effects.count && a->nargs == b->nargs &&
                 a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
                 memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
-    uint32_t differences = 0;
+    *differences = 0;
     for (uint32_t i = 0; i < a->nargs && same; i++)
-        same = thx_specs_alike(&a->args[i], &b->args[i], THX_ALIKE_NUMBERS, &differences);
-    return same && differences;
+        same = thx_specs_alike(&a->args[i], &b->args[i], THX_ALIKE_NUMBERS, differences);
+    return same;
+}
+
+/* ---- floats that are no arguments ---- */
+
+static int add_place(thx_entry *e, PyObject *owner, PyObject *key, PyObject *before) {
+    for (uint32_t i = 0; i < e->nplaces; i++)
+        if (e->places[i].owner == owner && PyObject_RichCompareBool(e->places[i].key, key, Py_EQ) == 1) return 0;
+    thx_place *places = PyMem_Realloc(e->places, sizeof *places * (e->nplaces + 1));
+    if (!places) return PyErr_NoMemory(), -1;
+    e->places = places;
+    places[e->nplaces++] = (thx_place){Py_NewRef(owner), Py_NewRef(key), Py_NewRef(before), false};
+    return 0;
+}
+
+void thx_places_free(thx_entry *e) {
+    for (uint32_t i = 0; i < e->nplaces; i++) {
+        Py_DECREF(e->places[i].owner);
+        Py_DECREF(e->places[i].key);
+        Py_DECREF(e->places[i].value);
+    }
+    PyMem_Free(e->places);
+    e->places = NULL;
+    e->nplaces = 0;
+}
+
+/* Those that another entry follows, and those that have changed since. */
+static int take_places(thx_entry *e, const thx_entry *like, PyObject *changed) {
+    int rc = 0;
+    for (uint32_t i = 0; i < like->nplaces && rc == 0; i++)
+        if (like->places[i].any) rc = add_place(e, like->places[i].owner, like->places[i].key, like->places[i].value);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(changed) && rc == 0; i++) {
+        PyObject *place = PyList_GET_ITEM(changed, i);
+        rc = add_place(e, PyTuple_GET_ITEM(place, 0), PyTuple_GET_ITEM(place, 1), PyTuple_GET_ITEM(place, 2));
+    }
+    return rc;
+}
+
+/* `value` of a place is what the other capture had until the capture is over, then what this one has. */
+int thx_places_put(thx *x, const thx_entry *e) {
+    int rc = 0;
+    for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) {
+        PyObject *now = thx_float_at(e->places[i].owner, e->places[i].key);
+        PyObject *number = now ? PyObject_CallMethod(x->tape, "argument", "O", now) : NULL;
+        rc = number ? thx_set_float_at(e->places[i].owner, e->places[i].key, number) : -1;
+        Py_XDECREF(number);
+    }
+    return rc;
+}
+
+void thx_places_put_back(thx *x, const thx_entry *e) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    for (uint32_t i = 0; i < e->nplaces; i++) {
+        PyObject *now = thx_float_at(e->places[i].owner, e->places[i].key);
+        if (!now || Py_TYPE(now) != x->number_type) continue; /* the code has written something else */
+        PyObject *plain = PyFloat_FromDouble(PyFloat_AS_DOUBLE(now));
+        if (plain) thx_set_float_at(e->places[i].owner, e->places[i].key, plain);
+        Py_XDECREF(plain);
+    }
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
 }
 
 static PyObject *new_tape(thx *x) {
@@ -53,16 +115,31 @@ static PyObject *new_tape(thx *x) {
     return tape;
 }
 
+/* Is it the entry of the same call but for values of floats? Then e knows the places of those that are no arguments. 1,
+ * 0, -1. */
+static int serves_other_floats(thx *x, thx_entry *e, const thx_entry *a, uint32_t floats) {
+    uint32_t differences = 0;
+    if (!alike_calls(a, e, &differences)) return 0;
+    PyObject *changed = PyList_New(0);
+    int holds = changed ? thx_guards_check_but_floats(x, a->guards, changed) : -1;
+    if (holds == 1 && !differences && !PyList_GET_SIZE(changed)) holds = 0;
+    if (holds == 1 && take_places(e, a, changed) < 0) holds = -1;
+    Py_XDECREF(changed);
+    if (holds == 1 && floats + e->nplaces <= THX_MAX_NUMBERS) return 1;
+    thx_places_free(e);
+    return holds < 0 ? -1 : 0;
+}
+
 int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
     uint32_t n = 0;
     *like = NULL;
     for (uint32_t i = 0; i < e->nargs; i++) count_floats(&e->args[i], &n);
     uint64_t changes = c->changes;
-    thx_entry *a = n && n <= THX_MAX_NUMBERS && c->generalised < MAX_TRIES ? c->entries : NULL;
+    thx_entry *a = n <= THX_MAX_NUMBERS && c->generalised < MAX_TRIES ? c->entries : NULL;
     while (a && !*like && c->changes == changes) {
         thx_entry *next = a->next;
         a->running++; /* the caller lets go of the one that is found */
-        int holds = alike_calls(a, e) ? thx_guards_check(c->x, a->guards) : 0;
+        int holds = serves_other_floats(c->x, e, a, n);
         if (holds == 1)
             *like = a;
         else
@@ -215,6 +292,7 @@ static PyObject *ask_tape(thx_entry *e, const thx_entry *like, PyObject *tape, c
     PyObject *before = PyList_New(0), *pairs = PyList_New(k->count), *answer = NULL;
     int rc = before && pairs ? 0 : -1;
     for (uint32_t i = 0; i < e->nargs && rc == 0; i++) rc = former_floats(&like->args[i], &e->args[i], before);
+    for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) rc = PyList_Append(before, e->places[i].value);
     for (uint32_t i = 0; i < k->count && rc == 0; i++) {
         PyObject *pair = Py_BuildValue("(dd)", k->found[i].before, k->found[i].now);
         if (pair)
@@ -230,6 +308,20 @@ static PyObject *ask_tape(thx_entry *e, const thx_entry *like, PyObject *tape, c
     return answer;
 }
 
+/* Floats that are no arguments: those that the program is a function of may be any from here on. */
+static int free_places(thx_entry *e, PyObject *free) {
+    int rc = 0;
+    for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) {
+        thx_place *p = &e->places[i];
+        PyObject *number = PyLong_FromUnsignedLong(e->nfloats + i), *now = thx_float_at(p->owner, p->key);
+        p->any = number && PySet_Contains(free, number) == 1;
+        if (now) Py_SETREF(p->value, Py_NewRef(now));
+        if (p->any) rc = thx_guards_free_float(e->guards, p->owner, p->key);
+        Py_XDECREF(number);
+    }
+    return rc;
+}
+
 static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *answer) {
     e->numbers = PyMem_Calloc(k->count + 1, sizeof *e->numbers);
     if (!e->numbers) return PyErr_NoMemory(), -1;
@@ -237,6 +329,7 @@ static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *ans
     e->nnumbers = k->count;
     e->formula = Py_NewRef(PyTuple_GET_ITEM(answer, 0));
     for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], PyTuple_GET_ITEM(answer, 1));
+    if (free_places(e, PyTuple_GET_ITEM(answer, 1)) < 0) return -1;
     e->main.literals.numbers = e->numbers;
     e->main.literals.nnumbers = e->nnumbers;
     bool checked = e->main.checked;
@@ -253,8 +346,10 @@ int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape)
                 same_program(&k, like->main.t, e->main.t) && k.count;
     PyObject *answer = same ? ask_tape(e, like, tape, &k) : Py_NewRef(Py_None);
     int rc = !answer ? -1 : answer == Py_None ? 0 : take_formula(x, e, &k, answer) < 0 ? -1 : 1;
-    if (rc == 0)
+    if (rc == 0) {
         for (uint32_t i = 0; i < e->nargs; i++) forget_floats(&e->args[i]);
+        thx_places_free(e);
+    }
     Py_XDECREF(answer);
     return rc;
 }
@@ -263,8 +358,14 @@ int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape)
 
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
     PyObject *floats[THX_MAX_NUMBERS];
+    uint32_t n = e->nfloats + e->nplaces;
     for (uint32_t i = 0; i < e->nfloats; i++) floats[i] = e->free_floats >> i & 1 ? leaves->numbers[i] : Py_None;
-    PyObject *found = PyObject_Vectorcall(e->formula, floats, e->nfloats, NULL);
+    for (uint32_t i = 0; i < e->nplaces; i++) {
+        PyObject *now = e->places[i].any ? thx_float_at(e->places[i].owner, e->places[i].key) : Py_None;
+        if (!now) return PyErr_Format(PyExc_RuntimeError, "a float that the program reads is gone");
+        floats[e->nfloats + i] = now;
+    }
+    PyObject *found = PyObject_Vectorcall(e->formula, floats, n, NULL);
     for (uint32_t i = 0; found && i < e->nnumbers; i++) slots[i] = (th_slot){.object = PyTuple_GET_ITEM(found, i)};
     return found; /* it holds the numbers */
 }

@@ -36,7 +36,38 @@ int thx_describe_extent(thx_spec *spec, PyObject *extent);
 PyObject *thx_sizes_answer(thx_recorder *r, const thx_func *f, PyObject *args, PyObject *kwargs, PyObject *answer);
 void thx_sizes_spoil(thx_recorder *r, const char *why); /* the program holds for these sizes alone */
 
-/* ---- plans ---- */
+/* ---- sizes_run.c ---- */
+enum { /* thunder._sizes.OPERATIONS */
+       THX_T_SIZE,
+       THX_T_ARGUMENT,
+       THX_T_ADD,
+       THX_T_SUB,
+       THX_T_MUL,
+       THX_T_FLOORDIV,
+       THX_T_MOD,
+       THX_T_NEG,
+       THX_T_ABS,
+       THX_T_LT,
+       THX_T_LE,
+       THX_T_GT,
+       THX_T_GE,
+       THX_T_EQ,
+       THX_T_NE
+};
+#define THX_EXTENT_CALLEE "thunder._kernels.extent"
+#define THX_FIXED_CALLEE  "thunder._kernels.expect_sizes"
+/* 0: no mark, 1: where a size becomes known, 2: sizes that may not change. */
+int thx_mark_kind(const th_trace *t, const th_op *op);
+const th_node_data *thx_mark_argument(const th_trace *t, const th_op *op, uint32_t i);
+/* Numbers lie in the handles of slots, by place. */
+static inline int64_t thx_in_slot(const th_slot *slots, uint32_t i) { return (intptr_t)slots[i].handle; }
+static inline void thx_into_slot(th_slot *slots, uint32_t i, int64_t value) {
+    slots[i] = (th_slot){.handle = (void *)(intptr_t)value};
+}
+/* A term that is no size, of those before. False: it has no value, or is a condition that does not hold. */
+bool thx_term_compute(const thx_sizes *z, uint32_t i, th_slot *slots);
+/* Size number i is known: what follows from it, up to the next size. */
+bool thx_term_follow(const thx_sizes *z, uint32_t i, int64_t size, th_slot *slots);
 uint32_t thx_extent_slot(const thx_lowering *l, uint16_t number);
 int thx_lower_size(thx_lowering *l, th_opref op);       /* 1 an operation on sizes, lowered; 0 another, -1 error */
 bool thx_is_steady(const thx_lowering *l, th_opref op); /* its tensors and numbers are the same for all sizes */

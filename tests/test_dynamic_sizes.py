@@ -285,6 +285,11 @@ def strided(x):
     return x + x.stride(1) + x.t().contiguous().stride(0) + x.is_contiguous()
 
 
+def contiguous_or_not(x):
+    y, z, w = x[:, :2], x[: x.shape[0] - 4].t(), x[:4]
+    return x + y.is_contiguous() + 2 * z.is_contiguous() + 4 * w.is_contiguous() + 8 * x.t().is_contiguous()
+
+
 def bytes_of(x):
     return x + x.nbytes + x.element_size()
 
@@ -314,7 +319,7 @@ STEERED = [
     steered, loops, iterates, chunks, to_a_multiple, looks_up, slices_a_list, keyed, in_a_set, in_a_tuple, text_of,
     by_float, by_int, by_numpy, type_of, of_class, truth_of, chained, whole_shape, sorted_shape, size_methods, as_json,
     pooled, halved, at_eight, splits, unbinds, swallows, complex_number, in_size, by_dim, strided, bytes_of, broadcasts,
-    meshes, einsums, nonzero_count, asks_a_value, clipped,
+    contiguous_or_not, meshes, einsums, nonzero_count, asks_a_value, clipped,
 ]  # fmt: skip
 
 

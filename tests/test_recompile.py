@@ -323,3 +323,151 @@ def test_the_limit_warns_once_and_calls_stay_compiled():
     assert stats.fallbacks == 0 and stats.cache_misses == 6
     with pytest.raises(ValueError, match="recompile_limit"):
         thunder.jit(program, recompile_limit=-1)
+
+
+# ---- floats that the callable reads of its surroundings ----
+
+
+class Optimizer:
+    """Momentum with what a scheduler changes: an attribute and an entry of a group."""
+
+    def __init__(self, params):
+        self.params = list(params)
+        self.momenta = [torch.zeros_like(p) for p in self.params]
+        self.rate = 0.1
+        self.groups = [{"decay": 0.01, "name": "all"}]
+
+    def step(self, grads):
+        group = self.groups[0]
+        for p, m, g in zip(self.params, self.momenta, grads, strict=True):
+            m.mul_(0.9).add_(g)
+            p.mul_(1 - self.rate * group["decay"])
+            p.add_(m, alpha=-self.rate)
+
+
+def test_a_thousand_steps_under_a_schedule_compile_twice():
+    torch.manual_seed(0)
+    start = [torch.randn(3, 2), torch.randn(4)]
+    ours, theirs = Optimizer([p.clone() for p in start]), Optimizer([p.clone() for p in start])
+    step = thunder.jit(ours.step)
+    with torch.no_grad():
+        for i in range(1000):
+            grads = [torch.randn_like(p) for p in start]
+            for optimizer in (ours, theirs):
+                optimizer.rate = 0.05 * (1 + math.cos(i / 300))
+                optimizer.groups[0]["decay"] = 0.01 / (1 + i)
+            step(grads)
+            theirs.step(grads)
+            torch.testing.assert_close(ours.params, theirs.params)
+    assert thunder.cache_misses(step) == 2
+
+
+RATE = 0.5
+
+
+def test_floats_of_globals_and_enclosing_functions():
+    global RATE
+    inner = 2.0
+
+    def program(x):
+        return x * RATE + inner
+
+    compiled = thunder.jit(program)
+    for i in range(20):
+        RATE, inner = 0.5 + i, 2.0 - i
+        torch.testing.assert_close(compiled(X), program(X))
+    assert thunder.cache_misses(compiled) == 2
+    RATE, inner = 3, 2.0
+    torch.testing.assert_close(compiled(X), program(X))
+    RATE = 0.25
+    torch.testing.assert_close(compiled(X), program(X))
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0, 3.0, -0.0, 0.0, math.nan, math.inf, 1e-300, 5, 4.0, True, 2.0)])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda self, x: x * self.scale,
+        lambda self, x: x * -self.scale + self.scale**2,
+        lambda self, x: x + 1 if self.scale > 2.5 else x * self.scale,
+        lambda self, x: x * int(self.scale) if self.scale == self.scale and abs(self.scale) < 1e9 else x,
+        lambda self, x: x * (self.scale / 2) + (self.other if self.scale else 1.0),
+        lambda self, x: x + len(f"{self.scale}"),
+        lambda self, x: torch.full_like(x, self.scale) + self.other,
+        lambda self, x: (x * self.scale, self.scale),
+    ],
+)
+def test_a_float_attribute_that_changes(use, values):
+    class Scaled(torch.nn.Module):
+        scale = 1.0  # an attribute of the class, until an object has one of its own
+
+        def __init__(self):
+            super().__init__()
+            self.other = 0.5
+            self.scale = 1.0
+
+        def forward(self, x):
+            return use(self, x)
+
+    module, twin = Scaled(), Scaled()
+    compiled = thunder.jit(module)
+    for value in (*values, *values[:3]):
+        module.scale = twin.scale = value
+        torch.testing.assert_close(compiled(X), twin(X), equal_nan=True, rtol=0, atol=0)
+        assert type(module.scale) is type(value)
+
+
+def test_a_float_attribute_that_the_code_writes_itself():
+    class Decaying(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x):
+            y = x * self.scale
+            self.scale = self.scale * 0.5
+            return y
+
+    module, twin = Decaying(), Decaying()
+    compiled = thunder.jit(module)
+    for i in range(12):
+        if i % 5 == 4:
+            module.scale = twin.scale = 3.0 + i
+        torch.testing.assert_close(compiled(X), twin(X))
+        assert module.scale == twin.scale
+        assert type(module.scale) is float
+
+
+def test_a_float_attribute_that_goes_away():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x):
+            return x * getattr(self, "scale", 7.0)
+
+    module = Scaled()
+    compiled = thunder.jit(module)
+    for value in (1.0, 2.0, 3.0):
+        module.scale = value
+        torch.testing.assert_close(compiled(X), X * value)
+    del module.scale
+    torch.testing.assert_close(compiled(X), X * 7.0)
+
+
+def test_floats_of_arguments_and_attributes_change_together():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x, shift):
+            return x * self.scale + shift * self.scale
+
+    module = Scaled()
+    compiled = thunder.jit(module)
+    for i in range(10):
+        module.scale = 1.0 + i
+        torch.testing.assert_close(compiled(X, 0.5 * i), X * module.scale + 0.5 * i * module.scale)
+    assert thunder.cache_misses(compiled) == 2

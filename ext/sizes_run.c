@@ -1,0 +1,246 @@
+/* Programs for any sizes at work: numbers are computed as sizes become known, conditions are checked, what does not
+ * vary runs as in any program. See sizes.c.
+ */
+#include "callable.h"
+#include "program.h"
+
+#include "base/hash.h"
+#include "ir/ir.h"
+
+#include <string.h>
+
+/* ---- marks in the trace ---- */
+
+int thx_mark_kind(const th_trace *t, const th_op *op) {
+    if (op->kind != TH_OP_CALL || op->callee_opaque || !(op->effects & TH_FX_STATE)) return 0;
+    const char *callee = th_str_get(t->ctx, op->callee);
+    return strcmp(callee, THX_EXTENT_CALLEE) == 0 ? 1 : strcmp(callee, THX_FIXED_CALLEE) == 0 ? 2 : 0;
+}
+
+const th_node_data *thx_mark_argument(const th_trace *t, const th_op *op, uint32_t i) {
+    return &t->nodes[t->kids[t->nodes[op->args].u.kids + i]];
+}
+
+/* ---- computing ---- */
+
+static int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+/* A term that is no size, of those before. False: it has no value, or is a condition that does not hold. */
+bool thx_term_compute(const thx_sizes *z, uint32_t i, th_slot *slots) {
+    const thx_term *term = &z->terms[i];
+    int64_t a = term->of_a ? thx_in_slot(slots, (uint32_t)term->a) : term->a, out = 0;
+    int64_t b = term->of_b ? thx_in_slot(slots, (uint32_t)term->b) : term->b;
+    bool fails = false;
+    switch (term->op) {
+    case THX_T_ADD: fails = __builtin_add_overflow(a, b, &out); break;
+    case THX_T_SUB: fails = __builtin_sub_overflow(a, b, &out); break;
+    case THX_T_MUL: fails = __builtin_mul_overflow(a, b, &out); break;
+    case THX_T_FLOORDIV: fails = b == 0 || (out = floor_divide(a, b), false); break;
+    case THX_T_MOD: fails = b == 0 || (out = a - floor_divide(a, b) * b, false); break;
+    case THX_T_NEG: out = -a; break;
+    case THX_T_ABS: out = a < 0 ? -a : a; break;
+    case THX_T_LT: out = a < b; break;
+    case THX_T_LE: out = a <= b; break;
+    case THX_T_GT: out = a > b; break;
+    case THX_T_GE: out = a >= b; break;
+    case THX_T_EQ: out = a == b; break;
+    default: out = a != b; break;
+    }
+    thx_into_slot(slots, i, out);
+    return !fails && (!term->condition || (z->trusting && !term->of_int) || out == term->value);
+}
+
+/* Size number `i` is known: what follows from it, up to the next size. */
+bool thx_term_follow(const thx_sizes *z, uint32_t i, int64_t size, th_slot *slots) {
+    bool holds = true;
+    thx_into_slot(slots, i, size);
+    while (++i < z->count && z->terms[i].op != THX_T_SIZE && holds) holds = thx_term_compute(z, i, slots);
+    return holds;
+}
+
+static int64_t size_of(thx *x, th_slot *slot, uint32_t d) { /* -1: it has no such dimension */
+    int64_t ndim = 0, *sizes = NULL;
+    if (x->abi.on) {
+        th_h h = thx_slot_handle(x, slot);
+        bool known = !x->abi.aoti_torch_get_dim(h, &ndim) && d < ndim && !x->abi.aoti_torch_get_sizes(h, &sizes);
+        return known ? sizes[d] : -1;
+    }
+    PyObject *object = thx_slot_object(x, slot);
+    PyObject *size = object ? PyObject_CallMethod(object, "size", "I", (unsigned)d) : NULL;
+    int64_t value = size ? PyLong_AsLongLong(size) : -1;
+    PyErr_Clear();
+    Py_XDECREF(size);
+    return value;
+}
+
+static bool int_argument(const thx_term *term, const thx_leaves *leaves, int64_t *value) {
+    int overflow = 0;
+    *value = PyLong_AsLongLongAndOverflow(leaves->numbers[term->leaf], &overflow);
+    return !overflow;
+}
+
+bool thx_sizes_start(thx *x, const thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
+    const thx_sizes *z = e->main.literals.sizes;
+    bool holds = true;
+    int64_t value = 0;
+    for (uint32_t i = 0; i < z->count && z->terms[i].op != THX_T_SIZE && holds; i++)
+        if (z->terms[i].op == THX_T_ARGUMENT) {
+            holds = int_argument(&z->terms[i], leaves, &value);
+            thx_into_slot(slots, i, value);
+        } else {
+            holds = thx_term_compute(z, i, slots);
+        }
+    if (!holds) PyErr_SetString(x->SizesChanged, "the program does not hold for the numbers that it got");
+    return holds;
+}
+
+bool thx_sizes_hold(thx *x, const thx_entry *e, const thx_leaves *leaves) {
+    const thx_sizes *z = e->main.literals.sizes;
+    th_slot fixed[64], *slots = z->count <= 64 ? fixed : PyMem_Malloc(sizeof *slots * z->count);
+    bool holds = slots != NULL;
+    int64_t value = 0;
+    for (uint32_t i = 0; i < z->count && holds; i++) {
+        const thx_term *term = &z->terms[i];
+        if (!term->early) continue;
+        if (term->op == THX_T_ARGUMENT) {
+            holds = int_argument(term, leaves, &value);
+            thx_into_slot(slots, i, value);
+        } else if (term->op == THX_T_SIZE)
+            thx_into_slot(slots, i, size_of(x, &(th_slot){.object = leaves->items[term->leaf]}, (uint32_t)term->b));
+        else
+            holds = thx_term_compute(z, i, slots);
+    }
+    if (slots != fixed) PyMem_Free(slots);
+    return holds;
+}
+
+/* Programs for very sizes know more: they run on our own kernels where tensors are small. So one is made for sizes that
+ * recur, for a few at most. */
+bool thx_sizes_recur(thx *x, thx_entry *e, const thx_leaves *leaves) {
+    enum { CALLS = 16, MAX_EXACT = 8 };
+    uint64_t hash = 1;
+    if (!x->abi.on || e->exact >= MAX_EXACT) return false;
+    for (uint32_t i = 0; i < leaves->count; i++) {
+        int64_t ndim = 0, *sizes = NULL;
+        th_h h = thx_borrow(&x->abi, leaves->items[i]);
+        if (x->abi.aoti_torch_get_dim(h, &ndim) || x->abi.aoti_torch_get_sizes(h, &sizes)) return false;
+        for (int64_t d = 0; d < ndim; d++) hash = th__hash_mix(hash, (uint64_t)sizes[d]);
+    }
+    for (uint32_t i = 0; i < e->main.literals.sizes->count; i++)
+        if (e->main.literals.sizes->terms[i].op == THX_T_ARGUMENT)
+            hash =
+                th__hash_mix(hash, (uint64_t)PyLong_AsLongLong(leaves->numbers[e->main.literals.sizes->terms[i].leaf]));
+    uint32_t at = 0;
+    while (at < THX_RECENT - 1 && e->recent[at].hash != hash) at++;
+    thx_recent found = e->recent[at].hash == hash ? e->recent[at] : (thx_recent){hash, 0};
+    memmove(e->recent + 1, e->recent, sizeof *e->recent * at);
+    found.calls = ++found.calls >= CALLS ? 0 : found.calls;
+    e->recent[0] = found;
+    e->exact += !found.calls;
+    return !found.calls;
+}
+
+/* ---- plans ---- */
+
+uint32_t thx_extent_slot(const thx_lowering *l, uint16_t number) {
+    return l->t->ninputs + l->literals->nnumbers + number - 1;
+}
+
+typedef struct size_data {
+    thx_instr_data head;
+    const thx_sizes *sizes; /* borrowed: the entry's */
+    uint32_t slot, first, ndim;
+    int64_t numbers[]; /* ndim 0: dimension, place; otherwise sizes, of which -1 may be any */
+} size_data;
+
+static int changed(const thx *x) {
+    PyErr_SetString(x->SizesChanged, "the program does not hold for the sizes that it met");
+    return -1;
+}
+
+static int run_size(th_frame *f, const th_instr *instr) {
+    const size_data *s = instr->data;
+    int64_t size = size_of(f->user, &f->slots[s->slot], (uint32_t)s->numbers[0]);
+    if (size < 0 || !thx_term_follow(s->sizes, (uint32_t)s->numbers[1], size, f->slots + s->first))
+        return changed(f->user);
+    return 0;
+}
+
+static int run_fixed(th_frame *f, const th_instr *instr) {
+    const size_data *s = instr->data;
+    bool same = true;
+    for (uint32_t d = 0; d < s->ndim && same; d++)
+        same = s->numbers[d] < 0 || size_of(f->user, &f->slots[s->slot], d) == s->numbers[d];
+    return same ? 0 : changed(f->user);
+}
+
+int thx_lower_size(thx_lowering *l, th_opref o) {
+    const th_op *op = &l->t->ops[o];
+    int kind = thx_mark_kind(l->t, op);
+    if (!kind || !l->literals->sizes) return kind != 0;
+    uint32_t n = l->t->nodes[op->args].count - 1;
+    size_data *s = PyMem_Malloc(sizeof *s + sizeof(int64_t) * n);
+    if (!s) return PyErr_NoMemory(), -1;
+    s->head.free = PyMem_Free;
+    s->sizes = l->literals->sizes;
+    s->slot = thx_slot_for(l, thx_mark_argument(l->t, op, 0)->u.ref);
+    s->first = thx_extent_slot(l, 1);
+    s->ndim = kind == 2 ? n : 0;
+    for (uint32_t i = 0; i < n; i++) s->numbers[i] = thx_mark_argument(l->t, op, 1 + i)->u.i;
+    return thx_check(l->x, th_plan_add(l->plan, kind == 1 ? run_size : run_fixed, s, o)) < 0 ? -1 : 1;
+}
+
+/* What does not vary is lowered as in any program, by what the trace states: where it comes from something that varies,
+ * each run looks whether it is as stated. */
+typedef struct variation {
+    const thx_lowering *l;
+    const th_trace *t;
+    th_opref op;
+    bool found;
+    int rc;
+} variation;
+
+static void find_varying(void *user, th_val *v) {
+    variation *s = user;
+    s->found |= s->l->literals->sizes->varies[*v];
+}
+
+bool thx_is_steady(const thx_lowering *l, th_opref o) {
+    if (!l->literals->sizes) return true;
+    variation s = {.l = l};
+    th_op_each_use((th_trace *)l->t, o, find_varying, &s);
+    th_op_each_out((th_trace *)l->t, o, find_varying, &s);
+    return !s.found && !th_node_has_extent(l->t, l->t->ops[o].args) && !th_node_has_extent(l->t, l->t->ops[o].kwargs);
+}
+
+typedef struct check_data {
+    thx_instr_data head;
+    uint32_t slot;
+    th_typeref type;
+} check_data;
+
+static int run_check(th_frame *f, const th_instr *instr) {
+    const check_data *c = instr->data;
+    thx *x = f->user;
+    return thx_as_predicted(x, &f->slots[c->slot], th_type_get(x->ctx, c->type)) ? 0 : changed(x);
+}
+
+static void lower_check(void *user, th_val *v) {
+    variation *s = user;
+    thx_lowering *l = (thx_lowering *)s->l;
+    if (s->rc < 0 || l->literals->sizes->varies[*v] || l->slots[*v] == UINT32_MAX) return;
+    check_data *c = PyMem_Malloc(sizeof *c);
+    if (!c) {
+        PyErr_NoMemory();
+        s->rc = -1;
+        return;
+    }
+    *c = (check_data){{PyMem_Free}, l->slots[*v], l->t->values[*v].type};
+    s->rc = thx_check(l->x, th_plan_add(l->plan, run_check, c, s->op));
+}
+
+int thx_lower_checks(thx_lowering *l, th_opref o) {
+    variation s = {.l = l, .op = o};
+    if (l->literals->sizes && !thx_is_steady(l, o)) th_op_each_out((th_trace *)l->t, o, lower_check, &s);
+    return s.rc;
+}

@@ -349,9 +349,10 @@ static void drop_dead(thx_callable_object *c) { /* keep at most 64 entries */
 }
 
 /* A program for any sizes could not run: the call goes on without it, and raises what is to be raised. */
-static bool is_misfit(thx_callable_object *c, thx_entry *e, uint64_t number) {
+static bool is_misfit(thx_entry *e, uint64_t number) {
     enum { MAX_MISFITS = 8 };
-    if (!e->main.literals.sizes || !PyErr_ExceptionMatches(PyExc_Exception)) return false;
+    if (!e->main.literals.sizes || e->main.literals.sizes->dry || !PyErr_ExceptionMatches(PyExc_Exception))
+        return false;
     PyErr_Clear();
     e->tried = number;
     if (++e->misfits >= MAX_MISFITS) e->dead = true;
@@ -407,7 +408,7 @@ static bool serve_by(thx_callable_object *c, thx_request *call, bool any_sizes, 
         *result = run_entry_or_raise(c, e, &leaves, call);
         int another = *result ? 0 : take_value(x, e, call);
         if (another > 0) e->hits--, e->tried = number;
-        if (!*result && another == 0 && is_misfit(c, e, number)) another = 1;
+        if (!*result && another == 0 && is_misfit(e, number)) another = 1;
         thx_entry_leave(c, e);
         if (another < 0) break;
         if (another) { /* the entry for that value, if there is one */

@@ -13,8 +13,8 @@
  * tell it; a call that does not fit is captured.
  *
  * Nothing may depend on a size that was not followed: whatever is recorded by way of torch's own decompositions, and
- * what is decided by values of tensors, leaves the program to its own sizes. So do programs that write to inputs or
- * draw random numbers, which could not begin anew, and those with gradients.
+ * what is decided by values of tensors, leaves the program to its own sizes. So do gradients. A program that writes to
+ * inputs or draws random numbers could not begin anew: sizes_dry.c finds out before whether it holds.
  */
 #include "sizes.h"
 
@@ -251,22 +251,45 @@ static bool asserts(const th_trace *t, const th_op *op) { /* that may be done tw
     return strstr(callee, "assert") || strcmp(callee, "thunder._kernels.raise_if") == 0;
 }
 
-/* Why a run could not begin anew; NULL: it can. */
-static const char *once_only(const th_trace *t) {
-    for (th_opref o = 1; o < t->nops; o++) {
-        const th_op *op = &t->ops[o];
-        if (op->effects & TH_FX_RANDOM) return "the program draws random numbers";
-        if (op->effects & TH_FX_STATE && !thx_mark_kind(t, op) && !asserts(t, op))
-            return "the program checks data, or acts outside of tensors";
+static bool acts_outside(const th_trace *t) {
+    bool acts = false;
+    for (th_opref o = 1; o < t->nops && !acts; o++)
+        acts = t->ops[o].effects & TH_FX_STATE && !thx_mark_kind(t, &t->ops[o]) && !asserts(t, &t->ops[o]);
+    return acts;
+}
+
+static bool runs_once(const th_trace *t) { /* it cannot begin anew when something does not fit */
+    bool once = false;
+    for (th_opref o = 1; o < t->nops && !once; o++) once = t->ops[o].effects & TH_FX_RANDOM;
+    for (uint32_t i = 0; i < t->ninputs && !once; i++) once = th__is_written(t, t->inputs[i], t->nops);
+    return once;
+}
+
+/* 1: dry runs say for both captures what these said; 0 they do not, -1 error. */
+static int make_dry(thx *x, thx_sizes *z, const thx_recorder *r, const comparison *k, const th_trace *program) {
+    z->dry = thx_dry_new(x, program, r);
+    th_typeref *types = PyMem_Calloc(program->ninputs + 1, sizeof *types);
+    th_slot *slots = PyMem_Calloc(z->count + 1, sizeof *slots);
+    int fits = z->dry && types && slots ? 1 : -1;
+    for (int pass = 0; pass < 2 && fits == 1; pass++) { /* this capture, then the former one */
+        const th_trace *t = pass ? k->a : k->b;
+        for (uint32_t i = 0; i < program->ninputs; i++) {
+            th_val v = program->inputs[i];
+            types[i] = v < t->nvalues ? th_type_set_grad(t->ctx, t->values[v].type, false) : 0;
+        }
+        for (uint32_t i = 0; i < z->count; i++)
+            if (z->terms[i].op == THX_T_ARGUMENT)
+                thx_into_slot(slots, i, pass ? thx_in_slot(k->slots, i) : z->terms[i].value);
+        fits = thx_dry_run(x, z->dry, z, types, slots);
     }
-    for (uint32_t i = 0; i < t->ninputs; i++)
-        if (th__is_written(t, t->inputs[i], t->nops))
-            return "the program writes to an argument, a parameter or a buffer";
-    return NULL;
+    PyMem_Free(types);
+    PyMem_Free(slots);
+    return fits < 0 && !PyErr_Occurred() ? (PyErr_NoMemory(), -1) : fits;
 }
 
 void thx_sizes_free(const thx_sizes *z) {
     if (z) PyMem_Free(z->varies);
+    if (z) thx_dry_free(z->dry);
     PyMem_Free((void *)z);
 }
 
@@ -299,12 +322,19 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
     }
     comparison k = {like->captured, e->captured, z, slots, 0};
     for (uint32_t i = 0; i < e->nargs; i++) former_ints(&like->args[i], &e->args[i], &k);
-    const char *why = e->expected   ? "values of tensors steer the program"
-                      : e->gradient ? "the program computes gradients"
-                                    : once_only(e->main.t);
-    bool same = !why && same_program(&k);
+    const char *why = e->expected               ? "values of tensors steer the program"
+                      : e->gradient             ? "the program computes gradients"
+                      : acts_outside(e->main.t) ? "the program acts outside of tensors"
+                                                : NULL;
+    bool same = !why && same_program(&k) && note_varying(z, like->captured, e->captured, e->main.t) == 0;
+    if (same && runs_once(e->main.t)) {
+        same = make_dry(x, z, r, &k, e->main.t) == 1;
+        if (!same)
+            why = "the program writes to its inputs or draws random numbers, and some operation that sizes change "
+                  "has no rule";
+    }
     PyMem_Free(slots);
-    if (same && note_varying(z, like->captured, e->captured, e->main.t) == 0) {
+    if (same) {
         e->main.literals.sizes = z;
         for (uint32_t i = 0; i < e->nargs; i++) free_ints(&e->args[i]);
         return 0;

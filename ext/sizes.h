@@ -17,8 +17,11 @@ typedef struct thx_term { /* a number that a program computes of sizes */
     int32_t leaf;         /* of a size of an argument: which tensor; of an int: which number; otherwise -1 */
 } thx_term;
 
+typedef struct thx_dry thx_dry;
+
 typedef struct thx_sizes {
     uint32_t count;
+    thx_dry *dry;  /* the program cannot begin anew: whether it holds is found out before; or NULL (owned) */
     bool trusting; /* the caller guarantees that sizes decide nothing: conditions do not count */
     bool *varies;  /* by value of the final trace: its sizes or strides are others for other sizes; owned */
     thx_term terms[];
@@ -73,6 +76,12 @@ int thx_lower_size(thx_lowering *l, th_opref op);       /* 1 an operation on siz
 bool thx_is_steady(const thx_lowering *l, th_opref op); /* its tensors and numbers are the same for all sizes */
 int thx_lower_checks(thx_lowering *l, th_opref op);     /* results of an unsteady one that are the same for all */
 void thx_sizes_free(const thx_sizes *sizes);
+
+/* ---- sizes_dry.c ---- */
+thx_dry *thx_dry_new(thx *x, const th_trace *program, const thx_recorder *r); /* NULL with an exception */
+void thx_dry_free(thx_dry *dry);
+/* inputs: by input of the trace, its type, or 0: as stated. slots: numbers, those of ints known. */
+bool thx_dry_run(thx *x, thx_dry *dry, const thx_sizes *sizes, const th_typeref *inputs, th_slot *slots);
 
 /* ---- entries ---- */
 struct thx_entry;

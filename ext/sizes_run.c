@@ -94,6 +94,24 @@ bool thx_sizes_start(thx *x, const thx_entry *e, const thx_leaves *leaves, th_sl
     return holds;
 }
 
+static bool dry_run(thx *x, const thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
+    const thx_sizes *z = e->main.literals.sizes;
+    const th_trace *t = e->main.t;
+    th_typeref fixed[64] = {0}, *types = e->nroots <= 64 ? fixed : PyMem_Calloc(e->nroots, sizeof *types);
+    bool known = types != NULL;
+    for (uint32_t i = 0; i < e->nroots && known; i++) {
+        thx_meta meta;
+        if (e->root_leaf[i] < 0 || !z->varies[t->inputs[i]]) continue;
+        known = thx_read_meta(x, leaves->items[e->root_leaf[i]], false, &meta) == 0 &&
+                (types[i] = thx_meta_type(x, &meta)) != 0;
+        if (known) types[i] = th_type_set_grad(x->ctx, types[i], false);
+    }
+    PyErr_Clear();
+    known = known && thx_dry_run(x, z->dry, z, types, slots);
+    if (types != fixed) PyMem_Free(types);
+    return known;
+}
+
 bool thx_sizes_hold(thx *x, const thx_entry *e, const thx_leaves *leaves) {
     const thx_sizes *z = e->main.literals.sizes;
     th_slot fixed[64], *slots = z->count <= 64 ? fixed : PyMem_Malloc(sizeof *slots * z->count);
@@ -110,6 +128,7 @@ bool thx_sizes_hold(thx *x, const thx_entry *e, const thx_leaves *leaves) {
         else
             holds = thx_term_compute(z, i, slots);
     }
+    if (holds && z->dry) holds = dry_run(x, e, leaves, slots);
     if (slots != fixed) PyMem_Free(slots);
     return holds;
 }

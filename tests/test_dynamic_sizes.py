@@ -660,6 +660,68 @@ def test_under_autocast():
         calls(function, batch, (4, 5, 6, 7, 9))
 
 
+class Cached(nn.Module):
+    """Keys are written to a buffer, at the places that a tensor names, and read up to an int that grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+        self.register_buffer("keys", torch.zeros(2, 64, 8))
+
+    def forward(self, x, places, until):
+        self.keys.index_copy_(1, places, self.project(x))
+        keys = self.keys[:, :until]
+        return (x @ keys.transpose(1, 2)).softmax(-1) @ keys, keys.shape[1]
+
+
+def decode_cached(run, module, first=4):
+    results, place = [], torch.arange(first)
+    torch.manual_seed(1)
+    x = torch.randn(2, first, 8)
+    for _ in range(20):
+        results.append(run(x, place, int(place[-1]) + 1))
+        x, place = torch.randn(2, 1, 8), place[-1:] + 1
+    return results, module.keys.clone()
+
+
+def test_writes_to_a_cache_and_an_int_that_grows():
+    module = Cached()
+    twin = Cached()
+    twin.load_state_dict(module.state_dict())
+    compiled = thunder.jit(module)
+    with torch.no_grad():
+        for first in (4, 6, 9):
+            torch.testing.assert_close(decode_cached(compiled, module, first), decode_cached(twin, twin, first))
+    assert thunder.cache_misses(compiled) <= 5
+
+
+def test_what_does_not_fit_is_found_before_anything_is_written():
+    def function(x, y):
+        x.add_(1)
+        z = (y + y.shape[0])[:4]
+        return x * 2 if z.shape[0] == 4 else x * 3
+
+    compiled = thunder.jit(function)
+    for n in (5, 6, 7, 3, 4, 2, 9, 8):
+        ours, theirs = torch.ones(3), torch.ones(3)
+        y = torch.randn(n)
+        torch.testing.assert_close(compiled(ours, y), function(theirs, y))
+        assert torch.equal(ours, theirs)
+
+
+def test_dropout_on_batches_of_any_size():
+    net = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 2))
+    compiled = thunder.jit(net)
+    with torch.no_grad():
+        for n in (4, 5, 6, 7, 9):
+            x = rows(n)[0]
+            torch.manual_seed(n)
+            want = net(x)
+            torch.manual_seed(n)
+            torch.testing.assert_close(compiled(x), want)
+    assert thunder.cache_misses(compiled) == 2
+
+
 def test_in_inference_mode():
     with torch.inference_mode():
         assert calls(attention, batch, (4, 5, 6, 7, 9)) == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -113,3 +114,41 @@ def import_litgpt() -> types.SimpleNamespace:
     config = importlib.import_module("litgpt.config")
     model = importlib.import_module("litgpt.model")
     return types.SimpleNamespace(GPT=model.GPT, Config=config.Config)
+
+
+class _StandinFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a stand-in for each module of packages that are not installed."""
+
+    def __init__(self, *packages: str) -> None:
+        self.packages = [p for p in packages if importlib.util.find_spec(p) is None]
+        self.made: list[str] = []
+
+    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        missing = name.partition(".")[0] in self.packages
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if missing else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        self.made.append(spec.name)
+        return _Standin(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.RequirementCache = lambda *a, **k: False  # what litgpt.constants asks: nothing is there
+
+
+def import_litgpt_generate() -> types.ModuleType:
+    """litgpt's module `generate.base`, whose functions need torch alone; what it imports besides is stood in for.
+
+    Raises:
+        ImportError: litgpt itself is not installed (`make setup` installs it).
+    """
+    import_litgpt()
+    finder = _StandinFinder(
+        "lightning", "lightning_utilities", "psutil", "jsonargparse", "tokenizers", "huggingface_hub"
+    )
+    sys.meta_path.append(finder)
+    try:
+        return importlib.import_module("litgpt.generate.base")
+    finally:
+        sys.meta_path.remove(finder)
+        for name in finder.made:
+            sys.modules.pop(name, None)

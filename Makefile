@@ -16,6 +16,7 @@ CMAKE := $(BIN)/cmake
 STAMP := $(VENV)/.stamp
 CORE := build/core
 SANITIZE := build/sanitize
+TSAN := build/tsan
 
 C_FILES := $(wildcard src/*/*.[ch] src/executors/*/*.[ch] include/*/*.h ext/*.[ch] tools/*.c examples/*/*.[ch])
 TEST_C_FILES := $(wildcard tests/c/*.[ch] tests/fuzz/*.[ch])
@@ -103,6 +104,11 @@ sanitize: $(STAMP)-tools
 	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON -DTHUNDER_WERROR=$(WERROR)
 	$(CMAKE) --build $(SANITIZE) -j $(JOBS)
 	$(BIN)/ctest --test-dir $(SANITIZE) --output-on-failure
+
+tsan: $(STAMP)-tools
+	$(CMAKE) -S . -B $(TSAN) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_TSAN=ON -DTHUNDER_DEBUG_CHECKS=ON -DTHUNDER_WERROR=$(WERROR)
+	$(CMAKE) --build $(TSAN) -j $(JOBS) --target test_threads
+	$(BIN)/ctest --test-dir $(TSAN) --output-on-failure -R '^test_threads$$'
 
 FUZZ_SECONDS ?= 20
 fuzz: $(STAMP)-tools

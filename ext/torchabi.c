@@ -5,6 +5,7 @@
 #include "base/env.h"
 #include "thunder/ir.h"
 
+#include <malloc.h>
 #include <string.h>
 
 static int note(thx_abi *abi, const char *feature, const char *why) {
@@ -99,7 +100,7 @@ static int calibrate_borrow(thx_abi *abi, PyObject *torch) {
 
 /* Where the requires_grad byte lies: compare a plain tensor, one that requires grad, and that one switched off. */
 static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
-    enum { IMPL_BYTES = 160, META_BYTES = 224 }; /* of structures that are at least that long */
+    enum { IMPL_BYTES = 160, META_BYTES = 224 }; /* the first is at least that long, the second may end before */
     abi->autograd_meta = -1;
     int meta_at = -1, flag_at = -1;
     for (int round = 0; round < 3; round++) {
@@ -114,10 +115,12 @@ static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
         }
         if (meta >= 0) {
             char before[META_BYTES], *m = *(char **)(*(char **)thx_borrow(abi, grad) + meta);
-            memcpy(before, m, META_BYTES);
+            int length = (int)malloc_usable_size(m);
+            if (length > META_BYTES) length = META_BYTES;
+            memcpy(before, m, (size_t)length);
             PyObject *off = PyObject_CallMethod(grad, "requires_grad_", "O", Py_False);
             int flips = 0;
-            for (int at = 0; off && at < META_BYTES; at++)
+            for (int at = 0; off && at < length; at++)
                 if (before[at] == 1 && m[at] == 0) flag = at, flips++;
             if (flips != 1) flag = -1;
             Py_XDECREF(off);

@@ -473,3 +473,17 @@ def strided_input_that_takes_what_requires_grad():
     yield Seen(error=backward(out), w=w)
     out = yield (torch.arange(8.0)[::2],)
     yield Seen(error=backward(out), w=w)
+
+
+@program("grad modes")
+def without_gradients_under_autocast():
+    def f(x):
+        with torch.no_grad():
+            doubled = -x
+        return doubled, x
+
+    x = X(grad=True)
+    out = yield f, x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = yield (x,)
+        yield Seen(error=backward(out), x=x)

@@ -67,6 +67,7 @@ typedef struct thx_recorder {
     bool inference;         /* inference mode of the caller */
     bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
+    bool seeded;            /* the program set a generator's state since that was last looked at */
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */

@@ -143,6 +143,15 @@ static bool reads_numbers(PyObject *function) {
     return name && (strcmp(name, "math") == 0 || strcmp(name, "cmath") == 0 || strcmp(name, "_struct") == 0);
 }
 
+/* torch.manual_seed, fork_rng and the like end in these. */
+static bool seeds_torch(PyObject *self, const char *name) {
+    static const char *const names[] = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset", NULL};
+    if (strcmp(Py_TYPE(self)->tp_name, "torch._C.Generator") != 0) return false;
+    for (const char *const *n = names; *n; n++)
+        if (strcmp(name, *n) == 0) return true;
+    return false;
+}
+
 static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
     thx *x = r->x;
     if (!PyCFunction_Check(function)) return 0;
@@ -158,6 +167,10 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     PyObject *self = PyCFunction_GET_SELF(function);
     char text[120];
     if (self && !PyModule_Check(self)) {
+        if (seeds_torch(self, name)) {
+            r->seeded = true;
+            return 0;
+        }
         if (!is_generator(x, self)) {
             *known = method;
             return 0;

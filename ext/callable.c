@@ -10,6 +10,13 @@
 #include "passes/pass.h"
 
 #include <string.h>
+#include <time.h>
+
+static uint64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 /* ---- entries for values of tensors ---- */
 
@@ -375,6 +382,7 @@ static bool serve(thx_callable_object *c, thx_request *call, PyObject **result) 
             p = &e->next;
             continue;
         }
+        if (c->timed) c->guard_ns += nanoseconds() - c->entered_ns;
         if (e->eager) {
             c->fallbacks++;
             *result = call_eager(c, e, call->args, call->nargsf, call->kwnames);
@@ -412,6 +420,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     thx *x = c->x;
     thx_ambient ambient;
     c->calls++;
+    if (c->timed) c->entered_ns = nanoseconds();
     if (x->active &&
         x->active_thread ==
             PyThread_get_thread_ident()) /* called inside another capture: its operations belong to that trace */
@@ -611,6 +620,9 @@ static PyMemberDef callable_members[] = {
     {"__dictoffset__", T_PYSSIZET, offsetof(thx_callable_object, dict), READONLY, NULL},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(thx_callable_object, weakrefs), READONLY, NULL},
     {"__wrapped__", T_OBJECT, offsetof(thx_callable_object, fn), READONLY, "The original callable."},
+    {"_timed", T_BOOL, offsetof(thx_callable_object, timed), 0, "Whether _guard_ns is counted."},
+    {"_guard_ns", T_ULONGLONG, offsetof(thx_callable_object, guard_ns), READONLY,
+     "Nanoseconds that hits took up to the choice of their program, while _timed."},
     {NULL, 0, 0, 0, NULL},
 };
 static PyGetSetDef callable_getset[] = {

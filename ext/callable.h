@@ -95,6 +95,8 @@ typedef struct thx_callable_object {
     bool needs_transform;  /* the original computes something else: it is no way out */
     bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */
+    bool timed;       /* for benchmarks: hits add to guard_ns what they took up to the choice of their entry */
+    uint64_t guard_ns, entered_ns;
 } thx_callable_object;
 
 typedef struct thx_request { /* a call */

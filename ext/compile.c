@@ -282,7 +282,7 @@ static int capture(compile *k) {
                 !PyErr_ExceptionMatches(x->GradNeeded);
     if (rc < 0) PyErr_Fetch(&type, &value, &trace);
     PyObject *codes = rc < 0 ? NULL : thx_codes_list(k->r);
-    thx_guards_ran(k->e->guards, codes);
+    thx_guards_ran(k->x, k->e->guards, codes);
     if (codes && k->tape) {
         PyObject *done = PyObject_CallMethod(k->tape, "ran", "O", codes);
         if (!done) rc = -1;

@@ -79,15 +79,15 @@ thx_guards *thx_guards_new(thx *x, PyObject *roots) {
     return g;
 }
 
-void thx_guards_ran(thx_guards *g, PyObject *codes) { Py_XSETREF(g->codes, Py_XNewRef(codes)); }
+void thx_watch_dict_clear(thx *x, watch_dict *w) {
+    unwatch(x, w->dict);
+    Py_DECREF(w->dict);
+    for (Py_ssize_t i = 0; i < 2 * w->count; i++) Py_DECREF(w->items[i]);
+    PyMem_Free(w->items);
+}
 
 void thx_guards_clear(thx *x, thx_guards *g) {
-    for (uint32_t i = 0; i < g->dicts.count; i++) {
-        unwatch(x, g->dicts.items[i].dict);
-        Py_DECREF(g->dicts.items[i].dict);
-        for (Py_ssize_t j = 0; j < 2 * g->dicts.items[i].count; j++) Py_DECREF(g->dicts.items[i].items[j]);
-        PyMem_Free(g->dicts.items[i].items);
-    }
+    for (uint32_t i = 0; i < g->dicts.count; i++) thx_watch_dict_clear(x, &g->dicts.items[i]);
     for (uint32_t i = 0; i < g->sequences.count; i++) {
         Py_DECREF(g->sequences.items[i].object);
         Py_DECREF(g->sequences.items[i].copy);
@@ -120,6 +120,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
         Py_XDECREF(g->live[i]);
     }
     PyMem_Free(g->dicts.items);
+    PyMem_Free(g->stamps.items);
     PyMem_Free(g->sequences.items);
     PyMem_Free(g->objects.items);
     PyMem_Free(g->cells.items);
@@ -418,7 +419,6 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
             same = false;
         }
     if (!same && !thx_relevant_owner(x, g, w->dict)) same = w->ignored = true;
-    if (same) w->tag = thx_watch_tag(w->dict);
     return same;
 }
 
@@ -462,12 +462,26 @@ static bool object_holds(thx *x, thx_guards *g, watch_other *w) {
     return w->ignored;
 }
 
+#if HAVE_VERSION_TAGS
+enum { AHEAD = 12 }; /* the dictionaries lie all over the memory */
+
+static const void *stamp_place(PyObject *dict) { return &((PyDictObject *)dict)->ma_version_tag; }
+
+static bool stamp_holds(thx *x, thx_guards *g, watch_stamp *stamp) {
+    watch_dict *w = &g->dicts.items[stamp - g->stamps.items];
+    if (!w->ignored && !dict_holds(x, g, w)) return false;
+    stamp->tag = thx_watch_tag(stamp->dict);
+    return true;
+}
+#endif
+
 int thx_guards_check(thx *x, thx_guards *g) {
 #if HAVE_VERSION_TAGS
-    for (uint32_t i = 0; i < g->dicts.count; i++)
-        if (thx_watch_tag(g->dicts.items[i].dict) != g->dicts.items[i].tag && !g->dicts.items[i].ignored &&
-            !dict_holds(x, g, &g->dicts.items[i]))
-            return 0;
+    watch_stamp *stamp = g->stamps.items, *end = stamp + g->stamps.count;
+    for (; stamp < end; stamp++) {
+        if (end - stamp > AHEAD) __builtin_prefetch(stamp_place(stamp[AHEAD].dict));
+        if (thx_watch_tag(stamp->dict) != stamp->tag && !stamp_holds(x, g, stamp)) return 0;
+    }
     for (uint32_t i = 0; i < g->scopes.count; i++)
         if (thx_watch_tag(g->scopes.items[i].dict) != g->scopes.items[i].tag && !scope_holds(g, &g->scopes.items[i]))
             return 0;

@@ -11,7 +11,7 @@ typedef struct thx_guards thx_guards;
 thx_guards *thx_guards_new(thx *x, PyObject *roots);
 void thx_guards_free(thx *x, thx_guards *g);
 /* The code that ran while it was captured, as a list: names that it does not mention cannot matter. */
-void thx_guards_ran(thx_guards *g, PyObject *codes);
+void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
 /* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */

@@ -110,12 +110,12 @@ static bool follows(const walker *w, PyObject *name) { return !w->names || PySet
 static int watch_items(walker *w, PyObject *dict, int depth, bool inside, bool attributes) {
     thx_guards *g = w->g;
     if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
-    if (RESERVE(g->dicts) < 0 || thx_watch(w->x, dict) < 0) return -1;
+    if (RESERVE(g->dicts) < 0 || RESERVE(g->stamps) < 0 || thx_watch(w->x, dict) < 0) return -1;
     Py_ssize_t count = 0;
     PyObject **items = copy_items(dict, &count);
     if (count < 0) return -1;
-    g->dicts.items[g->dicts.count++] =
-        (watch_dict){Py_NewRef(dict), items, count, thx_watch_tag(dict), attributes, false};
+    g->stamps.items[g->stamps.count++] = (watch_stamp){dict, thx_watch_tag(dict)};
+    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, attributes, false, false};
     for (Py_ssize_t i = 0; inside && i < count; i++)
         if ((!attributes || follows(w, items[2 * i])) && walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
     return 0;
@@ -286,16 +286,67 @@ static bool holds_backward_hooks(PyObject *key) {
            PyUnicode_CompareWithASCIIString(key, "_backward_pre_hooks") == 0;
 }
 
+static bool is_empty(PyObject *dict, const char *name) {
+    PyObject *hooks = PyDict_GetItemString(dict, name);
+    return hooks && PyDict_Check(hooks) && PyDict_GET_SIZE(hooks) == 0;
+}
+
+/* How hooks are called matters where there are some; that they came shows in another dictionary. */
+static bool tells_of_no_hooks(PyObject *dict, PyObject *key) {
+    if (PyUnicode_CompareWithASCIIString(key, "_forward_hooks_with_kwargs") == 0 ||
+        PyUnicode_CompareWithASCIIString(key, "_forward_hooks_always_called") == 0)
+        return is_empty(dict, "_forward_hooks");
+    return PyUnicode_CompareWithASCIIString(key, "_forward_pre_hooks_with_kwargs") == 0 &&
+           is_empty(dict, "_forward_pre_hooks");
+}
+
+static const char *const saving[] = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+                                     "_load_state_dict_post_hooks", NULL};
+
+static bool is_for_saving(PyObject *name) {
+    const char *const *s = saving;
+    while (*s && PyUnicode_CompareWithASCIIString(name, *s) != 0) s++;
+    return *s != NULL;
+}
+
 /* The attributes of a module. */
 static int walk_module_dict(walker *w, PyObject *dict, int depth) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
         if (!is_torchs_own(w, key, value)) continue;
         int fresh = first_visit(w, value);
+        if (fresh == 1 && tells_of_no_hooks(dict, key)) continue;
         bool inside = fresh == 1 && (!PyDict_GET_SIZE(value) || !holds_backward_hooks(key));
+        uint32_t before = w->g->dicts.count;
         if (fresh < 0 || (fresh == 1 && watch_items(w, value, depth + 1, inside, false) < 0)) return -1;
+        if (w->g->dicts.count > before) w->g->dicts.items[before].saving = is_for_saving(key);
     }
     return walk_attributes(w, dict, depth);
+}
+
+/* Did code run that names these hooks? Module.state_dict() does. */
+static bool saved(PyObject *codes) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(codes); i++) {
+        PyObject *names = ((PyCodeObject *)PyList_GET_ITEM(codes, i))->co_names;
+        for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(names); j++)
+            if (is_for_saving(PyTuple_GET_ITEM(names, j))) return true;
+    }
+    return false;
+}
+
+void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes) {
+    uint32_t kept = 0;
+    Py_XSETREF(g->codes, Py_XNewRef(codes));
+    if (!codes || saved(codes)) return;
+    for (uint32_t i = 0; i < g->dicts.count; i++) {
+        if (g->dicts.items[i].saving) {
+            thx_watch_dict_clear(x, &g->dicts.items[i]);
+            continue;
+        }
+        g->stamps.items[kept] = g->stamps.items[i];
+        g->dicts.items[kept++] = g->dicts.items[i];
+    }
+    g->dicts.count = g->stamps.count = kept;
 }
 
 /* ---- classes ---- */

@@ -14,9 +14,14 @@
 typedef struct watch_dict {
     PyObject *dict, **items; /* items: key, value, key, value as at the capture; one block of memory, NULL when empty */
     Py_ssize_t count;        /* of pairs */
-    uint64_t tag;
     bool attributes, ignored; /* attributes: of an object, read by name. ignored (here and below): it cannot matter */
+    bool saving;              /* hooks of a module's state_dict(), which runs in few programs */
 } watch_dict;
+
+typedef struct watch_stamp { /* what a check compares first: small and side by side, for there are hundreds */
+    PyObject *dict;          /* borrowed from the watch_dict of the same place */
+    uint64_t tag;
+} watch_stamp;
 
 typedef struct watch_sequence { /* list, deque-like or set: length, then elements by identity (sets by equality) */
     PyObject *object, *copy;
@@ -63,6 +68,7 @@ typedef struct bound {
 
 struct thx_guards {
     VEC(watch_dict) dicts;
+    VEC(watch_stamp) stamps; /* parallel to dicts */
     VEC(watch_sequence) sequences;
     VEC(watch_object) objects;
     VEC(watch_cell) cells;
@@ -87,6 +93,7 @@ int thx_watch_reserve(void **items, uint32_t *cap, uint32_t count, size_t size);
 #define RESERVE(vec) thx_watch_reserve((void **)&(vec).items, &(vec).cap, (vec).count, sizeof *(vec).items)
 
 int thx_watch(thx *x, PyObject *dict); /* from now on its writes are noticed */
+void thx_watch_dict_clear(thx *x, watch_dict *w);
 
 static inline uint64_t thx_watch_tag(PyObject *dict) {
 #if HAVE_VERSION_TAGS

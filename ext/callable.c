@@ -130,7 +130,10 @@ static int tell_eager(thx_callable_object *c, const thx_entry *e) {
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);
     bool refused = e->eager != THX_EAGER_GRAD, *told = refused ? &c->warned_fallback : &c->warned_grad;
-    const char *events[] = {[THX_EAGER_GRAD] = "grad", [THX_EAGER_REFUSED] = "fallback", [THX_EAGER_RAISED] = "raised"};
+    const char *events[] = {[THX_EAGER_GRAD] = "grad",
+                            [THX_EAGER_REFUSED] = "fallback",
+                            [THX_EAGER_RAISED] = "raised",
+                            [THX_EAGER_ORIGINAL] = "raised"};
     int rc = *told ? 0 : tell(c, events[e->eager], value);
     *told = true;
     Py_XDECREF(type);

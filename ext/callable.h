@@ -14,7 +14,8 @@
 enum {
     THX_EAGER_GRAD = 1,    /* the original is run: it uses autograd in a way that is not compiled, say */
     THX_EAGER_REFUSED = 2, /* it cannot be captured, and the user asked for the fallback */
-    THX_EAGER_RAISED = 3   /* the program itself raised: eager does so too, after what it does before */
+    THX_EAGER_RAISED = 3,  /* the program itself raised: eager does so too, after what it does before */
+    THX_EAGER_ORIGINAL = 4 /* it cannot be captured, and the fallback would not look at what it reads either */
 };
 
 typedef struct thx_write { /* a write to the module tree, replayed after each run */

@@ -242,8 +242,14 @@ static int find_identical(compile *k) {
 }
 
 static int refuse_iterators(compile *k) {
-    const char *kind = thx_guards_iterator(k->e->guards);
+    const char *kind = thx_guards_iterator(k->e->guards), *weak = thx_guards_weak(k->e->guards);
     char text[160];
+    if (!kind && weak) {
+        snprintf(text, sizeof text, "a weak reference to an object (%.80s)", weak);
+        return thx_capture_error(k->r, text,
+                                 "what is watched for changes is kept alive, so that the reference would not die",
+                                 "pass the object, or what is read of it, as an argument");
+    }
     if (!kind) return 0;
     snprintf(text, sizeof text, "an iterator (%.80s) from outside the function", kind);
     return thx_capture_error(k->r, text, "each use moves it on, and where it is cannot be watched",
@@ -276,6 +282,7 @@ static int capture(compile *k) {
     k->r->tape = k->tape;
     if (built < 0 || thx_args_watch(&k->watched, k->e->args, k->fakes, k->e->nargs) < 0) return -1;
     int rc = refuse_iterators(k) < 0 ? -1 : refuse_two_places(k);
+    k->r->reached = k->e->guards;
     if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     k->raised = rc < 0 && PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->CaptureError) &&
@@ -630,9 +637,10 @@ thx_entry *thx_compile(thx_callable_object *c, const thx_request *call) {
         if (PyErr_ExceptionMatches(x->GradNeeded) || (leaves && PyErr_ExceptionMatches(x->CaptureError)))
             k.e->eager = THX_EAGER_GRAD;
         else if (PyErr_ExceptionMatches(x->CaptureError) && c->refused)
-            k.e->eager = THX_EAGER_REFUSED;
+            k.e->eager = thx_is_unseen_by_dynamo(x) ? THX_EAGER_ORIGINAL : THX_EAGER_REFUSED;
         else if (k.raised)
             k.e->eager = THX_EAGER_RAISED;
+        if (k.e->eager == THX_EAGER_ORIGINAL && thx_guards_weak(k.e->guards)) thx_guards_forget(x, k.e->guards);
         if (k.e->eager) /* the exception stays set: the caller tells it once */
             return k.e;
     }

@@ -110,7 +110,9 @@ void thx_guards_clear(thx *x, thx_guards *g) {
         Py_DECREF(g->others.items[i].object);
         Py_DECREF(g->others.items[i].copy);
         Py_XDECREF(g->others.items[i].name);
+        Py_XDECREF(g->others.items[i].order);
     }
+    for (uint32_t i = 0; i < g->memos.count; i++) Py_DECREF(g->memos.items[i]);
     for (uint32_t i = 0; i < g->modules.count; i++) Py_DECREF(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
@@ -126,6 +128,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
     PyMem_Free(g->cells.items);
     PyMem_Free(g->scopes.items);
     PyMem_Free(g->others.items);
+    PyMem_Free(g->memos.items);
     PyMem_Free(g->modules.items);
     PyMem_Free(g->tensors.items);
     PyMem_Free(g->tied.items);
@@ -169,6 +172,7 @@ int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg) {
     for (uint32_t i = 0; i < g->others.count; i++) {
         Py_VISIT(g->others.items[i].object);
         Py_VISIT(g->others.items[i].copy);
+        Py_VISIT(g->others.items[i].order);
     }
     for (uint32_t i = 0; i < g->modules.count; i++) Py_VISIT(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_VISIT(g->tensors.items[i]);
@@ -281,6 +285,19 @@ uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
 }
 uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
 const char *thx_guards_iterator(const thx_guards *g) { return g->iterator ? g->iterator->tp_name : NULL; }
+void thx_guards_forget(thx *x, thx_guards *g) {
+    thx_guards_clear(x, g);
+    memset(g, 0, sizeof *g);
+}
+
+const char *thx_guards_weak(const thx_guards *g) { return g->weak ? g->weak->tp_name : NULL; }
+
+bool thx_guards_memoizes(const thx_guards *g, PyObject *code) {
+    for (uint32_t i = 0; i < g->memos.count; i++)
+        if (g->memos.items[i] == code) return true;
+    return false;
+}
+
 void thx_guards_pin(thx_guards *g, bool pinned) { g->pinned = pinned; }
 
 /* ---- checking ---- */

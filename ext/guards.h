@@ -16,6 +16,11 @@ void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes);
 int thx_guards_check(thx *x, thx_guards *g);
 /* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */
 const char *thx_guards_iterator(const thx_guards *g);
+/* The type of what a weak reference leads to that the callable can reach: a guard would keep it alive. NULL: none. */
+const char *thx_guards_weak(const thx_guards *g);
+void thx_guards_forget(thx *x, thx_guards *g); /* from now on nothing is watched or kept alive */
+/* Is it the code of a function behind a functools.lru_cache? That it runs fills the cache. */
+bool thx_guards_memoizes(const thx_guards *g, PyObject *code);
 void thx_guards_pin(thx_guards *g, bool pinned); /* pinned: a check replaces no bound tensor */
 /* What does not hold: (text, owner, key, before, after), None for what there is not; Py_None when it holds. */
 PyObject *thx_guards_cause(thx *x, thx_guards *g);

@@ -44,13 +44,22 @@ typedef struct watch_scope {        /* globals that code names */
     uint64_t tag;
 } watch_scope;
 
-typedef enum watch_kind { WATCH_FUNCTION, WATCH_CLASS, WATCH_ORDER, WATCH_DEQUE, WATCH_BUFFER, WATCH_SLOT } watch_kind;
+typedef enum watch_kind {
+    WATCH_FUNCTION,
+    WATCH_CLASS,
+    WATCH_ORDER,
+    WATCH_DEQUE,
+    WATCH_BUFFER,
+    WATCH_SLOT,
+    WATCH_REGISTRY /* what abstract classes accept as their subclasses; one for all of them */
+} watch_kind;
 
 typedef struct watch_other {
     uint8_t kind;
     bool ignored;
     unsigned version;               /* of a class */
     PyObject *object, *copy, *name; /* name: of a slot, else NULL */
+    PyObject *order;                /* of a class: itself and its bases as they are searched, a tuple */
 } watch_other;
 
 typedef struct bound {
@@ -81,6 +90,9 @@ struct thx_guards {
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
     PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
+    PyTypeObject *weak;    /* borrowed: of what a weak reference leads to and a guard would keep alive; NULL: nothing */
+    VEC(PyObject *) memos; /* code of functions behind functools.lru_cache (owned) */
+    bool registry;         /* a WATCH_REGISTRY is there */
     uint64_t generation, events;
     bool pinned;
     bool explain;    /* keep what does not hold, for a report */

@@ -139,6 +139,60 @@ static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
     return 0;
 }
 
+/* The words of two TensorImpls that differ in one bit: by place, that bit; else 0. */
+static void one_bit_apart(const thx_abi *abi, PyObject *x, PyObject *y, uint64_t *bits, int n) {
+    const uint64_t *a = *(uint64_t **)thx_borrow(abi, x), *b = *(uint64_t **)thx_borrow(abi, y);
+    for (int i = 1; i < n; i++) {
+        uint64_t differ = a[i] ^ b[i];
+        bits[i] = differ & (differ - 1) ? 0 : differ;
+    }
+}
+
+/* Where the keys lie that say that a tensor shows other values than its memory holds: compare views with and without.
+ */
+static int calibrate_lazy(thx_abi *abi, PyObject *torch) {
+    enum { WORDS = 20, ROUNDS = 3 };
+    uint64_t found[2][WORDS] = {{0}};
+    abi->keys = -1;
+    PyObject *dtype = PyObject_GetAttrString(torch, "complex64");
+    for (int round = 0; round < ROUNDS; round++) {
+        PyObject *base = call_tensor(torch, "zeros", "(i)", 2 + round), *z = NULL, *conj = NULL, *parts[2] = {NULL};
+        if (base && dtype) z = PyObject_CallMethod(base, "to", "O", dtype);
+        PyObject *plain = z ? PyObject_CallMethod(z, "view", "i", 2 + round) : NULL;
+        conj = z ? PyObject_CallMethod(z, "conj", NULL) : NULL;
+        if (plain && conj) {
+            parts[0] = PyObject_GetAttrString(plain, "imag");
+            parts[1] = PyObject_GetAttrString(conj, "imag");
+        }
+        uint64_t now[2][WORDS] = {{0}};
+        if (parts[0] && parts[1]) {
+            one_bit_apart(abi, plain, conj, now[0], WORDS);
+            one_bit_apart(abi, parts[0], parts[1], now[1], WORDS);
+        }
+        for (int i = 0; i < WORDS; i++)
+            for (int k = 0; k < 2; k++) found[k][i] = round && found[k][i] != now[k][i] ? 0 : now[k][i];
+        Py_XDECREF(parts[0]);
+        Py_XDECREF(parts[1]);
+        Py_XDECREF(conj);
+        Py_XDECREF(plain);
+        Py_XDECREF(z);
+        Py_XDECREF(base);
+        PyErr_Clear();
+    }
+    Py_XDECREF(dtype);
+    PyErr_Clear();
+    int places = 0;
+    for (int i = 0; i < WORDS; i++) {
+        if (!found[0][i] || !found[1][i] || found[0][i] == found[1][i]) continue;
+        abi->keys = 8 * i;
+        abi->lazy = found[0][i] | found[1][i];
+        places++;
+    }
+    if (places == 1) return 0;
+    abi->keys = -1;
+    return note(abi, "lazy", "no unique word");
+}
+
 /* Both ways between our dtypes and torch's numbers, which the library itself tells. */
 static void map_dtypes(thx_abi *abi) {
     memset(abi->scalar_types, -1, sizeof abi->scalar_types);
@@ -262,6 +316,7 @@ int thx_abi_init(thx_abi *abi, th_ctx *ctx, PyObject *torch) {
     if (!abi->wrap && note(abi, "wrap", "THPVariable_Wrap not found: the slower list function is used") < 0) return -1;
     map_dtypes(abi);
     if (self_test(abi, torch) < 0) return -1;
+    if (abi->on && calibrate_lazy(abi, torch) < 0) return -1;
     return abi->on ? calibrate_requires_grad(abi, torch) : 0;
 }
 

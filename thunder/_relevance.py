@@ -41,6 +41,31 @@ def _names_of(code: CodeType) -> frozenset[str] | None:
     return mentioned | frozenset(_strings(code.co_consts))
 
 
+@functools.lru_cache(maxsize=4096)
+def asks_types(code: CodeType) -> tuple[str, ...]:
+    """Local variables of which code asks the type for more than an attribute of the class.
+
+    That is ``type(x) is Tensor`` or ``x.__class__.__name__``. "" stands for other expressions that are asked so.
+    """
+    found = []
+    ops = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL")]
+    for at, i in enumerate(ops):
+        if i.opname.startswith("LOAD_") and i.argval == "type" and "FAST" not in i.opname:
+            call = next((n for n in range(at + 1, len(ops)) if ops[n].opname.startswith("CALL")), at)
+            if call == at or ops[call].arg != 1 or _names_class_attribute(ops[call + 1 : call + 2]):
+                continue
+            found.append(ops[at + 1].argval if call == at + 2 and "FAST" in ops[at + 1].opname else "")
+        elif i.opname == "LOAD_ATTR" and i.argval == "__class__" and not _names_class_attribute(ops[at + 1 : at + 2]):
+            found.append(ops[at - 1].argval if at and "FAST" in ops[at - 1].opname else "")
+    return tuple(dict.fromkeys(found))
+
+
+def _names_class_attribute(following: list[dis.Instruction]) -> bool:
+    """Does the next instruction read something of the class that a subclass inherits?"""
+    own = ("__name__", "__qualname__", "__module__", "__mro__")
+    return any(i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval not in own for i in following)
+
+
 def _strings(constant: Any) -> Iterable[str]:
     if isinstance(constant, str):
         yield constant

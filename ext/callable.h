@@ -63,6 +63,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t *undo; /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
+    bool draws;         /* random numbers */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
     uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody; then,
                            by leaf: how far its start lies from that one's; then: is it an inference tensor? */
@@ -126,6 +127,7 @@ int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape)
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */
 bool thx_entry_is_untouched(const thx_entry *entry);
+bool thx_entry_redraws(const thx_entry *entry); /* a run that fails is made again, so its random draws are undone */
 /* ---- entry.c ---- */
 /* 1 the entry serves this call, 0 it does not, -1 error; leaves: the tensors of the arguments. */
 int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,

@@ -346,8 +346,9 @@ static bool writes_inputs(const th_trace *t, th_opref until) {
 bool thx_entry_is_untouched(const thx_entry *e) {
     const th_trace *t = e->main.t;
     th_opref until = e->main.failed ? e->main.failed : t->nops;
+    uint8_t stays = TH_FX_STATE | (thx_entry_redraws(e) ? 0 : TH_FX_RANDOM);
     for (th_opref o = 1; o < until; o++)
-        if (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) return false;
+        if (t->ops[o].effects & stays) return false;
     return !writes_inputs(t, until) && (!e->gradient || e->gradient->nmutated < 2);
 }
 
@@ -403,6 +404,7 @@ static int note_offsets(compile *k) {
 static int lower(compile *k) {
     thx_entry *e = k->e;
     e->nvalues = k->nvalues;
+    for (th_opref o = 1; o < e->main.t->nops; o++) e->draws |= (e->main.t->ops[o].effects & TH_FX_RANDOM) != 0;
     e->writes_inputs = e->main.once =
         writes_inputs(e->main.t, e->main.t->nops) || (e->gradient && e->gradient->nmutated);
     if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||

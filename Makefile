@@ -16,12 +16,14 @@ CMAKE := $(BIN)/cmake
 STAMP := $(VENV)/.stamp
 CORE := build/core
 SANITIZE := build/sanitize
+TSAN := build/tsan
+SANITIZE_EXT := build/sanitize-ext
 
 C_FILES := $(wildcard src/*/*.[ch] src/executors/*/*.[ch] include/*/*.h ext/*.[ch] tools/*.c examples/*/*.[ch])
 TEST_C_FILES := $(wildcard tests/c/*.[ch] tests/fuzz/*.[ch])
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-c test-py bench sanitize fuzz lint format docs coverage-ops coverage-models opencl clean
+.PHONY: help setup build demo test test-c test-py bench sanitize sanitize-ext tsan fuzz lint format docs coverage-ops coverage-models opencl clean
 
 help:
 	@echo "make demo              compile a real model (MiniLM) and compare it with eager and torch.compile"
@@ -32,6 +34,8 @@ help:
 	@echo "make coverage-models   60+ models against eager, inference and training  (writes docs/coverage.md)"
 	@echo "make opencl            an executor from outside, on an OpenCL device (installs PoCL, which runs on the processor)"
 	@echo "make sanitize          all C tests under ASan and UBSan"
+	@echo "make sanitize-ext      Python tests with the extension under ASan and UBSan   (ARGS='tests/test_x.py -k NAME')"
+	@echo "make tsan              several threads run a plan and compile, under TSan"
 	@echo "make fuzz              fuzz targets under ASan and UBSan, FUZZ_SECONDS=20 each"
 	@echo "make lint format docs clean"
 
@@ -103,6 +107,32 @@ sanitize: $(STAMP)-tools
 	$(CMAKE) -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_SANITIZE=ON -DTHUNDER_DEBUG_CHECKS=ON -DTHUNDER_WERROR=$(WERROR)
 	$(CMAKE) --build $(SANITIZE) -j $(JOBS)
 	$(BIN)/ctest --test-dir $(SANITIZE) --output-on-failure
+
+tsan: $(STAMP)-tools
+	$(CMAKE) -S . -B $(TSAN) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTHUNDER_TSAN=ON -DTHUNDER_DEBUG_CHECKS=ON -DTHUNDER_WERROR=$(WERROR)
+	$(CMAKE) --build $(TSAN) -j $(JOBS) --target test_threads
+	$(BIN)/ctest --test-dir $(TSAN) --output-on-failure -R '^test_threads$$'
+
+# The extension alone has the sanitizers: the interpreter and torch load libasan in front of everything else. An
+# environment of its own, which sees the packages of .venv, so that the plain build stays. Python keeps objects for the
+# process's life, which are no leaks; its own allocator would hide what is freed.
+SANITIZED_TESTS := $(addprefix tests/,$(addsuffix .py,test_jit_callables test_jit_effects test_jit_errors test_jit_grad \
+	test_jit_module test_jit_programs test_jit_state test_jit_surface test_jit_values test_data_values test_recompile \
+	test_composition test_train_hooks test_train_modes test_train_modules test_train_random test_train_semantics \
+	test_train_values test_transforms test_traces test_executors)) tests/soundness
+
+$(SANITIZE_EXT)/.stamp: $(STAMP)-install
+	$(BIN)/python -m venv --without-pip --clear $(SANITIZE_EXT)/venv
+	$(BIN)/python -c 'import sys; print(*[p for p in sys.path if p.endswith("site-packages")], sep="\n")' \
+		> $$($(SANITIZE_EXT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth
+	$(PIP) --python $(SANITIZE_EXT)/venv/bin/python install -q --no-build-isolation --no-deps --ignore-installed -e . \
+		-C build-dir=$(SANITIZE_EXT)/build -C install.strip=false -C cmake.define.THUNDER_SANITIZE=ON -C cmake.define.THUNDER_DEBUG_CHECKS=ON
+	@touch $@
+
+sanitize-ext: $(SANITIZE_EXT)/.stamp
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(SANITIZE_EXT)/venv/bin/python -m pytest -q -p no:cacheprovider -m "not slow" $(or $(ARGS),$(SANITIZED_TESTS))
 
 FUZZ_SECONDS ?= 20
 fuzz: $(STAMP)-tools

@@ -74,7 +74,7 @@ PROGRAMS = (
 
 
 class ManyParameters(torch.nn.Module):
-    """`count` additions of `distinct` parameters: the same kernels, more or fewer tensors to guard."""
+    """`count` additions of `distinct` parameters."""
 
     def __init__(self, count: int, distinct: int):
         super().__init__()
@@ -87,6 +87,25 @@ class ManyParameters(torch.nn.Module):
         for i in range(self.count):
             x = x + leaves[i % len(leaves)]
         return x
+
+
+def llama(layers: int = 4) -> tuple[torch.nn.Module, tuple[torch.Tensor], dict[str, bool]]:
+    """Hugging Face's Llama, 64 wide, and one sequence of 16 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval(), (torch.randint(0, 128, (1, 16)),), {"use_cache": False}
+
+
+# What they are called, microseconds of guards that they may take, and a callable with its arguments.
+GUARDED = (
+    ("300 parameters", 10.0, lambda: (ManyParameters(300, 300), (torch.randn(2),), {})),
+    ("Hugging Face Llama, 4 layers", 8.0, llama),
+)
 
 
 def chain(length: int) -> Callable[[torch.Tensor], torch.Tensor]:

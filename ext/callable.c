@@ -10,6 +10,13 @@
 #include "passes/pass.h"
 
 #include <string.h>
+#include <time.h>
+
+static uint64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
 
 /* ---- entries for values of tensors ---- */
 
@@ -123,7 +130,10 @@ static int tell_eager(thx_callable_object *c, const thx_entry *e) {
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);
     bool refused = e->eager != THX_EAGER_GRAD, *told = refused ? &c->warned_fallback : &c->warned_grad;
-    const char *events[] = {[THX_EAGER_GRAD] = "grad", [THX_EAGER_REFUSED] = "fallback", [THX_EAGER_RAISED] = "raised"};
+    const char *events[] = {[THX_EAGER_GRAD] = "grad",
+                            [THX_EAGER_REFUSED] = "fallback",
+                            [THX_EAGER_RAISED] = "raised",
+                            [THX_EAGER_ORIGINAL] = "raised"};
     int rc = *told ? 0 : tell(c, events[e->eager], value);
     *told = true;
     Py_XDECREF(type);
@@ -387,6 +397,7 @@ static bool serve_by(thx_callable_object *c, thx_request *call, bool any_sizes, 
             p = &e->next;
             continue;
         }
+        if (c->timed) c->guard_ns += nanoseconds() - c->entered_ns;
         if (any_sizes && thx_sizes_recur(x, e, &leaves)) {
             call->exact = true;
             break;
@@ -437,6 +448,7 @@ static PyObject *vectorcall(PyObject *self, PyObject *const *args, size_t nargsf
     thx *x = c->x;
     thx_ambient ambient;
     c->calls++;
+    if (c->timed) c->entered_ns = nanoseconds();
     if (x->active &&
         x->active_thread ==
             PyThread_get_thread_ident()) /* called inside another capture: its operations belong to that trace */
@@ -638,6 +650,9 @@ static PyMemberDef callable_members[] = {
     {"__dictoffset__", T_PYSSIZET, offsetof(thx_callable_object, dict), READONLY, NULL},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(thx_callable_object, weakrefs), READONLY, NULL},
     {"__wrapped__", T_OBJECT, offsetof(thx_callable_object, fn), READONLY, "The original callable."},
+    {"_timed", T_BOOL, offsetof(thx_callable_object, timed), 0, "Whether _guard_ns is counted."},
+    {"_guard_ns", T_ULONGLONG, offsetof(thx_callable_object, guard_ns), READONLY,
+     "Nanoseconds that hits took up to the choice of their program, while _timed."},
     {NULL, 0, 0, 0, NULL},
 };
 static PyGetSetDef callable_getset[] = {

@@ -15,12 +15,14 @@
 enum {
     THX_EAGER_GRAD = 1,    /* the original is run: it uses autograd in a way that is not compiled, say */
     THX_EAGER_REFUSED = 2, /* it cannot be captured, and the user asked for the fallback */
-    THX_EAGER_RAISED = 3   /* the program itself raised: eager does so too, after what it does before */
+    THX_EAGER_RAISED = 3,  /* the program itself raised: eager does so too, after what it does before */
+    THX_EAGER_ORIGINAL = 4 /* it cannot be captured, and the fallback would not look at what it reads either */
 };
 
-typedef struct thx_place { /* a float that the callable can reach and that may be any */
+typedef struct thx_place { /* a number that the callable can reach and that may be any */
     PyObject *owner, *key; /* owned; a dictionary and its key, or a variable of an enclosing function and None */
-    PyObject *value;       /* owned: at capture */
+    PyObject *value;       /* owned: at the former capture; of a program that was made, at its own */
+    PyObject *followed;    /* while captured: what stands there (owned) */
     bool any;              /* it is a number of the program */
 } thx_place;
 
@@ -74,6 +76,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t *undo;                /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
     bool undo_random;   /* random numbers are drawn before */
+    bool draws;         /* random numbers */
     bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
     uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody; then,
                            by leaf: how far its start lies from that one's; then: is it an inference tensor? */
@@ -109,6 +112,8 @@ typedef struct thx_callable_object {
     bool needs_transform;  /* the original computes something else: it is no way out */
     bool warned_grad, warned_modes, warned_fallback;
     uint32_t settled; /* how often a second capture followed a write to state */
+    bool timed;       /* for benchmarks: hits add to guard_ns what they took up to the choice of their entry */
+    uint64_t guard_ns, entered_ns;
 } thx_callable_object;
 
 typedef struct thx_request { /* a call */
@@ -140,13 +145,19 @@ bool thx_same_object(PyObject *a, PyObject *b, bool by_identity);
  */
 int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like);
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape);
-int thx_places_put(thx *x, const thx_entry *e);       /* floats to follow, for the time of a capture */
-void thx_places_put_back(thx *x, const thx_entry *e); /* keeps a pending exception */
+/* ---- places.c ---- */
+/* Those that another entry follows, and those that have changed since (as thx_guards_check_but has them). */
+int thx_places_take(thx_entry *e, const thx_entry *like, PyObject *changed);
+/* Numbers that are followed, for the time of a capture; the first one is number `first` of the tape's arguments. */
+int thx_places_put(const thx_entry *e, PyObject *tape, uint32_t first);
+void thx_places_put_back(const thx_entry *e); /* keeps a pending exception */
+int thx_places_keep(thx_entry *e);            /* those that are `any` are free from here on */
 void thx_places_free(thx_entry *e);
 /* The literals of a call, into their slots: what holds them, or NULL with an exception. */
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */
 bool thx_entry_is_untouched(const thx_entry *entry);
+bool thx_entry_redraws(const thx_entry *entry); /* a run that fails is made again, so its random draws are undone */
 /* ---- entry.c ---- */
 /* 1 the entry serves this call, 0 it does not, -1 error; leaves: the tensors of the arguments. */
 int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,

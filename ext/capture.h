@@ -67,10 +67,12 @@ typedef struct thx_recorder {
     bool inference;         /* inference mode of the caller */
     bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
-    PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
-    PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
-    th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
-    PyObject **codes;       /* code objects that ran, by address: open addressing (owned) */
+    const struct thx_guards *reached; /* of the callable that is captured; NULL: none */
+    bool seeded;                      /* the program set a generator's state since that was last looked at */
+    PyObject *rng_last;               /* the generator's state when it was last looked at (owned) */
+    PyObject *rng_outer; /* list of states that belong to the caller's stream; the last one is where it stands now */
+    th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
+    PyObject **codes;    /* code objects that ran, by address: open addressing (owned) */
     uint32_t ncodes, cap_codes;
     bool may_expect;      /* values of tensors may be found out: a call is captured, and has real inputs */
     PyObject *tape;       /* of numbers that are followed, or NULL (borrowed) */
@@ -133,6 +135,7 @@ typedef struct thx_purity { /* the profiler of Python that was set before */
     PyObject *argument;
     PyObject *numpy; /* the state of numpy's global generator; NULL: numpy is not there */
 } thx_purity;
+bool thx_is_unseen_by_dynamo(thx *x);
 void thx_purity_begin(thx_recorder *r, thx_purity *p);
 /* rc: of the run. -1 with an exception when it drew numbers from numpy's global generator, which is put back. */
 int thx_purity_end(thx_recorder *r, thx_purity *p);

@@ -246,8 +246,14 @@ static int find_identical(compile *k) {
 }
 
 static int refuse_iterators(compile *k) {
-    const char *kind = thx_guards_iterator(k->e->guards);
+    const char *kind = thx_guards_iterator(k->e->guards), *weak = thx_guards_weak(k->e->guards);
     char text[160];
+    if (!kind && weak) {
+        snprintf(text, sizeof text, "a weak reference to an object (%.80s)", weak);
+        return thx_capture_error(k->r, text,
+                                 "what is watched for changes is kept alive, so that the reference would not die",
+                                 "pass the object, or what is read of it, as an argument");
+    }
     if (!kind) return 0;
     snprintf(text, sizeof text, "an iterator (%.80s) from outside the function", kind);
     return thx_capture_error(k->r, text, "each use moves it on, and where it is cannot be watched",
@@ -292,7 +298,7 @@ static int capture(compile *k) {
     x->following = k->sizes;
     int built = build_fake_args(k);
     x->following = NULL;
-    if (built == 0 && x->tape) built = thx_places_put(x, k->e);
+    if (built == 0 && (x->tape || k->sizes)) built = thx_places_put(k->e, x->tape ? x->tape : k->sizes, k->e->nfloats);
     k->tape = x->tape;
     x->tape = NULL;
     k->r->tape = k->tape;
@@ -303,19 +309,20 @@ static int capture(compile *k) {
         Py_XDECREF(k->r->numbers); /* k->sizes holds it */
     }
     if (built < 0 || thx_args_watch(&k->watched, k->e->args, k->fakes, k->e->nargs) < 0) {
-        thx_places_put_back(x, k->e);
+        thx_places_put_back(k->e);
         return -1;
     }
     int rc = refuse_iterators(k) < 0 ? -1 : refuse_two_places(k);
+    k->r->reached = k->e->guards;
     if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
-    thx_places_put_back(x, k->e);
+    thx_places_put_back(k->e);
     if (k->sizes && close_sizes(k) < 0) rc = -1;
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     k->raised = rc < 0 && PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->CaptureError) &&
                 !PyErr_ExceptionMatches(x->GradNeeded);
     if (rc < 0) PyErr_Fetch(&type, &value, &trace);
     PyObject *codes = rc < 0 ? NULL : thx_codes_list(k->r);
-    thx_guards_ran(k->e->guards, codes);
+    thx_guards_ran(k->x, k->e->guards, codes);
     if (codes && k->tape) {
         PyObject *done = PyObject_CallMethod(k->tape, "ran", "O", codes);
         if (!done) rc = -1;
@@ -372,8 +379,9 @@ static bool writes_inputs(const th_trace *t, th_opref until) {
 bool thx_entry_is_untouched(const thx_entry *e) {
     const th_trace *t = e->main.t;
     th_opref until = e->main.failed ? e->main.failed : t->nops;
+    uint8_t stays = TH_FX_STATE | (thx_entry_redraws(e) ? 0 : TH_FX_RANDOM);
     for (th_opref o = 1; o < until; o++)
-        if (t->ops[o].effects & (TH_FX_RANDOM | TH_FX_STATE)) return false;
+        if (t->ops[o].effects & stays) return false;
     return !writes_inputs(t, until) && (!e->gradient || e->gradient->nmutated < 2);
 }
 
@@ -429,6 +437,7 @@ static int note_offsets(compile *k) {
 static int lower(compile *k) {
     thx_entry *e = k->e;
     e->nvalues = k->nvalues;
+    for (th_opref o = 1; o < e->main.t->nops; o++) e->draws |= (e->main.t->ops[o].effects & TH_FX_RANDOM) != 0;
     e->writes_inputs = e->main.once =
         writes_inputs(e->main.t, e->main.t->nops) || (e->gradient && e->gradient->nmutated);
     if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||
@@ -674,9 +683,10 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
         if (PyErr_ExceptionMatches(x->GradNeeded) || (leaves && PyErr_ExceptionMatches(x->CaptureError)))
             k.e->eager = THX_EAGER_GRAD;
         else if (PyErr_ExceptionMatches(x->CaptureError) && c->refused)
-            k.e->eager = THX_EAGER_REFUSED;
+            k.e->eager = thx_is_unseen_by_dynamo(x) ? THX_EAGER_ORIGINAL : THX_EAGER_REFUSED;
         else if (k.raised)
             k.e->eager = THX_EAGER_RAISED;
+        if (k.e->eager == THX_EAGER_ORIGINAL && thx_guards_weak(k.e->guards)) thx_guards_forget(x, k.e->guards);
         if (k.e->eager) /* the exception stays set: the caller tells it once */
             return k.e;
     }

@@ -68,6 +68,10 @@ static int evaluate(folding *f, th_opref o) {
     th_op_each_out(f->t, o, check_out, f);
     if (!f->ok) return 0;
     PyObject *result = thx_eval_op(f->x, f->t, op, made_value, f);
+    if (!result && PyErr_ExceptionMatches(PyExc_Exception)) { /* it raises when it runs, after what comes before it */
+        PyErr_Clear();
+        return 0;
+    }
     if (!result) return -1;
     bool kept = keep_results(f, op->outs, result);
     Py_DECREF(result);

@@ -35,6 +35,7 @@ typedef struct dispatch_data {
     uint32_t outs[8]; /* slots; UINT32_MAX: not used */
     bool list_result; /* one return, a list of tensors: outs are its elements */
     uint32_t nouts;
+    bool no_grad; /* ran while gradients were off; matters where a program runs under autograd */
 } dispatch_data;
 
 enum { MAX_ARGS = 32 };
@@ -112,8 +113,12 @@ static int run_dispatch(th_frame *f, const th_instr *instr) {
     const dispatch_data *d = instr->data;
     thx *x = f->user;
     th_cell stack[MAX_ARGS];
+    bool off = d->no_grad && x->abi.aoti_torch_grad_mode_is_enabled();
     for (uint32_t i = 0; i < d->nargs; i++) stack[i] = encode(x, f, &d->args[i]);
-    if (x->abi.torch_call_dispatcher(d->name, d->overload, stack, x->abi.version)) {
+    if (off) x->abi.aoti_torch_grad_mode_set_enabled(false);
+    th_rc rc = x->abi.torch_call_dispatcher(d->name, d->overload, stack, x->abi.version);
+    if (off) x->abi.aoti_torch_grad_mode_set_enabled(true);
+    if (rc) {
         if (!PyErr_Occurred()) {
             const char *what = x->abi.torch_exception_get_what_without_backtrace
                                    ? x->abi.torch_exception_get_what_without_backtrace()
@@ -288,8 +293,9 @@ static bool split_name(const char *callee, dispatch_data *d) {
 int thx_lower_dispatch(thx_lowering *l, th_opref o) {
     thx *x = l->x;
     const th_op *op = &l->t->ops[o];
-    if (!x->abi.dispatcher || l->plain || op->callee_opaque || thx_looks_at_grad_mode(x, op) || !op->outs ||
-        (op->effects & TH_FX_WRITES))
+    bool switches = !(op->marks & TH_MARK_NO_GRAD) || x->abi.aoti_torch_grad_mode_set_enabled;
+    if (!x->abi.dispatcher || l->plain || !switches || op->callee_opaque || thx_looks_at_grad_mode(x, op) ||
+        !op->outs || (op->effects & TH_FX_WRITES))
         return 0;
     dispatch_data *d = PyMem_Calloc(1, sizeof *d);
     if (!d) return PyErr_NoMemory(), -1;
@@ -305,6 +311,7 @@ int thx_lower_dispatch(thx_lowering *l, th_opref o) {
         free_dispatch(d);
         return 0;
     }
+    d->no_grad = op->marks & TH_MARK_NO_GRAD;
     l->nshim++;
     return thx_check(x, th_plan_add(l->plan, run_dispatch, d, o)) < 0 ? -1 : 1;
 }

@@ -265,15 +265,14 @@ static PyObject *run_in_mode(thx *x, thx_entry *e, const thx_leaves *leaves, thx
 /* ---- entries for values of tensors ---- */
 
 /* How to put back what a run does before it knows the values. */
-static PyObject *remember(const thx_entry *e, const thx_leaves *leaves) {
+static PyObject *remember(const thx_entry *e, const thx_leaves *leaves, bool random) {
     PyObject *module = PyImport_ImportModule("thunder._values"), *tensors = PyList_New(e->nundo), *undo = NULL;
     for (uint32_t i = 0; tensors && i < e->nundo; i++) {
         int32_t leaf = e->root_leaf[e->undo[i]];
         PyObject *tensor = leaf >= 0 ? leaves->items[leaf] : e->roots[e->undo[i]].object;
         PyList_SET_ITEM(tensors, i, Py_NewRef(tensor));
     }
-    if (module && tensors)
-        undo = PyObject_CallMethod(module, "Undo", "OO", tensors, e->undo_random ? Py_True : Py_False);
+    if (module && tensors) undo = PyObject_CallMethod(module, "Undo", "OO", tensors, random ? Py_True : Py_False);
     Py_XDECREF(tensors);
     Py_XDECREF(module);
     return undo;
@@ -300,13 +299,24 @@ static thx_entry *find_entry(const thx_callable_object *c, uint64_t number) {
     return e;
 }
 
+bool thx_entry_redraws(const thx_entry *e) { return e->draws && (e->nwrites || e->writes_inputs || e->effects.count); }
+
+/* The pending exception is a failure of the run, and the original is called in its place. */
+static bool is_run_again(const thx *x, const thx_entry *e) {
+    return PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->StaleProgram) &&
+           !PyErr_ExceptionMatches(x->ValueChanged) && thx_entry_is_untouched(e);
+}
+
 PyObject *thx_entry_run(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     thx *x = c->x;
     PyObject *undo = NULL;
-    if (e->expected && (e->nundo || e->undo_random) && !(undo = remember(e, leaves))) return NULL;
+    bool redraws = thx_entry_redraws(e) && !c->needs_transform;
+    bool undoes = redraws || (e->expected && (e->nundo || e->undo_random));
+    if (undoes && !(undo = remember(e, leaves, e->undo_random || redraws))) return NULL;
     if (call->left.entry) call->left_by = find_entry(c, call->left.entry);
     PyObject *result = run_in_mode(x, e, leaves, call);
-    if (!result && undo && PyErr_ExceptionMatches(x->ValueChanged)) put_back(undo);
+    bool put = !result && undo && (PyErr_ExceptionMatches(x->ValueChanged) || (redraws && is_run_again(x, e)));
+    if (put) put_back(undo);
     Py_XDECREF(undo);
     return result;
 }

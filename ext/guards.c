@@ -79,15 +79,15 @@ thx_guards *thx_guards_new(thx *x, PyObject *roots) {
     return g;
 }
 
-void thx_guards_ran(thx_guards *g, PyObject *codes) { Py_XSETREF(g->codes, Py_XNewRef(codes)); }
+void thx_watch_dict_clear(thx *x, watch_dict *w) {
+    unwatch(x, w->dict);
+    Py_DECREF(w->dict);
+    for (Py_ssize_t i = 0; i < 2 * w->count; i++) Py_DECREF(w->items[i]);
+    PyMem_Free(w->items);
+}
 
 void thx_guards_clear(thx *x, thx_guards *g) {
-    for (uint32_t i = 0; i < g->dicts.count; i++) {
-        unwatch(x, g->dicts.items[i].dict);
-        Py_DECREF(g->dicts.items[i].dict);
-        for (Py_ssize_t j = 0; j < 2 * g->dicts.items[i].count; j++) Py_DECREF(g->dicts.items[i].items[j]);
-        PyMem_Free(g->dicts.items[i].items);
-    }
+    for (uint32_t i = 0; i < g->dicts.count; i++) thx_watch_dict_clear(x, &g->dicts.items[i]);
     for (uint32_t i = 0; i < g->sequences.count; i++) {
         Py_DECREF(g->sequences.items[i].object);
         Py_DECREF(g->sequences.items[i].copy);
@@ -110,7 +110,9 @@ void thx_guards_clear(thx *x, thx_guards *g) {
         Py_DECREF(g->others.items[i].object);
         Py_DECREF(g->others.items[i].copy);
         Py_XDECREF(g->others.items[i].name);
+        Py_XDECREF(g->others.items[i].order);
     }
+    for (uint32_t i = 0; i < g->memos.count; i++) Py_DECREF(g->memos.items[i]);
     for (uint32_t i = 0; i < g->modules.count; i++) Py_DECREF(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
@@ -120,11 +122,13 @@ void thx_guards_clear(thx *x, thx_guards *g) {
         Py_XDECREF(g->live[i]);
     }
     PyMem_Free(g->dicts.items);
+    PyMem_Free(g->stamps.items);
     PyMem_Free(g->sequences.items);
     PyMem_Free(g->objects.items);
     PyMem_Free(g->cells.items);
     PyMem_Free(g->scopes.items);
     PyMem_Free(g->others.items);
+    PyMem_Free(g->memos.items);
     PyMem_Free(g->modules.items);
     PyMem_Free(g->tensors.items);
     PyMem_Free(g->tied.items);
@@ -169,6 +173,7 @@ int thx_guards_traverse(const thx_guards *g, visitproc visit, void *arg) {
     for (uint32_t i = 0; i < g->others.count; i++) {
         Py_VISIT(g->others.items[i].object);
         Py_VISIT(g->others.items[i].copy);
+        Py_VISIT(g->others.items[i].order);
     }
     for (uint32_t i = 0; i < g->modules.count; i++) Py_VISIT(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_VISIT(g->tensors.items[i]);
@@ -282,6 +287,19 @@ uint32_t thx_guards_bound(const thx_guards *g, PyObject *const **tensors) {
 }
 uint64_t thx_guards_generation(const thx_guards *g) { return g->generation; }
 const char *thx_guards_iterator(const thx_guards *g) { return g->iterator ? g->iterator->tp_name : NULL; }
+void thx_guards_forget(thx *x, thx_guards *g) {
+    thx_guards_clear(x, g);
+    memset(g, 0, sizeof *g);
+}
+
+const char *thx_guards_weak(const thx_guards *g) { return g->weak ? g->weak->tp_name : NULL; }
+
+bool thx_guards_memoizes(const thx_guards *g, PyObject *code) {
+    for (uint32_t i = 0; i < g->memos.count; i++)
+        if (g->memos.items[i] == code) return true;
+    return false;
+}
+
 void thx_guards_pin(thx_guards *g, bool pinned) { g->pinned = pinned; }
 
 /* ---- checking ---- */
@@ -347,25 +365,27 @@ static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObjec
     return found;
 }
 
-/* A float took the place of another: does that matter? Then it may still be one of those that are looked for. */
-static bool float_may_change(thx_guards *g, PyObject *owner, PyObject *key, PyObject *old, PyObject *now, bool *keep) {
+/* A number took the place of another one of its type: may it? Else it may still be of those that are looked for, which
+ * are kept. */
+static bool number_may_change(thx_guards *g, PyObject *owner, PyObject *key, PyObject *old, PyObject *now, bool *keep) {
     PyObject *none = Py_None;
     *keep = false;
-    if (!old || !now || Py_TYPE(old) != &PyFloat_Type || Py_TYPE(now) != &PyFloat_Type) return false;
+    if (!old || !now || Py_TYPE(old) != Py_TYPE(now) || (Py_TYPE(now) != &PyFloat_Type && Py_TYPE(now) != &PyLong_Type))
+        return false;
     for (Py_ssize_t i = 0; g->any && i < PyList_GET_SIZE(g->any); i++) {
         PyObject *place = PyList_GET_ITEM(g->any, i);
         if (PyTuple_GET_ITEM(place, 0) == owner && thx_same_value(PyTuple_GET_ITEM(place, 1), key ? key : none))
             return true;
     }
-    if (!g->floats) return false;
+    if (!g->changed || Py_TYPE(now) != g->changed_type || thx_same_value(old, now)) return false;
     PyObject *place = PyTuple_Pack(3, owner, key ? key : none, old);
-    *keep = place && PyList_Append(g->floats, place) == 0;
+    *keep = place && PyList_Append(g->changed, place) == 0;
     PyErr_Clear();
     Py_XDECREF(place);
     return *keep;
 }
 
-int thx_guards_free_float(thx_guards *g, PyObject *owner, PyObject *key) {
+int thx_guards_free_number(thx_guards *g, PyObject *owner, PyObject *key) {
     PyObject *place = PyTuple_Pack(2, owner, key);
     if (place && !g->any) g->any = PyList_New(0);
     int rc = place && g->any ? PyList_Append(g->any, place) : -1;
@@ -373,12 +393,11 @@ int thx_guards_free_float(thx_guards *g, PyObject *owner, PyObject *key) {
     return rc;
 }
 
-PyObject *thx_float_at(PyObject *owner, PyObject *key) {
-    PyObject *found = PyCell_Check(owner) ? PyCell_GET(owner) : PyDict_GetItemWithError(owner, key);
-    return found && PyObject_TypeCheck(found, &PyFloat_Type) ? found : NULL;
+PyObject *thx_number_at(PyObject *owner, PyObject *key) {
+    return PyCell_Check(owner) ? PyCell_GET(owner) : PyDict_GetItemWithError(owner, key);
 }
 
-int thx_set_float_at(PyObject *owner, PyObject *key, PyObject *value) {
+int thx_set_number_at(PyObject *owner, PyObject *key, PyObject *value) {
     return PyCell_Check(owner) ? PyCell_Set(owner, value) : PyDict_SetItem(owner, key, value);
 }
 
@@ -403,10 +422,10 @@ static bool compare_items(thx *x, thx_guards *g, watch_dict *w) {
     for (Py_ssize_t i = 0; i < w->count; i++) {
         PyObject *key = w->items[2 * i], *old = w->items[2 * i + 1], *now = PyDict_GetItemWithError(w->dict, key);
         if (now == old) continue;
-        bool keep = false, any = float_may_change(g, w->dict, key, old, now, &keep);
+        bool irrelevant = now && !thx_same_value(old, now) && w->attributes && !thx_relevant_name(g, key);
+        bool keep = false, any = !irrelevant && number_may_change(g, w->dict, key, old, now, &keep);
         if (keep) continue;
-        if (now && (any || thx_same_value(old, now) || rebind(x, g, w->dict, key, old, now) ||
-                    (w->attributes && !thx_relevant_name(g, key)))) {
+        if (now && (any || irrelevant || thx_same_value(old, now) || rebind(x, g, w->dict, key, old, now))) {
             Py_SETREF(w->items[2 * i + 1], Py_NewRef(now));
             continue;
         }
@@ -457,7 +476,6 @@ static bool dict_holds(thx *x, thx_guards *g, watch_dict *w) {
             same = false;
         }
     if (!same && !thx_relevant_owner(x, g, w->dict)) same = w->ignored = true;
-    if (same && !g->floats) w->tag = thx_watch_tag(w->dict);
     return same;
 }
 
@@ -465,7 +483,8 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
     PyObject *key, *old, *now;
     for (Py_ssize_t at = 0; PyDict_Next(s->copy, &at, &key, &old);) {
         now = PyDict_GetItemWithError(s->dict, key);
-        bool keep = false, any = now != old && float_may_change(g, s->dict, key, old, now, &keep);
+        bool keep = false,
+             any = now != old && thx_relevant_name(g, key) && number_may_change(g, s->dict, key, old, now, &keep);
         if (any) {
             if (!keep) (void)PyDict_SetItem(s->copy, key, now); /* of a key that is there */
             continue;
@@ -489,7 +508,7 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
     if (!holds) snprintf(g->reason, sizeof g->reason, "a global was added");
     PyErr_Clear();
     Py_XDECREF(iterator);
-    if (holds && !g->floats) s->tag = thx_watch_tag(s->dict);
+    if (holds && !g->changed) s->tag = thx_watch_tag(s->dict);
     return holds;
 }
 
@@ -506,12 +525,26 @@ static bool object_holds(thx *x, thx_guards *g, watch_other *w) {
     return w->ignored;
 }
 
+#if HAVE_VERSION_TAGS
+enum { AHEAD = 12 }; /* the dictionaries lie all over the memory */
+
+static const void *stamp_place(PyObject *dict) { return &((PyDictObject *)dict)->ma_version_tag; }
+
+static bool stamp_holds(thx *x, thx_guards *g, watch_stamp *stamp) {
+    watch_dict *w = &g->dicts.items[stamp - g->stamps.items];
+    if (!w->ignored && !dict_holds(x, g, w)) return false;
+    if (!g->changed) stamp->tag = thx_watch_tag(stamp->dict);
+    return true;
+}
+#endif
+
 int thx_guards_check(thx *x, thx_guards *g) {
 #if HAVE_VERSION_TAGS
-    for (uint32_t i = 0; i < g->dicts.count; i++)
-        if (thx_watch_tag(g->dicts.items[i].dict) != g->dicts.items[i].tag && !g->dicts.items[i].ignored &&
-            !dict_holds(x, g, &g->dicts.items[i]))
-            return 0;
+    watch_stamp *stamp = g->stamps.items, *end = stamp + g->stamps.count;
+    for (; stamp < end; stamp++) {
+        if (end - stamp > AHEAD) __builtin_prefetch(stamp_place(stamp[AHEAD].dict));
+        if (thx_watch_tag(stamp->dict) != stamp->tag && !stamp_holds(x, g, stamp)) return 0;
+    }
     for (uint32_t i = 0; i < g->scopes.count; i++)
         if (thx_watch_tag(g->scopes.items[i].dict) != g->scopes.items[i].tag && !scope_holds(g, &g->scopes.items[i]))
             return 0;
@@ -522,7 +555,7 @@ int thx_guards_check(thx *x, thx_guards *g) {
             if (!g->dicts.items[i].ignored && !dict_holds(x, g, &g->dicts.items[i])) return 0;
         for (uint32_t i = 0; i < g->scopes.count; i++)
             if (!scope_holds(g, &g->scopes.items[i])) return 0;
-        if (!g->floats) g->events = events;
+        if (!g->changed) g->events = events;
     }
 #endif
     for (uint32_t i = 0; i < g->objects.count; i++)
@@ -538,7 +571,7 @@ int thx_guards_check(thx *x, thx_guards *g) {
         if (!g->cells.items[i].ignored && !thx_watch_cell_holds(&g->cells.items[i])) {
             watch_cell *c = &g->cells.items[i];
             bool keep = false;
-            if (float_may_change(g, c->cell, NULL, c->value, PyCell_GET(c->cell), &keep)) {
+            if (number_may_change(g, c->cell, NULL, c->value, PyCell_GET(c->cell), &keep)) {
                 if (!keep) Py_SETREF(c->value, Py_NewRef(PyCell_GET(c->cell)));
                 continue;
             }
@@ -565,10 +598,11 @@ int thx_guards_check(thx *x, thx_guards *g) {
     return 1;
 }
 
-int thx_guards_check_but_floats(thx *x, thx_guards *g, PyObject *floats) {
-    g->floats = floats;
+int thx_guards_check_but(thx *x, thx_guards *g, PyTypeObject *type, PyObject *changed) {
+    g->changed = changed;
+    g->changed_type = type;
     int holds = thx_guards_check(x, g);
-    g->floats = NULL;
+    g->changed = NULL;
     return holds;
 }
 

@@ -11,18 +11,23 @@ typedef struct thx_guards thx_guards;
 thx_guards *thx_guards_new(thx *x, PyObject *roots);
 void thx_guards_free(thx *x, thx_guards *g);
 /* The code that ran while it was captured, as a list: names that it does not mention cannot matter. */
-void thx_guards_ran(thx_guards *g, PyObject *codes);
+void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
-/* The same, but floats under keys, in variables and globals may have changed: these are appended to `floats` as (owner,
- * key or None, value before). Nothing is taken over. */
-int thx_guards_check_but_floats(thx *x, thx_guards *g, PyObject *floats);
-/* From now on the float there may be any: a number of the program. */
-int thx_guards_free_float(thx_guards *g, PyObject *owner, PyObject *key);
-PyObject *thx_float_at(PyObject *owner, PyObject *key); /* borrowed; NULL: there is no float */
-int thx_set_float_at(PyObject *owner, PyObject *key, PyObject *value);
+/* The same, but numbers of the type (float or int) under keys, in variables and globals may have changed: these are
+ * appended to `changed` as (owner, key or None, value before). Nothing is taken over. */
+int thx_guards_check_but(thx *x, thx_guards *g, PyTypeObject *type, PyObject *changed);
+/* From now on the number there may be any other of its type. */
+int thx_guards_free_number(thx_guards *g, PyObject *owner, PyObject *key);
+PyObject *thx_number_at(PyObject *owner, PyObject *key); /* what is there: borrowed, or NULL */
+int thx_set_number_at(PyObject *owner, PyObject *key, PyObject *value);
 /* The kind of an iterator that the callable can reach, whose place cannot be guarded; NULL: there is none. */
 const char *thx_guards_iterator(const thx_guards *g);
+/* The type of what a weak reference leads to that the callable can reach: a guard would keep it alive. NULL: none. */
+const char *thx_guards_weak(const thx_guards *g);
+void thx_guards_forget(thx *x, thx_guards *g); /* from now on nothing is watched or kept alive */
+/* Is it the code of a function behind a functools.lru_cache? That it runs fills the cache. */
+bool thx_guards_memoizes(const thx_guards *g, PyObject *code);
 void thx_guards_pin(thx_guards *g, bool pinned); /* pinned: a check replaces no bound tensor */
 /* What does not hold: (text, owner, key, before, after), None for what there is not; Py_None when it holds. */
 PyObject *thx_guards_cause(thx *x, thx_guards *g);

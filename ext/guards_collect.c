@@ -110,12 +110,12 @@ static bool follows(const walker *w, PyObject *name) { return !w->names || PySet
 static int watch_items(walker *w, PyObject *dict, int depth, bool inside, bool attributes) {
     thx_guards *g = w->g;
     if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
-    if (RESERVE(g->dicts) < 0 || thx_watch(w->x, dict) < 0) return -1;
+    if (RESERVE(g->dicts) < 0 || RESERVE(g->stamps) < 0 || thx_watch(w->x, dict) < 0) return -1;
     Py_ssize_t count = 0;
     PyObject **items = copy_items(dict, &count);
     if (count < 0) return -1;
-    g->dicts.items[g->dicts.count++] =
-        (watch_dict){Py_NewRef(dict), items, count, thx_watch_tag(dict), attributes, false};
+    g->stamps.items[g->stamps.count++] = (watch_stamp){dict, thx_watch_tag(dict)};
+    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, attributes, false, false};
     for (Py_ssize_t i = 0; inside && i < count; i++)
         if ((!attributes || follows(w, items[2 * i])) && walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
     return 0;
@@ -211,6 +211,22 @@ static bool is_users_module(thx *x, PyObject *o) {
     return path && !is_library_file(x, path);
 }
 
+/* Strings among the constants of code that are keys of a dictionary, for globals()["x"] and sys.modules["x"]. */
+static int walk_constant_names(walker *w, PyObject *dict, PyCodeObject *code, int depth) {
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_consts); i++) {
+        PyObject *constant = PyTuple_GET_ITEM(code->co_consts, i);
+        if (PyUnicode_Check(constant) && PyDict_Contains(dict, constant) == 1) rc = walk_name(w, dict, constant, depth);
+    }
+    return rc;
+}
+
+static bool names(PyCodeObject *code, const char *name) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); i++)
+        if (PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(code->co_names, i), name) == 0) return true;
+    return false;
+}
+
 /* What code names of a module that it can reach. */
 static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
     if (!is_users_module(w->x, module)) return 0;
@@ -223,12 +239,28 @@ static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, in
     return rc;
 }
 
+/* Modules of the user's that code imports. */
+static int walk_imports(walker *w, PyCodeObject *code, int depth) {
+    PyObject *modules = PyImport_GetModuleDict();
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(code->co_names, i), *module = PyDict_GetItemWithError(modules, name);
+        if (!module || !is_users_module(w->x, module)) continue;
+        rc = walk_name(w, modules, name, depth);
+        if (rc == 0) rc = walk_module_names(w, module, code, depth);
+    }
+    return rc;
+}
+
 static int walk_code(walker *w, PyCodeObject *code, PyObject *globals, int depth) {
     int rc = 0;
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
         rc = walk_name(w, globals, PyTuple_GET_ITEM(code->co_names, i), depth);
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
         rc = walk_module_names(w, PyDict_GetItemWithError(globals, PyTuple_GET_ITEM(code->co_names, i)), code, depth);
+    if (rc == 0) rc = walk_imports(w, code, depth);
+    if (rc == 0 && names(code, "globals")) rc = walk_constant_names(w, globals, code, depth);
+    if (rc == 0 && names(code, "modules")) rc = walk_constant_names(w, PyImport_GetModuleDict(), code, depth);
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_consts); i++) {
         PyObject *inner = PyTuple_GET_ITEM(code->co_consts, i);
         if (PyCode_Check(inner)) rc = walk_code(w, (PyCodeObject *)inner, globals, depth);
@@ -258,6 +290,10 @@ static int walk_function(walker *w, PyObject *function, int depth) {
             rc = walk_module_names(w, PyCell_GET(PyTuple_GET_ITEM(closure, i)), (PyCodeObject *)code, depth);
     }
     if (rc == 0 && !library) rc = walk_code(w, (PyCodeObject *)code, PyFunction_GET_GLOBALS(function), depth);
+    PyObject *dict =
+        rc == 0 && !library ? PyObject_GetAttr(function, w->x->n.dict) : NULL; /* made where there is none */
+    if (dict && first_visit(w, dict) == 1) rc = walk_attributes(w, dict, depth);
+    Py_XDECREF(dict);
     return rc;
 }
 
@@ -286,16 +322,77 @@ static bool holds_backward_hooks(PyObject *key) {
            PyUnicode_CompareWithASCIIString(key, "_backward_pre_hooks") == 0;
 }
 
+static bool is_empty(PyObject *dict, const char *name) {
+    PyObject *hooks = PyDict_GetItemString(dict, name);
+    return hooks && PyDict_Check(hooks) && PyDict_GET_SIZE(hooks) == 0;
+}
+
+/* How hooks are called matters where there are some; that they came shows in another dictionary. */
+static bool tells_of_no_hooks(PyObject *dict, PyObject *key) {
+    if (PyUnicode_CompareWithASCIIString(key, "_forward_hooks_with_kwargs") == 0 ||
+        PyUnicode_CompareWithASCIIString(key, "_forward_hooks_always_called") == 0)
+        return is_empty(dict, "_forward_hooks");
+    return PyUnicode_CompareWithASCIIString(key, "_forward_pre_hooks_with_kwargs") == 0 &&
+           is_empty(dict, "_forward_pre_hooks");
+}
+
+static const char *const saving[] = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+                                     "_load_state_dict_post_hooks", NULL};
+
+static bool is_for_saving(PyObject *name) {
+    const char *const *s = saving;
+    while (*s && PyUnicode_CompareWithASCIIString(name, *s) != 0) s++;
+    return *s != NULL;
+}
+
 /* The attributes of a module. */
 static int walk_module_dict(walker *w, PyObject *dict, int depth) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
         if (!is_torchs_own(w, key, value)) continue;
         int fresh = first_visit(w, value);
+        if (fresh == 1 && tells_of_no_hooks(dict, key)) continue;
         bool inside = fresh == 1 && (!PyDict_GET_SIZE(value) || !holds_backward_hooks(key));
+        uint32_t before = w->g->dicts.count;
         if (fresh < 0 || (fresh == 1 && watch_items(w, value, depth + 1, inside, false) < 0)) return -1;
+        if (w->g->dicts.count > before) w->g->dicts.items[before].saving = is_for_saving(key);
     }
     return walk_attributes(w, dict, depth);
+}
+
+/* Did code run that names these hooks? Module.state_dict() does. */
+static bool saved(PyObject *codes) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(codes); i++) {
+        PyObject *names = ((PyCodeObject *)PyList_GET_ITEM(codes, i))->co_names;
+        for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(names); j++)
+            if (is_for_saving(PyTuple_GET_ITEM(names, j))) return true;
+    }
+    return false;
+}
+
+static void renew_registry(thx_guards *g) {
+    for (uint32_t i = 0; i < g->others.count; i++) {
+        watch_other *w = &g->others.items[i];
+        PyObject *now = w->kind == WATCH_REGISTRY ? PyObject_CallNoArgs(w->object) : NULL;
+        if (now) Py_SETREF(w->copy, now);
+    }
+    PyErr_Clear();
+}
+
+void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes) {
+    uint32_t kept = 0;
+    Py_XSETREF(g->codes, Py_XNewRef(codes));
+    if (g->registry) renew_registry(g); /* what the capture itself imported is no change */
+    if (!codes || saved(codes)) return;
+    for (uint32_t i = 0; i < g->dicts.count; i++) {
+        if (g->dicts.items[i].saving) {
+            thx_watch_dict_clear(x, &g->dicts.items[i]);
+            continue;
+        }
+        g->stamps.items[kept] = g->stamps.items[i];
+        g->dicts.items[kept++] = g->dicts.items[i];
+    }
+    g->dicts.count = g->stamps.count = kept;
 }
 
 /* ---- classes ---- */
@@ -326,6 +423,25 @@ static bool is_users_class(thx *x, PyTypeObject *type) {
     return users;
 }
 
+static int walk_class(walker *w, PyTypeObject *type, int depth);
+
+/* Where a class is looked up what its own class holds is found too; that of abstract classes keeps a registry. */
+static int walk_metaclass(walker *w, PyTypeObject *meta, int depth) {
+    if (meta == &PyType_Type) return 0;
+    if (is_users_class(w->x, meta) && walk_class(w, meta, depth + 1) < 0) return -1;
+    bool abstract = false;
+    for (Py_ssize_t i = 0; meta->tp_mro && i < PyTuple_GET_SIZE(meta->tp_mro); i++)
+        abstract |= strcmp(((PyTypeObject *)PyTuple_GET_ITEM(meta->tp_mro, i))->tp_name, "ABCMeta") == 0;
+    if (!abstract || w->g->registry) return 0;
+    PyObject *module = PyImport_ImportModule("abc");
+    PyObject *count = module ? PyObject_GetAttrString(module, "get_cache_token") : NULL;
+    int rc = count ? thx_watch_other(w->x, w->g, WATCH_REGISTRY, count, NULL) : -1;
+    w->g->registry = rc == 0;
+    Py_XDECREF(count);
+    Py_XDECREF(module);
+    return rc;
+}
+
 static int walk_class(walker *w, PyTypeObject *type, int depth) {
     PyObject *mro = type->tp_mro, *key, *value;
     int rc = 0;
@@ -335,6 +451,7 @@ static int walk_class(walker *w, PyTypeObject *type, int depth) {
         if ((rc = first_visit(w, (PyObject *)base)) <= 0) continue;
         rc = thx_watch_other(w->x, w->g, WATCH_CLASS, (PyObject *)base, NULL);
         if (rc < 0 || !is_users_class(w->x, base)) continue;
+        if ((rc = walk_metaclass(w, Py_TYPE(base), depth)) < 0) continue;
         PyObject *items = PyDict_Copy(base->tp_dict);
         rc = items ? 0 : -1;
         for (Py_ssize_t at = 0; rc == 0 && PyDict_Next(items, &at, &key, &value);)
@@ -404,6 +521,55 @@ static bool reads_by_string(PyObject *o) {
     return false;
 }
 
+/* ---- what shows another object ---- */
+
+static bool is_view_of_dict(PyObject *o) {
+    PyTypeObject *t = Py_TYPE(o);
+    return t == &PyDictProxy_Type || t == &PyDictKeys_Type || t == &PyDictValues_Type || t == &PyDictItems_Type ||
+           t == &PyODictKeys_Type || t == &PyODictValues_Type || t == &PyODictItems_Type;
+}
+
+typedef struct dict_seeker {
+    PyObject *found, *besides; /* borrowed */
+} dict_seeker;
+
+static int seek_dict(PyObject *o, void *seeker) {
+    dict_seeker *s = seeker;
+    if (PyDict_Check(o) && o != s->besides) s->found = o;
+    return 0;
+}
+
+/* Only the garbage collector is told what these hold. Borrowed, or NULL. */
+static PyObject *dict_behind(PyObject *o, PyObject *besides) {
+    dict_seeker s = {NULL, besides};
+    if (Py_TYPE(o)->tp_traverse) (void)Py_TYPE(o)->tp_traverse(o, seek_dict, &s);
+    return s.found;
+}
+
+/* Results of functools.lru_cache; libraries' hold nothing that changes. */
+static int walk_memo(walker *w, PyObject *o, int depth) {
+    PyObject *wrapped = PyObject_GetAttrString(o, "__wrapped__"), **place = _PyObject_GetDictPtr(o), *cache = NULL;
+    bool users = wrapped && PyFunction_Check(wrapped) && !is_library(w->x, PyFunction_GET_CODE(wrapped));
+    int rc = 0;
+    PyErr_Clear();
+    if (users && (cache = dict_behind(o, place ? *place : NULL)) && first_visit(w, cache) == 1) {
+        rc = RESERVE(w->g->memos);
+        if (rc == 0) w->g->memos.items[w->g->memos.count++] = Py_NewRef(PyFunction_GET_CODE(wrapped));
+        if (rc == 0) rc = walk_dict(w, cache, depth);
+    }
+    Py_XDECREF(wrapped);
+    return rc;
+}
+
+/* A guard owns what it watches, so that a weak reference would never die; modules live as long as their callable. */
+static int walk_weak(walker *w, PyObject *o, int depth) {
+    PyObject *target = PyWeakref_GetObject(o); /* borrowed */
+    if (!target || target == Py_None || thx_is_tensor(w->x, target)) return 0;
+    bool stays = PyObject_TypeCheck(target, w->x->NnModule) || PyType_Check(target) || PyFunction_Check(target);
+    if (!stays) w->g->weak = Py_TYPE(target);
+    return walk(w, target, depth + 1);
+}
+
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     g->unnamed |= reads_by_string(o);
@@ -430,6 +596,12 @@ static int walk(walker *w, PyObject *o, int depth) {
     }
     if (PyFunction_Check(o)) return walk_function(w, o, depth);
     if (is_iterator(o)) return g->iterator = Py_TYPE(o), 0;
+    if (PyWeakref_CheckRef(o)) return walk_weak(w, o, depth);
+    if (is_view_of_dict(o)) {
+        PyObject *dict = dict_behind(o, NULL);
+        return dict ? walk(w, dict, depth + 1) : 0;
+    }
+    if (strcmp(Py_TYPE(o)->tp_name, "functools._lru_cache_wrapper") == 0 && walk_memo(w, o, depth) < 0) return -1;
     if (PyMethod_Check(o))
         return walk(w, PyMethod_GET_SELF(o), depth + 1) < 0 ? -1 : walk(w, PyMethod_GET_FUNCTION(o), depth + 1);
     if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
@@ -441,7 +613,10 @@ static int walk(walker *w, PyObject *o, int depth) {
     if (PyDict_Check(o) && walk_dict(w, o, depth) < 0) return -1;
     if (strcmp(Py_TYPE(o)->tp_name, "collections.deque") == 0) return walk_deque(w, o, depth);
     if (PyObject_CheckBuffer(o) && !PyBytes_Check(o)) return walk_buffer(w, o);
-    if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o)) return walk_sequence(w, o, depth);
+    if (PyList_Check(o) || PyTuple_Check(o) || PyAnySet_Check(o)) {
+        bool plain = !(Py_TYPE(o)->tp_flags & Py_TPFLAGS_HEAPTYPE); /* else it may hold attributes, too */
+        if (walk_sequence(w, o, depth) < 0 || plain) return PyErr_Occurred() ? -1 : 0;
+    }
     if (is_foreign_cached(w, o)) return 0;
     bool outermost = !w->in_module && PyObject_TypeCheck(o, w->x->NnModule);
     if (outermost && walk_module(w, o) < 0) return -1;

@@ -35,6 +35,7 @@ static PyObject *copy_of(watch_kind kind, PyObject *o, PyObject *name) {
     case WATCH_ORDER:
     case WATCH_DEQUE: return PySequence_Tuple(o);
     case WATCH_BUFFER: return bytes_of(o);
+    case WATCH_REGISTRY: return PyObject_CallNoArgs(o);
     default: return read_slot(o, name);
     }
 }
@@ -59,7 +60,12 @@ int thx_watch_other(thx *x, thx_guards *g, watch_kind kind, PyObject *o, PyObjec
     if (!copy) return -1;
     unsigned version = kind == WATCH_CLASS ? new_class_version(x, (PyTypeObject *)o) : 0;
     g->others.items[g->others.count++] =
-        (watch_other){(uint8_t)kind, false, version, Py_NewRef(o), copy, Py_XNewRef(name)};
+        (watch_other){.kind = (uint8_t)kind,
+                      .version = version,
+                      .object = Py_NewRef(o),
+                      .copy = copy,
+                      .name = Py_XNewRef(name),
+                      .order = kind == WATCH_CLASS ? Py_XNewRef(((PyTypeObject *)o)->tp_mro) : NULL};
     return 0;
 }
 
@@ -79,6 +85,7 @@ bool thx_watch_is_ours(PyObject *key) {
 }
 
 static bool same_class(const watch_other *w) {
+    if (((PyTypeObject *)w->object)->tp_mro != w->order) return false;
     PyObject *now = ((PyTypeObject *)w->object)->tp_dict, *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(now, &at, &key, &value);) {
         PyObject *old = thx_watch_is_ours(key) ? value : PyDict_GetItemWithError(w->copy, key);
@@ -102,9 +109,10 @@ bool thx_watch_other_holds(thx *x, watch_other *w) {
                (d ? d : Py_None) == PyTuple_GET_ITEM(w->copy, 1) && (k ? k : Py_None) == PyTuple_GET_ITEM(w->copy, 2);
     }
     PyObject *now = copy_of((watch_kind)w->kind, w->object, w->name);
-    bool same = now && (w->kind == WATCH_SLOT     ? thx_same_value(w->copy, now)
-                        : w->kind == WATCH_BUFFER ? PyObject_RichCompareBool(w->copy, now, Py_EQ) == 1
-                                                  : same_items(w->copy, now));
+    bool same = now && (w->kind == WATCH_SLOT ? thx_same_value(w->copy, now)
+                        : w->kind == WATCH_BUFFER || w->kind == WATCH_REGISTRY
+                            ? PyObject_RichCompareBool(w->copy, now, Py_EQ) == 1
+                            : same_items(w->copy, now));
     PyErr_Clear();
     Py_XDECREF(now);
     return same;
@@ -160,6 +168,7 @@ void thx_watch_other_put_back(const watch_other *w) {
     case WATCH_DEQUE: put_back_contents(w, "extend"); break;
     case WATCH_ORDER: put_back_order(w); break;
     case WATCH_BUFFER: put_back_buffer(w); break;
+    case WATCH_REGISTRY: break; /* nothing is ever taken off it */
     case WATCH_SLOT: (void)PyObject_SetAttr(w->object, w->name, w->copy == Py_NotImplemented ? NULL : w->copy); break;
     }
     PyErr_Clear();
@@ -171,7 +180,8 @@ const char *thx_watch_other_text(const watch_other *w) {
                                         [WATCH_ORDER] = "the order of a dictionary",
                                         [WATCH_DEQUE] = "a deque",
                                         [WATCH_BUFFER] = "an array or bytes",
-                                        [WATCH_SLOT] = "an attribute of an object"};
+                                        [WATCH_SLOT] = "an attribute of an object",
+                                        [WATCH_REGISTRY] = "the registry of an abstract class"};
     return texts[w->kind];
 }
 

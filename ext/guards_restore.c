@@ -90,7 +90,6 @@ static int restore_dict(watch_dict *w, thx_change_fn changed, void *user) {
         Py_DECREF(before);
         release_error(error);
     }
-    w->tag = thx_watch_tag(w->dict);
     return rc;
 }
 
@@ -197,9 +196,12 @@ int thx_guards_restore(thx *x, thx_guards *g, thx_change_fn changed, void *user)
     int rc = 0;
     for (uint32_t i = 0; i < g->objects.count; i++)
         rc |= restore_object(&g->objects.items[i], rc == 0 ? changed : NULL, user);
-    for (uint32_t i = 0; i < g->dicts.count; i++)
-        if (!HAVE_VERSION_TAGS || thx_watch_tag(g->dicts.items[i].dict) != g->dicts.items[i].tag)
-            rc |= restore_dict(&g->dicts.items[i], rc == 0 ? changed : NULL, user);
+    for (uint32_t i = 0; i < g->dicts.count; i++) {
+        watch_stamp *stamp = &g->stamps.items[i];
+        if (HAVE_VERSION_TAGS && thx_watch_tag(stamp->dict) == stamp->tag) continue;
+        rc |= restore_dict(&g->dicts.items[i], rc == 0 ? changed : NULL, user);
+        stamp->tag = thx_watch_tag(stamp->dict);
+    }
     for (uint32_t i = 0; i < g->scopes.count; i++)
         if (!HAVE_VERSION_TAGS || thx_watch_tag(g->scopes.items[i].dict) != g->scopes.items[i].tag)
             rc |= restore_scope(&g->scopes.items[i], rc == 0 ? changed : NULL, user);

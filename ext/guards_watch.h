@@ -14,9 +14,14 @@
 typedef struct watch_dict {
     PyObject *dict, **items; /* items: key, value, key, value as at the capture; one block of memory, NULL when empty */
     Py_ssize_t count;        /* of pairs */
-    uint64_t tag;
     bool attributes, ignored; /* attributes: of an object, read by name. ignored (here and below): it cannot matter */
+    bool saving;              /* hooks of a module's state_dict(), which runs in few programs */
 } watch_dict;
+
+typedef struct watch_stamp { /* what a check compares first: small and side by side, for there are hundreds */
+    PyObject *dict;          /* borrowed from the watch_dict of the same place */
+    uint64_t tag;
+} watch_stamp;
 
 typedef struct watch_sequence { /* list, deque-like or set: length, then elements by identity (sets by equality) */
     PyObject *object, *copy;
@@ -39,13 +44,22 @@ typedef struct watch_scope {        /* globals that code names */
     uint64_t tag;
 } watch_scope;
 
-typedef enum watch_kind { WATCH_FUNCTION, WATCH_CLASS, WATCH_ORDER, WATCH_DEQUE, WATCH_BUFFER, WATCH_SLOT } watch_kind;
+typedef enum watch_kind {
+    WATCH_FUNCTION,
+    WATCH_CLASS,
+    WATCH_ORDER,
+    WATCH_DEQUE,
+    WATCH_BUFFER,
+    WATCH_SLOT,
+    WATCH_REGISTRY /* what abstract classes accept as their subclasses; one for all of them */
+} watch_kind;
 
 typedef struct watch_other {
     uint8_t kind;
     bool ignored;
     unsigned version;               /* of a class */
     PyObject *object, *copy, *name; /* name: of a slot, else NULL */
+    PyObject *order;                /* of a class: itself and its bases as they are searched, a tuple */
 } watch_other;
 
 typedef struct bound {
@@ -63,6 +77,7 @@ typedef struct bound {
 
 struct thx_guards {
     VEC(watch_dict) dicts;
+    VEC(watch_stamp) stamps; /* parallel to dicts */
     VEC(watch_sequence) sequences;
     VEC(watch_object) objects;
     VEC(watch_cell) cells;
@@ -74,9 +89,13 @@ struct thx_guards {
     VEC(bound) bounds;
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
     PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
-    PyObject *floats; /* while checking: list of changed ones, see thx_guards_check_but_floats (borrowed); or NULL */
-    PyObject *any;    /* owned: list of (owner, key or None) of floats that may be any; or NULL */
+    PyObject *changed;               /* while checking: see thx_guards_check_but (borrowed); or NULL */
+    PyTypeObject *changed_type;      /* then */
+    PyObject *any;                   /* owned: list of (owner, key or None) of numbers that may be any; or NULL */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
+    PyTypeObject *weak;    /* borrowed: of what a weak reference leads to and a guard would keep alive; NULL: nothing */
+    VEC(PyObject *) memos; /* code of functions behind functools.lru_cache (owned) */
+    bool registry;         /* a WATCH_REGISTRY is there */
     uint64_t generation, events;
     bool pinned;
     bool explain;    /* keep what does not hold, for a report */
@@ -89,6 +108,7 @@ int thx_watch_reserve(void **items, uint32_t *cap, uint32_t count, size_t size);
 #define RESERVE(vec) thx_watch_reserve((void **)&(vec).items, &(vec).cap, (vec).count, sizeof *(vec).items)
 
 int thx_watch(thx *x, PyObject *dict); /* from now on its writes are noticed */
+void thx_watch_dict_clear(thx *x, watch_dict *w);
 
 static inline uint64_t thx_watch_tag(PyObject *dict) {
 #if HAVE_VERSION_TAGS

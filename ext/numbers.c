@@ -46,67 +46,6 @@ static bool alike_calls(const thx_entry *a, const thx_entry *b, uint32_t *differ
     return same;
 }
 
-/* ---- floats that are no arguments ---- */
-
-static int add_place(thx_entry *e, PyObject *owner, PyObject *key, PyObject *before) {
-    for (uint32_t i = 0; i < e->nplaces; i++)
-        if (e->places[i].owner == owner && PyObject_RichCompareBool(e->places[i].key, key, Py_EQ) == 1) return 0;
-    thx_place *places = PyMem_Realloc(e->places, sizeof *places * (e->nplaces + 1));
-    if (!places) return PyErr_NoMemory(), -1;
-    e->places = places;
-    places[e->nplaces++] = (thx_place){Py_NewRef(owner), Py_NewRef(key), Py_NewRef(before), false};
-    return 0;
-}
-
-void thx_places_free(thx_entry *e) {
-    for (uint32_t i = 0; i < e->nplaces; i++) {
-        Py_DECREF(e->places[i].owner);
-        Py_DECREF(e->places[i].key);
-        Py_DECREF(e->places[i].value);
-    }
-    PyMem_Free(e->places);
-    e->places = NULL;
-    e->nplaces = 0;
-}
-
-/* Those that another entry follows, and those that have changed since. */
-static int take_places(thx_entry *e, const thx_entry *like, PyObject *changed) {
-    int rc = 0;
-    for (uint32_t i = 0; i < like->nplaces && rc == 0; i++)
-        if (like->places[i].any) rc = add_place(e, like->places[i].owner, like->places[i].key, like->places[i].value);
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(changed) && rc == 0; i++) {
-        PyObject *place = PyList_GET_ITEM(changed, i);
-        rc = add_place(e, PyTuple_GET_ITEM(place, 0), PyTuple_GET_ITEM(place, 1), PyTuple_GET_ITEM(place, 2));
-    }
-    return rc;
-}
-
-/* `value` of a place is what the other capture had until the capture is over, then what this one has. */
-int thx_places_put(thx *x, const thx_entry *e) {
-    int rc = 0;
-    for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) {
-        PyObject *now = thx_float_at(e->places[i].owner, e->places[i].key);
-        PyObject *number = now ? PyObject_CallMethod(x->tape, "argument", "O", now) : NULL;
-        rc = number ? thx_set_float_at(e->places[i].owner, e->places[i].key, number) : -1;
-        Py_XDECREF(number);
-    }
-    return rc;
-}
-
-void thx_places_put_back(thx *x, const thx_entry *e) {
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    for (uint32_t i = 0; i < e->nplaces; i++) {
-        PyObject *now = thx_float_at(e->places[i].owner, e->places[i].key);
-        if (!now || Py_TYPE(now) != x->number_type) continue; /* the code has written something else */
-        PyObject *plain = PyFloat_FromDouble(PyFloat_AS_DOUBLE(now));
-        if (plain) thx_set_float_at(e->places[i].owner, e->places[i].key, plain);
-        Py_XDECREF(plain);
-    }
-    PyErr_Clear();
-    PyErr_Restore(type, value, trace);
-}
-
 static PyObject *new_tape(thx *x) {
     PyObject *module = PyImport_ImportModule("thunder._numbers"), *tape = NULL;
     if (module && !x->number_type) x->number_type = (PyTypeObject *)PyObject_GetAttrString(module, "Number");
@@ -121,9 +60,9 @@ static int serves_other_floats(thx *x, thx_entry *e, const thx_entry *a, uint32_
     uint32_t differences = 0;
     if (!alike_calls(a, e, &differences)) return 0;
     PyObject *changed = PyList_New(0);
-    int holds = changed ? thx_guards_check_but_floats(x, a->guards, changed) : -1;
+    int holds = changed ? thx_guards_check_but(x, a->guards, &PyFloat_Type, changed) : -1;
     if (holds == 1 && !differences && !PyList_GET_SIZE(changed)) holds = 0;
-    if (holds == 1 && take_places(e, a, changed) < 0) holds = -1;
+    if (holds == 1 && thx_places_take(e, a, changed) < 0) holds = -1;
     Py_XDECREF(changed);
     if (holds == 1 && floats + e->nplaces <= THX_MAX_NUMBERS) return 1;
     thx_places_free(e);
@@ -310,16 +249,13 @@ static PyObject *ask_tape(thx_entry *e, const thx_entry *like, PyObject *tape, c
 
 /* Floats that are no arguments: those that the program is a function of may be any from here on. */
 static int free_places(thx_entry *e, PyObject *free) {
-    int rc = 0;
-    for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) {
+    for (uint32_t i = 0; i < e->nplaces; i++) {
         thx_place *p = &e->places[i];
-        PyObject *number = PyLong_FromUnsignedLong(e->nfloats + i), *now = thx_float_at(p->owner, p->key);
+        PyObject *number = PyLong_FromUnsignedLong(e->nfloats + i);
         p->any = number && PySet_Contains(free, number) == 1;
-        if (now) Py_SETREF(p->value, Py_NewRef(now));
-        if (p->any) rc = thx_guards_free_float(e->guards, p->owner, p->key);
         Py_XDECREF(number);
     }
-    return rc;
+    return thx_places_keep(e);
 }
 
 static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *answer) {
@@ -361,8 +297,9 @@ PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot
     uint32_t n = e->nfloats + e->nplaces;
     for (uint32_t i = 0; i < e->nfloats; i++) floats[i] = e->free_floats >> i & 1 ? leaves->numbers[i] : Py_None;
     for (uint32_t i = 0; i < e->nplaces; i++) {
-        PyObject *now = e->places[i].any ? thx_float_at(e->places[i].owner, e->places[i].key) : Py_None;
-        if (!now) return PyErr_Format(PyExc_RuntimeError, "a float that the program reads is gone");
+        PyObject *now = e->places[i].any ? thx_number_at(e->places[i].owner, e->places[i].key) : Py_None;
+        if (!now || (e->places[i].any && !PyFloat_CheckExact(now)))
+            return PyErr_Format(PyExc_RuntimeError, "a float that the program reads is gone");
         floats[e->nfloats + i] = now;
     }
     PyObject *found = PyObject_Vectorcall(e->formula, floats, n, NULL);

@@ -5,6 +5,7 @@
  * the program then goes to its fallback, where it happens as in eager.
  */
 #include "capture.h"
+#include "guards.h"
 
 #include <frameobject.h>
 #include <string.h>
@@ -14,7 +15,8 @@ typedef struct impure_name {
 } impure_name;
 
 static const char prints[] = "it prints", waits[] = "it waits for input", clock_[] = "it reads the clock",
-                  files[] = "it opens a file", system_[] = "it asks the operating system";
+                  files[] = "it opens a file", system_[] = "it asks the operating system",
+                  identity_[] = "it asks for an object's address";
 
 static const impure_name impure_names[] = {{"builtins", "print", prints},
                                            {"builtins", "input", waits},
@@ -33,7 +35,36 @@ static const impure_name impure_names[] = {{"builtins", "print", prints},
                                            {"os", "remove", system_},
                                            {"os", "listdir", system_},
                                            {"os", "getenv", system_},
+                                           {"builtins", "id", identity_},
                                            {NULL, NULL, NULL}};
+
+/* ---- what torch.compile would not look at either ---- */
+
+static const char memo_text[] = "a function with functools.lru_cache", variable_text[] = "a context variable",
+                  identity_text[] = "id", environment_text[] = "os.environ", type_text[] = "the type of a tensor";
+
+/* The pending exception is a CaptureError: does it name something that its fallback takes for constant? */
+bool thx_is_unseen_by_dynamo(thx *x) {
+    static const char *const unseen[] = {memo_text,
+                                         variable_text,
+                                         identity_text,
+                                         environment_text,
+                                         "a weak reference",
+                                         "a lazily conjugated or negated tensor",
+                                         NULL};
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    PyObject *construct = value ? PyObject_GetAttrString(value, "construct") : NULL;
+    const char *text = construct && PyUnicode_Check(construct) ? PyUnicode_AsUTF8(construct) : NULL;
+    bool found = false;
+    for (const char *const *u = unseen; text && *u && !found; u++) found = strncmp(text, *u, strlen(*u)) == 0;
+    PyErr_Clear();
+    Py_XDECREF(construct);
+    PyErr_Restore(type, value, trace);
+    (void)x;
+    return found;
+}
 
 int thx_purity_init(thx *x) {
     x->impure = PyDict_New();
@@ -143,6 +174,15 @@ static bool reads_numbers(PyObject *function) {
     return name && (strcmp(name, "math") == 0 || strcmp(name, "cmath") == 0 || strcmp(name, "_struct") == 0);
 }
 
+/* torch.manual_seed, fork_rng and the like end in these. */
+static bool seeds_torch(PyObject *self, const char *name) {
+    static const char *const names[] = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset", NULL};
+    if (strcmp(Py_TYPE(self)->tp_name, "torch._C.Generator") != 0) return false;
+    for (const char *const *n = names; *n; n++)
+        if (strcmp(name, *n) == 0) return true;
+    return false;
+}
+
 static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
     thx *x = r->x;
     if (!PyCFunction_Check(function)) return 0;
@@ -158,11 +198,17 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     PyObject *self = PyCFunction_GET_SELF(function);
     char text[120];
     if (self && !PyModule_Check(self)) {
-        if (!is_generator(x, self)) {
+        if (seeds_torch(self, name)) {
+            r->seeded = true;
+            return 0;
+        }
+        if (Py_TYPE(self) == &PyContextVar_Type && is_the_programs(x, frame, 0))
+            return refuse(r, variable_text, "it reads or sets one, and later calls would not look again");
+        if (!is_generator(x, self) && Py_TYPE(self) != &PyContextVar_Type) {
             *known = method;
             return 0;
         }
-        if (!is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
+        if (!is_generator(x, self) || !is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
         snprintf(text, sizeof text, "%.60s.%.40s", Py_TYPE(self)->tp_name, name);
         return refuse(r, text,
                       "it draws random numbers that are not torch's, and later calls would have the same ones");
@@ -218,21 +264,74 @@ PyObject *thx_codes_list(const thx_recorder *r) {
 
 /* ---- events ---- */
 
+/* The function of a functools.lru_cache runs: its result would be a fake's, and stay. Once eager has filled the cache
+ * for these arguments, the program is captured with what is in it. */
+static int refuse_filling(thx_recorder *r) {
+    return thx_capture_error(r, memo_text, "the call fills its cache",
+                             "nothing: calls whose results are in the cache are compiled");
+}
+
+/* ---- type(x) ---- */
+
+static bool mentions_types(const thx *x, PyCodeObject *code) { /* names are interned */
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(code->co_names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(code->co_names, i);
+        if (name == x->n.type || name == x->n.class_) return true;
+    }
+    return false;
+}
+
+/* Of which variables the program's own code asks the type: thunder/_relevance.py. New reference, or NULL. */
+static PyObject *asked_types(const thx *x, PyFrameObject *frame, PyCodeObject *code) {
+    if (!mentions_types(x, code) || !is_the_programs(x, frame, 0)) return NULL;
+    PyObject *module = PyImport_ImportModule("thunder._relevance");
+    PyObject *names = module ? PyObject_CallMethod(module, "asks_types", "O", code) : NULL;
+    Py_XDECREF(module);
+    return names;
+}
+
+/* Is it a tensor, or something that is not among the variables yet and may be one? */
+static bool may_be_fake(const thx *x, PyObject *locals, PyObject *name) {
+    PyObject *value = PyObject_GetItem(locals, name); /* new, or NULL */
+    bool fake = !value || thx_is_fake(x, value);
+    PyErr_Clear();
+    Py_XDECREF(value);
+    return fake;
+}
+
+/* While a program is captured its tensors are instances of a subclass of torch.Tensor; isinstance sees no difference,
+ * but type() does. */
+static int check_types(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code) {
+    PyObject *names = asked_types(r->x, frame, code), *locals = NULL;
+    bool found = false;
+    if (names && PyTuple_GET_SIZE(names)) locals = PyFrame_GetLocals(frame);
+    for (Py_ssize_t i = 0; locals && i < PyTuple_GET_SIZE(names) && !found; i++)
+        found = may_be_fake(r->x, locals, PyTuple_GET_ITEM(names, i));
+    PyErr_Clear();
+    Py_XDECREF(names);
+    Py_XDECREF(locals);
+    return found ? thx_capture_error(r, type_text, "a tensor has another one while the program is captured",
+                                     "use isinstance(x, torch.Tensor)")
+                 : 0;
+}
+
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
-    if (note_code(r, (PyObject *)code) < 0) {
+    if (note_code(r, (PyObject *)code) < 0 || check_types(r, frame, code) < 0) {
         Py_DECREF(code);
         return -1;
     }
     bool environment = (PyObject *)code == r->x->read_environment;
+    bool memo = r->reached && thx_guards_memoizes(r->reached, (PyObject *)code);
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
     Py_DECREF(code); /* the frame holds it */
     if (bound && !r->x->applying && !r->depth && thx_grad_mode(r->x) == 1)
         return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
                                  "its backward would not be seen", "write Function.apply(...) where it is called");
+    if (memo) return refuse_filling(r);
     if (!environment || !is_the_programs(r->x, frame, THROUGH_LIBRARY)) return 0;
-    return refuse(r, "os.environ", "it reads the environment, and later calls would not look again");
+    return refuse(r, environment_text, "it reads the environment, and later calls would not look again");
 }
 
 static int on_event(PyObject *recorder, PyFrameObject *frame, int what, PyObject *arg) {

@@ -59,10 +59,19 @@ static Py_ssize_t place_in_stream(thx_recorder *r, PyObject *state) {
     return -1;
 }
 
+static bool is_only_thread(void) {
+    PyThreadState *state = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(PyThreadState_Get()));
+    return state && !PyThreadState_Next(state);
+}
+
 int thx_random_before(thx_recorder *r) {
     PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
     int same = state ? same_state(r, state, r->rng_last) : -1, rc = same < 0 ? -1 : 0;
-    if (same == 0) {
+    bool another = same == 0 && !r->seeded && !is_only_thread();
+    r->seeded = false;
+    if (another) {
+        rc = remember(r, state);
+    } else if (same == 0) {
         Py_ssize_t place = place_in_stream(r, state);
         if (place > 0) {
             rc = thx_capture_error(r, "the random number generator",

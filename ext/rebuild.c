@@ -157,7 +157,7 @@ static PyObject *build_plain(builder *b, const thx_spec *s) {
     case THX_S_NUMBER: break; /* of matched arguments, which are not built */
     case THX_S_CONST:
         if (s->number && b->x->following)
-            return PyObject_CallMethod(b->x->following, "argument", "IO", (unsigned)s->number - 1, s->object);
+            return PyObject_CallMethod(b->x->following, "argument", "OI", s->object, (unsigned)s->number - 1);
         if (s->number && b->x->tape) return PyObject_CallMethod(b->x->tape, "argument", "O", s->object);
         return s->type == &PySet_Type && !s->by_identity ? PySet_New(s->object) : Py_NewRef(s->object);
     case THX_S_TUPLE: return build_tuple(b, s);

@@ -88,18 +88,29 @@ static void fix_sizes_of(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) fix_sizes_of(&s->kids[i]);
 }
 
-/* They are, and then the sizes of b that differ are free. */
-static bool alike_calls(const thx_entry *a, thx_entry *b) {
+/* Is it the same call but for sizes and ints? Then the sizes of b that differ are free, its ints are numbered, and it
+ * knows the places of ints that are no arguments. 1, 0, -1. */
+static int alike_calls(thx *x, const thx_entry *a, thx_entry *b) {
     bool same = !a->eager && !a->dead && !a->expected && !a->gradient && !a->formula && a->nargs == b->nargs &&
                 a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
                 memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
-    uint32_t differences = 0, ints = 0;
+    uint32_t differences = 0;
     for (uint32_t i = 0; i < a->nargs && same; i++)
         same = thx_specs_alike(&a->args[i], &b->args[i], THX_ALIKE_SIZES, &differences);
-    if (!same || !differences) return false;
-    for (uint32_t i = 0; i < b->nargs && same; i++) same = free_sizes(&a->args[i], &b->args[i], &ints);
-    for (uint32_t i = 0; i < b->nargs && !same; i++) fix_sizes_of(&b->args[i]);
-    return same && !PyErr_Occurred();
+    if (!same) return PyErr_Occurred() ? -1 : 0;
+    PyObject *changed = PyList_New(0);
+    int holds = changed ? thx_guards_check_but(x, a->guards, &PyLong_Type, changed) : -1;
+    if (holds == 1 && !differences && !PyList_GET_SIZE(changed)) holds = 0;
+    b->nfloats = 0;
+    for (uint32_t i = 0; i < b->nargs && holds == 1; i++) holds = free_sizes(&a->args[i], &b->args[i], &b->nfloats);
+    if (holds == 1 && thx_places_take(b, a, changed) < 0) holds = -1;
+    if (holds == 1 && b->nfloats + b->nplaces > THX_MAX_NUMBERS) holds = 0;
+    Py_XDECREF(changed);
+    if (holds == 1 && !PyErr_Occurred()) return 1;
+    for (uint32_t i = 0; i < b->nargs; i++) fix_sizes_of(&b->args[i]);
+    thx_places_free(b);
+    b->nfloats = 0;
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 int thx_sizes_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
@@ -109,14 +120,12 @@ int thx_sizes_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
     while (a && !*like && c->changes == changes) {
         thx_entry *next = a->next;
         a->running++; /* the caller lets go of the one that is found */
-        bool alike = alike_calls(a, e);
-        int holds = alike ? thx_guards_check(c->x, a->guards) : PyErr_Occurred() ? -1 : 0;
-        if (holds == 1)
+        int alike = alike_calls(c->x, a, e);
+        if (alike == 1)
             *like = a;
         else
             thx_entry_leave(c, a);
-        for (uint32_t i = 0; i < e->nargs && alike && holds != 1; i++) fix_sizes_of(&e->args[i]);
-        if (holds < 0) return -1;
+        if (alike < 0) return -1;
         a = next;
     }
     return 0;
@@ -172,12 +181,15 @@ static bool same_mark(const comparison *k, const th_op *op, int kind) {
     return same;
 }
 
+static void put_former(const comparison *k, uint32_t number, PyObject *value) {
+    for (uint32_t i = 0; i < k->sizes->count; i++)
+        if (k->sizes->terms[i].op == THX_T_ARGUMENT && k->sizes->terms[i].leaf == (int32_t)number)
+            thx_into_slot(k->slots, i, PyLong_AsLongLong(value));
+}
+
 /* The values of ints in the former call. */
 static void former_ints(const thx_spec *a, const thx_spec *b, const comparison *k) {
-    if (b->kind == THX_S_CONST && b->number && b->type == &PyLong_Type)
-        for (uint32_t i = 0; i < k->sizes->count; i++)
-            if (k->sizes->terms[i].op == THX_T_ARGUMENT && k->sizes->terms[i].leaf == (int32_t)b->number - 1)
-                thx_into_slot(k->slots, i, PyLong_AsLongLong(a->object));
+    if (b->kind == THX_S_CONST && b->number && b->type == &PyLong_Type) put_former(k, b->number - 1, a->object);
     for (uint32_t i = 0; i < b->nkids; i++) former_ints(&a->kids[i], &b->kids[i], k);
 }
 
@@ -322,6 +334,7 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
     }
     comparison k = {like->captured, e->captured, z, slots, 0};
     for (uint32_t i = 0; i < e->nargs; i++) former_ints(&like->args[i], &e->args[i], &k);
+    for (uint32_t i = 0; i < e->nplaces; i++) put_former(&k, e->nfloats + i, e->places[i].value);
     const char *why = e->expected               ? "values of tensors steer the program"
                       : e->gradient             ? "the program computes gradients"
                       : acts_outside(e->main.t) ? "the program acts outside of tensors"
@@ -337,7 +350,8 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
     if (same) {
         e->main.literals.sizes = z;
         for (uint32_t i = 0; i < e->nargs; i++) free_ints(&e->args[i]);
-        return 0;
+        for (uint32_t i = 0; i < e->nplaces; i++) e->places[i].any = true;
+        return thx_places_keep(e);
     }
     thx_sizes_free(z);
     const th_op *op = k.at ? &e->captured->ops[k.at] : NULL;

@@ -73,9 +73,13 @@ static int64_t size_of(thx *x, th_slot *slot, uint32_t d) { /* -1: it has no suc
     return value;
 }
 
-static bool int_argument(const thx_term *term, const thx_leaves *leaves, int64_t *value) {
+static bool int_argument(const thx_entry *e, const thx_term *term, const thx_leaves *leaves, int64_t *value) {
+    uint32_t i = (uint32_t)term->leaf;
     int overflow = 0;
-    *value = PyLong_AsLongLongAndOverflow(leaves->numbers[term->leaf], &overflow);
+    const thx_place *place = i < e->nfloats ? NULL : &e->places[i - e->nfloats];
+    PyObject *number = place ? thx_number_at(place->owner, place->key) : leaves->numbers[i];
+    if (!number || !PyLong_CheckExact(number)) return false;
+    *value = PyLong_AsLongLongAndOverflow(number, &overflow);
     return !overflow;
 }
 
@@ -85,7 +89,7 @@ bool thx_sizes_start(thx *x, const thx_entry *e, const thx_leaves *leaves, th_sl
     int64_t value = 0;
     for (uint32_t i = 0; i < z->count && z->terms[i].op != THX_T_SIZE && holds; i++)
         if (z->terms[i].op == THX_T_ARGUMENT) {
-            holds = int_argument(&z->terms[i], leaves, &value);
+            holds = int_argument(e, &z->terms[i], leaves, &value);
             thx_into_slot(slots, i, value);
         } else {
             holds = thx_term_compute(z, i, slots);
@@ -121,7 +125,7 @@ bool thx_sizes_hold(thx *x, const thx_entry *e, const thx_leaves *leaves) {
         const thx_term *term = &z->terms[i];
         if (!term->early) continue;
         if (term->op == THX_T_ARGUMENT) {
-            holds = int_argument(term, leaves, &value);
+            holds = int_argument(e, term, leaves, &value);
             thx_into_slot(slots, i, value);
         } else if (term->op == THX_T_SIZE)
             thx_into_slot(slots, i, size_of(x, &(th_slot){.object = leaves->items[term->leaf]}, (uint32_t)term->b));
@@ -146,9 +150,11 @@ bool thx_sizes_recur(thx *x, thx_entry *e, const thx_leaves *leaves) {
         for (int64_t d = 0; d < ndim; d++) hash = th__hash_mix(hash, (uint64_t)sizes[d]);
     }
     for (uint32_t i = 0; i < e->main.literals.sizes->count; i++)
-        if (e->main.literals.sizes->terms[i].op == THX_T_ARGUMENT)
-            hash =
-                th__hash_mix(hash, (uint64_t)PyLong_AsLongLong(leaves->numbers[e->main.literals.sizes->terms[i].leaf]));
+        if (e->main.literals.sizes->terms[i].op == THX_T_ARGUMENT) {
+            int64_t value = 0;
+            (void)int_argument(e, &e->main.literals.sizes->terms[i], leaves, &value);
+            hash = th__hash_mix(hash, (uint64_t)value);
+        }
     uint32_t at = 0;
     while (at < THX_RECENT - 1 && e->recent[at].hash != hash) at++;
     thx_recent found = e->recent[at].hash == hash ? e->recent[at] : (thx_recent){hash, 0};

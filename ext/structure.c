@@ -85,6 +85,7 @@ static int describe_tensor(thx_describer *d, thx_spec *s, PyObject *o) {
     thx_meta m;
     if (thx_read_meta(x, o, false, &m) < 0) return PyErr_Clear(), 0; /* likewise: nested, quantized */
     s->requires_grad = m.requires_grad;
+    s->lazy = thx_is_lazy(&x->abi, o);
     s->ndim = m.ndim;
     s->dims = PyMem_Malloc(sizeof(int64_t) * (size_t)(2 * m.ndim + 1));
     if (!s->dims) return PyErr_NoMemory(), -1;
@@ -358,7 +359,7 @@ static bool same_dims(const thx_spec *s, const int64_t *sizes, const int64_t *st
 static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
     if (s->repeated) return s->leaf < leaves->count && leaves->items[s->leaf] == o;
     if (leaves->count <= 24 && find(leaves, o) >= 0) return 0; /* one tensor in two places, where they were two */
-    if (!s->dims) return 0;
+    if (!s->dims || thx_is_lazy(&x->abi, o) != s->lazy) return 0;
     if (x->abi.on) {
         const thx_abi *abi = &x->abi;
         th_h h = thx_borrow(abi, o);

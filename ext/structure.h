@@ -36,9 +36,9 @@ typedef struct thx_spec {
     uint32_t memo;          /* above 0: SAME specs refer to this container by memo - 1 */
     struct thx_spec *kids;
     /* TENSOR */
-    uint32_t leaf; /* index among the leaves; the same tensor twice has one index */
-    bool repeated; /* an earlier leaf was this very tensor */
-    bool requires_grad;
+    uint32_t leaf;            /* index among the leaves; the same tensor twice has one index */
+    bool repeated;            /* an earlier leaf was this very tensor */
+    bool requires_grad, lazy; /* lazy: conjugated or negated when it is read */
     int32_t dtype, device_type, device_index;
     int64_t ndim, *dims; /* ndim sizes, then ndim strides; owned */
     uint64_t free;       /* bit by dimension: its size may be any from 2 on */

@@ -5,6 +5,7 @@
 #include "base/env.h"
 #include "thunder/ir.h"
 
+#include <malloc.h>
 #include <string.h>
 
 static int note(thx_abi *abi, const char *feature, const char *why) {
@@ -99,7 +100,7 @@ static int calibrate_borrow(thx_abi *abi, PyObject *torch) {
 
 /* Where the requires_grad byte lies: compare a plain tensor, one that requires grad, and that one switched off. */
 static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
-    enum { IMPL_BYTES = 160, META_BYTES = 224 }; /* of structures that are at least that long */
+    enum { IMPL_BYTES = 160, META_BYTES = 224 }; /* the first is at least that long, the second may end before */
     abi->autograd_meta = -1;
     int meta_at = -1, flag_at = -1;
     for (int round = 0; round < 3; round++) {
@@ -114,10 +115,12 @@ static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
         }
         if (meta >= 0) {
             char before[META_BYTES], *m = *(char **)(*(char **)thx_borrow(abi, grad) + meta);
-            memcpy(before, m, META_BYTES);
+            int length = (int)malloc_usable_size(m);
+            if (length > META_BYTES) length = META_BYTES;
+            memcpy(before, m, (size_t)length);
             PyObject *off = PyObject_CallMethod(grad, "requires_grad_", "O", Py_False);
             int flips = 0;
-            for (int at = 0; off && at < META_BYTES; at++)
+            for (int at = 0; off && at < length; at++)
                 if (before[at] == 1 && m[at] == 0) flag = at, flips++;
             if (flips != 1) flag = -1;
             Py_XDECREF(off);
@@ -134,6 +137,60 @@ static int calibrate_requires_grad(thx_abi *abi, PyObject *torch) {
     abi->autograd_meta = meta_at;
     abi->requires_grad = flag_at;
     return 0;
+}
+
+/* The words of two TensorImpls that differ in one bit: by place, that bit; else 0. */
+static void one_bit_apart(const thx_abi *abi, PyObject *x, PyObject *y, uint64_t *bits, int n) {
+    const uint64_t *a = *(uint64_t **)thx_borrow(abi, x), *b = *(uint64_t **)thx_borrow(abi, y);
+    for (int i = 1; i < n; i++) {
+        uint64_t differ = a[i] ^ b[i];
+        bits[i] = differ & (differ - 1) ? 0 : differ;
+    }
+}
+
+/* Where the keys lie that say that a tensor shows other values than its memory holds: compare views with and without.
+ */
+static int calibrate_lazy(thx_abi *abi, PyObject *torch) {
+    enum { WORDS = 20, ROUNDS = 3 };
+    uint64_t found[2][WORDS] = {{0}};
+    abi->keys = -1;
+    PyObject *dtype = PyObject_GetAttrString(torch, "complex64");
+    for (int round = 0; round < ROUNDS; round++) {
+        PyObject *base = call_tensor(torch, "zeros", "(i)", 2 + round), *z = NULL, *conj = NULL, *parts[2] = {NULL};
+        if (base && dtype) z = PyObject_CallMethod(base, "to", "O", dtype);
+        PyObject *plain = z ? PyObject_CallMethod(z, "view", "i", 2 + round) : NULL;
+        conj = z ? PyObject_CallMethod(z, "conj", NULL) : NULL;
+        if (plain && conj) {
+            parts[0] = PyObject_GetAttrString(plain, "imag");
+            parts[1] = PyObject_GetAttrString(conj, "imag");
+        }
+        uint64_t now[2][WORDS] = {{0}};
+        if (parts[0] && parts[1]) {
+            one_bit_apart(abi, plain, conj, now[0], WORDS);
+            one_bit_apart(abi, parts[0], parts[1], now[1], WORDS);
+        }
+        for (int i = 0; i < WORDS; i++)
+            for (int k = 0; k < 2; k++) found[k][i] = round && found[k][i] != now[k][i] ? 0 : now[k][i];
+        Py_XDECREF(parts[0]);
+        Py_XDECREF(parts[1]);
+        Py_XDECREF(conj);
+        Py_XDECREF(plain);
+        Py_XDECREF(z);
+        Py_XDECREF(base);
+        PyErr_Clear();
+    }
+    Py_XDECREF(dtype);
+    PyErr_Clear();
+    int places = 0;
+    for (int i = 0; i < WORDS; i++) {
+        if (!found[0][i] || !found[1][i] || found[0][i] == found[1][i]) continue;
+        abi->keys = 8 * i;
+        abi->lazy = found[0][i] | found[1][i];
+        places++;
+    }
+    if (places == 1) return 0;
+    abi->keys = -1;
+    return note(abi, "lazy", "no unique word");
 }
 
 /* Both ways between our dtypes and torch's numbers, which the library itself tells. */
@@ -259,6 +316,7 @@ int thx_abi_init(thx_abi *abi, th_ctx *ctx, PyObject *torch) {
     if (!abi->wrap && note(abi, "wrap", "THPVariable_Wrap not found: the slower list function is used") < 0) return -1;
     map_dtypes(abi);
     if (self_test(abi, torch) < 0) return -1;
+    if (abi->on && calibrate_lazy(abi, torch) < 0) return -1;
     return abi->on ? calibrate_requires_grad(abi, torch) : 0;
 }
 

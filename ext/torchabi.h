@@ -70,6 +70,8 @@ typedef struct thx_abi {
     size_t borrow;            /* offset of the TensorImpl pointer in a torch.Tensor object */
     int autograd_meta;        /* byte offset of the autograd metadata pointer in TensorImpl; -1: unknown */
     int requires_grad;        /* byte offset of the flag behind that pointer */
+    int keys;                 /* byte offset of the dispatch keys in TensorImpl; -1: unknown */
+    uint64_t lazy;            /* the keys of lazily conjugated and of negated tensors */
     PyObject *(*wrap)(th_h);  /* new reference to a torch.Tensor of a handle, which stays owned by the caller */
     PyObject *steal;          /* torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, the road without `wrap` */
     int32_t scalar_types[64]; /* th_dtype -> torch's number; -1 unknown */
@@ -96,6 +98,22 @@ static inline int thx_requires_grad(const thx_abi *abi, PyObject *tensor) {
     const char *meta = *(char **)(impl + abi->autograd_meta);
     if (!meta) return 0;
     return meta[abi->requires_grad] ? 1 : -1; /* 0 there may still be an intermediate with a grad_fn */
+}
+
+/* Does it show other values than its memory holds, conjugated or negated ones? */
+static inline bool thx_is_lazy(const thx_abi *abi, PyObject *tensor) {
+    if (abi->on && abi->keys >= 0) {
+        const char *impl = *(char **)thx_borrow(abi, tensor);
+        return (*(const uint64_t *)(impl + abi->keys) & abi->lazy) != 0;
+    }
+    bool lazy = false;
+    for (int i = 0; i < 2 && !lazy; i++) {
+        PyObject *flag = PyObject_CallMethod(tensor, i ? "is_neg" : "is_conj", NULL);
+        lazy = flag == Py_True;
+        Py_XDECREF(flag);
+    }
+    PyErr_Clear();
+    return lazy;
 }
 
 #endif

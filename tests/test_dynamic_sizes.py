@@ -330,7 +330,7 @@ def test_decisions_by_sizes(function, order):
     sizes = SIZES if order == 1 else SIZES[::-1] if order == -1 else [SIZES[i * 7 % len(SIZES)] for i in range(15)]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", thunder.ThunderWarning)
-        calls(function, make, (*sizes, *sizes[:4]))
+        calls(function, make, (*sizes, *sizes[:4]), fallback="eager")
 
 
 def test_a_decision_is_followed_on_both_sides():
@@ -770,3 +770,92 @@ def test_dtypes_and_ranks_still_have_programs_of_their_own():
     for x in (torch.ones(3), torch.ones(4), torch.ones(5, dtype=torch.int64), torch.ones(6, 1), torch.ones(7)):
         assert torch.equal(compiled(x), x * x.shape[0])
     assert thunder.cache_misses(compiled) == 4
+
+
+# ---- ints that the callable reads of its surroundings ----
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(3, 3)
+        self.calls = 0
+        self.length = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.length = x.shape[0]
+        return self.project(x) * self.calls + self.length
+
+
+def test_a_counter_and_a_length_that_a_module_keeps():
+    module = Counting()
+    twin = Counting()
+    twin.load_state_dict(module.state_dict())
+    compiled = thunder.jit(module)
+    with torch.no_grad():
+        for i in range(40):
+            x = rows(2 + i % 9)[0]
+            torch.testing.assert_close(compiled(x), twin(x))
+            assert (module.calls, module.length) == (twin.calls, twin.length)
+            assert type(module.calls) is int
+            assert type(module.length) is int
+            if i == 20:
+                module.calls = twin.calls = 1000
+    assert thunder.cache_misses(compiled) <= 3
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda self, x: x * self.step,
+        lambda self, x: x if self.step > 4 else x + self.step,
+        lambda self, x: x[: self.step % 3 + 1],
+        lambda self, x: sum([x] * (self.step % 3 + 1)),
+        lambda self, x: x * 0.5**self.step,
+        lambda self, x: (x * len(str(self.step)), self.step),
+        lambda self, x: x + {3: 1.0}.get(self.step, 2.0),
+    ],
+)
+def test_an_int_attribute_that_changes(use):
+    class Stepping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step = 1
+
+        def forward(self, x):
+            return use(self, x)
+
+    module, twin = Stepping(), Stepping()
+    compiled = thunder.jit(module, fallback="eager")
+    for step in (1, 2, 3, 4, 5, 6, 3, 0, -1, True, 2.0, 7, 10**14, 8):
+        module.step = twin.step = step
+        x = torch.randn(4, 3)
+        try:
+            want = twin(x)
+        except Exception as error:
+            with pytest.raises(type(error)):
+                compiled(x)
+            continue
+        torch.testing.assert_close(compiled(x), want, rtol=0, atol=0)
+
+
+EPOCH = 0
+
+
+def test_ints_of_globals_and_enclosing_functions():
+    global EPOCH
+    seen = 0
+
+    def program(x):
+        nonlocal seen
+        seen += 2
+        return x * EPOCH + seen
+
+    compiled = thunder.jit(program)
+    for EPOCH in range(20):  # noqa: B007
+        before = seen
+        got, after = compiled(torch.ones(3)), seen
+        assert after == before + 2
+        assert torch.equal(got, torch.ones(3) * EPOCH + after)
+    assert thunder.cache_misses(compiled) <= 3

@@ -367,6 +367,51 @@ def test_threads_with_different_callables_compile_side_by_side():
     run_threads(4, work)
 
 
+def test_numbers_that_another_thread_draws_during_a_capture_are_no_seed():
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            torch.rand(1)
+
+    def f(a):
+        for _ in range(20):
+            a = a + torch.rand(3)
+        return a
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        for _ in range(10):
+            compiled = thunder.jit(f, fallback="error")
+            compiled(x())
+            assert "rng_state" not in str(thunder.last_traces(compiled)[-1])
+    finally:
+        stop.set()
+        other.join()
+        sys.setswitchinterval(interval)
+    assert not torch.equal(compiled(x()), compiled(x()))
+
+
+def test_a_program_seeds_while_another_thread_runs():
+    def f(a):
+        torch.manual_seed(3)
+        return a + torch.rand(3)
+
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)
+    other.start()
+    try:
+        compiled = thunder.jit(f, fallback="error")
+        assert_same(f(x()), compiled(x()))
+        assert_same(f(x()), compiled(x()))
+    finally:
+        stop.set()
+        other.join()
+
+
 def test_eager_code_in_another_thread_is_undisturbed_by_a_capture():
     stop = threading.Event()
     wrong: list[BaseException] = []

@@ -117,6 +117,63 @@ def test_training_steps_are_captured_once():
     assert thunder.cache_misses(compiled) == 1
 
 
+def tiny_litgpt():
+    from tests.harness.third_party import import_litgpt
+
+    litgpt = import_litgpt()
+    config = litgpt.Config.from_name(
+        "pythia-14m", n_layer=2, n_embd=32, n_head=4, block_size=16, padded_vocab_size=64, intermediate_size=64
+    )
+    model, tokens = litgpt.GPT(config), torch.randint(0, 64, (2, 16))
+    return model, lambda call: nn.functional.cross_entropy(call(tokens).flatten(0, 1), tokens.flatten())
+
+
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    tokens = torch.randint(0, 64, (2, 16))
+    return LlamaForCausalLM(config), lambda call: call(tokens, labels=tokens, use_cache=False).loss
+
+
+def tiny_bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    tokens, labels = torch.randint(0, 64, (2, 16)), torch.tensor([0, 1])
+    return BertForSequenceClassification(config), lambda call: call(tokens, labels=labels).loss
+
+
+@pytest.mark.parametrize("schedule", [None, "OneCycleLR"])
+@pytest.mark.parametrize("make", [tiny_litgpt, tiny_llama, tiny_bert])
+def test_fifty_training_steps_of_a_language_model_are_captured_once(make, schedule):
+    torch.manual_seed(0)
+    model, loss_of = make()
+    model.train()
+    compiled = thunder.jit(model, fallback="error")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=50) if schedule else None
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = loss_of(compiled)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if rates:
+            rates.step()
+        losses.append(loss.item())
+    stats = thunder.compile_stats(compiled)
+    assert (stats.calls, stats.cache_misses, stats.fallbacks) == (50, 1, 0)
+    assert losses[-1] < losses[0]
+
+
 # ---- numbers that change at every call ----
 
 

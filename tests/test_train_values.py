@@ -233,6 +233,37 @@ def test_fan_out_of_an_output_in_the_caller():
 
 # ---- operations whose derivative is delicate ----
 
+PLACES = torch.tensor([1, 1, 0])
+EVERYWHERE = torch.zeros(4, 3, dtype=torch.long)
+
+# Rows and elements that are written in place, into memory that is read again.
+PLACED = {
+    "index_add": lambda z, a: z.index_add_(0, PLACES, a[:3]),
+    "index_add_alpha": lambda z, a: z.index_add_(-1, PLACES[:2], a[:, :2], alpha=-3),
+    "index_copy": lambda z, a: z.index_copy_(0, torch.tensor([1, 3]), a[:2] * 2),
+    "index_fill": lambda z, a: z.index_fill_(1, torch.tensor([1]), 2.0),
+    "index_reduce": lambda z, a: z.index_reduce_(0, PLACES, a[:3] * 2, "amax"),
+    "scatter_add": lambda z, a: z.scatter_add_(0, EVERYWHERE, a),
+    "scatter_reduce": lambda z, a: z.scatter_reduce_(0, EVERYWHERE, a, "prod", include_self=False),
+    "index_put": lambda z, a: z.index_put_((torch.tensor([2, 0]),), a[:2]),
+    "index_put_added": lambda z, a: z.index_put_([PLACES, PLACES], a[0], accumulate=True),
+    "index_put_mask": lambda z, a: z.index_put_((EVERYWHERE == 0,), a[0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize("view", ["itself", "rows", "turned"])
+def test_elements_placed_into_what_is_read_again(name, view):
+    def f(a):
+        z = a * 2 if view != "rows" else torch.cat([a, a])
+        before = z * 5
+        part = {"itself": z, "rows": z[2:6], "turned": (a * 3).reshape(3, 4).t()}[view]
+        PLACED[name](part, a)
+        return z * 3, part.sin(), before
+
+    check_training(f, leaf())
+
+
 DELICATE = {
     "relu_at_zero": lambda a: (a - a.detach()).relu() + (a - a.detach()).abs(),
     "clamp_at_the_bounds": lambda a: a.clamp(-1, 1),

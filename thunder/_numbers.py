@@ -37,8 +37,8 @@ class Tape:
         self.fixed: set[int] = set()
         self.count = 0
 
-    def argument(self, value: float) -> Number:
-        """The next argument."""
+    def argument(self, value: float, number: int = 0) -> Number:
+        """The next argument, or what counts as one."""
         self.count += 1
         return self._new(value, self.count - 1, frozenset((self.count - 1,)))
 

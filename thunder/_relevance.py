@@ -41,6 +41,51 @@ def _names_of(code: CodeType) -> frozenset[str] | None:
     return mentioned | frozenset(_strings(code.co_consts))
 
 
+@functools.lru_cache(maxsize=4096)
+def asks_types(code: CodeType) -> tuple[str, ...]:
+    """Local variables whose type code compares, keeps or passes on: ``type(x) is Tensor``, ``x.__class__.__name__``.
+
+    An attribute that a subclass inherits and ``type(x)(...)`` are no matter. "" stands for other expressions.
+    """
+    found = []
+    ops = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL")]
+    for at, i in enumerate(ops):
+        if i.opname.startswith("LOAD_") and i.argval == "type" and "FAST" not in i.opname:
+            call = next((n for n in range(at + 1, len(ops)) if ops[n].opname.startswith("CALL")), at)
+            if call > at and ops[call].arg == 1 and _looked_at(ops[call + 1 :]):
+                found.append(ops[at + 1].argval if call == at + 2 and "FAST" in ops[at + 1].opname else "")
+        elif i.opname == "LOAD_ATTR" and i.argval == "__class__" and _looked_at(ops[at + 1 :]):
+            found.append(ops[at - 1].argval if at and "FAST" in ops[at - 1].opname else "")
+    return tuple(dict.fromkeys(found))
+
+
+def _looked_at(following: list[dis.Instruction]) -> bool:
+    """Is the class on top of the stack used for more than what it and its subclasses do alike?"""
+    above, before = 0, ""  # how much lies on top of it; the instruction before
+    for i in following:
+        if i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if above == 0:
+                return i.argval in ("__name__", "__qualname__", "__module__", "__mro__")
+        elif i.opname.startswith("LOAD_"):
+            above += 1
+        elif i.opname.startswith("CALL"):
+            arguments = 1 + (i.arg or 0) % 2 if i.opname == "CALL_FUNCTION_EX" else i.arg or 0
+            if above < arguments:
+                return True
+            above -= arguments + (before == "GET_ITER" and not arguments)  # a generator expression takes its iterator
+            if above == 0:  # it is what is called
+                return False
+        elif i.opname.startswith("BUILD_") and above >= (i.arg or 0):
+            above += 1 - (i.arg or 0)
+        else:
+            left = above + dis.stack_effect(i.opcode, i.arg if i.opcode >= dis.HAVE_ARGUMENT else None)
+            if above == 0 or left < 1:
+                return i.opname != "POP_TOP"
+            above = left
+        before = i.opname
+    return True
+
+
 def _strings(constant: Any) -> Iterable[str]:
     if isinstance(constant, str):
         yield constant

@@ -79,8 +79,8 @@ class Sizes:
         """Size ``dimension`` of value number ``value`` of the trace."""
         return Extent(self, self._place("size", value, dimension, size, False))
 
-    def argument(self, number: int, value: int) -> Any:
-        """An int among the arguments."""
+    def argument(self, value: int, number: int) -> Any:
+        """An int among the arguments, or what counts as one."""
         if abs(value) > _LARGEST:
             self.spoil("an int is too large")
             return value

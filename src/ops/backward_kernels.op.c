@@ -91,16 +91,6 @@ static th_status index_put(th_call *call) {
     return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
 }
 
-/* self, dim, index, source: a copy of self with rows added */
-static th_status index_add(th_call *call) {
-    th__tensor x, index, source;
-    TRY(th__arg_tensor(call, 0, &x));
-    TRY(th__arg_tensor(call, 2, &index));
-    TRY(th__arg_tensor(call, 3, &source));
-    DECLINE_IF(x.dtype != source.dtype || x.device != source.device || index.device != x.device || !x.contiguous);
-    return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
-}
-
 /* ---- operators ---- */
 
 #define KERNEL(f, params_, fusion_, ...)       \
@@ -131,6 +121,5 @@ const th_opdef th__ops_backward_kernels[] = {
     KERNEL(embedding_dense_backward, "grad_output, indices, num_weights, padding_idx, scale_grad_by_freq",
            TH_FUSE_GATHER, embedding),
     KERNEL(index_put, "self, indices, values, accumulate=False", TH_FUSE_GATHER, index_put),
-    KERNEL(index_add, "self, dim, index, source, *, alpha=1", TH_FUSE_GATHER, index_add),
 };
 const size_t th__ops_backward_kernels_count = sizeof th__ops_backward_kernels / sizeof *th__ops_backward_kernels;

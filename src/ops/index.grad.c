@@ -182,8 +182,7 @@ TH_GRAD(index_select) {
     th__tensor x;
     TRY(th__arg_tensor(&b->call, 0, &x));
     DECLINE_IF(x.ndim == 0);
-    return give(b, TH_APPLY(b, "torch.ops.aten.index_add.default", V(b, zeros(b, &x)), b->call.arg[1], b->call.arg[2],
-                            gradient(b)));
+    return give(b, TH_APPLY(b, "torch.index_add", V(b, zeros(b, &x)), b->call.arg[1], b->call.arg[2], gradient(b)));
 }
 
 static bool alike(const th__tensor *x, const th__tensor *y) {
@@ -214,6 +213,40 @@ TH_GRAD(scatter_add) {
     th_val x = th__use(b, 0);
     if (th__wants(b, x)) th__give(b, x, b->tangents[0]);
     return give_source(b);
+}
+
+/* ---- rows by their numbers ---- */
+
+/* The gradient of the places where the rows of the source went. */
+static th_val rows_taken(th__backward *b) {
+    return TH_APPLY(b, "torch.index_select", gradient(b), b->call.arg[1], b->call.arg[2]);
+}
+
+static th_val without_rows(th__backward *b) {
+    return TH_APPLY(b, "torch.index_fill", gradient(b), b->call.arg[1], b->call.arg[2], th_node_int(b->e.t, 0));
+}
+
+TH_GRAD(index_add) {
+    th_val x = th__use(b, 0), source = th__use(b, 3);
+    if (th__wants(b, x)) th__give(b, x, b->tangents[0]);
+    if (!th__wants(b, source)) return TH_OK;
+    th_val g = rows_taken(b);
+    if (th__arg(&b->call, 4)->kind != TH_N_ABSENT) g = TH_APPLY(b, "torch.mul", V(b, g), b->call.arg[4]);
+    th__give(b, source, g);
+    return TH_OK;
+}
+
+TH_GRAD(index_copy) {
+    th_val x = th__use(b, 0), source = th__use(b, 3);
+    if (th__wants(b, x)) th__give(b, x, without_rows(b));
+    if (th__wants(b, source)) th__give(b, source, rows_taken(b));
+    return TH_OK;
+}
+
+TH_GRAD(index_fill) {
+    th_val value = th__use(b, 3);
+    DECLINE_IF(value && th__wants(b, value));
+    return give(b, without_rows(b));
 }
 
 /* ---- masks ---- */

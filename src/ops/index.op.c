@@ -273,6 +273,25 @@ static th_status index_select(th_call *call) {
     return th__out_fresh(call, x.dtype, x.device, x.ndim, shape, NULL);
 }
 
+/* The result of an operator and of its twin in place. One that shares its memory may overlap what is read. */
+static th_status changed(th_call *call, const th__tensor *x) {
+    if (!(call->def->effects & TH_OPDEF_INPLACE))
+        return th__out_fresh(call, x->dtype, x->device, x->ndim, x->shape, NULL);
+    DECLINE_IF(call->trace->values[x->value].alias);
+    return th__out_written(call, x);
+}
+
+/* The name of a reduction, which is one of `known`, of numbers. */
+static th_status check_reduction(const th_call *call, uint32_t i, const char *known, const th__tensor *x) {
+    const th_node_data *d = th__arg(call, i);
+    DECLINE_IF(d->kind != TH_N_STR || !(th__is_int(x->dtype) || th__is_float(x->dtype)));
+    const char *name = th_str_get(call->trace->ctx, d->u.ref);
+    size_t size = strlen(name);
+    for (const char *at = known; size && (at = strstr(at, name)); at += size)
+        if ((at == known || at[-1] == ' ') && (at[size] == ' ' || at[size] == '\0')) return TH_OK;
+    return TH_DECLINED;
+}
+
 /* scatter with a tensor or a number; scatter_add. */
 static th_status scatter(th_call *call) {
     th__tensor x, index, source;
@@ -292,11 +311,80 @@ static th_status scatter(th_call *call) {
         DECLINE_IF(by_name || source.device != x.device || source.dtype != x.dtype);
         DECLINE_IF(!index_fits(&index, &source, dim, true));
     }
-    if (call->def->effects & TH_OPDEF_INPLACE) {
-        DECLINE_IF(call->trace->values[x.value].alias);
-        return th__out_written(call, &x);
+    return changed(call, &x);
+}
+
+/* input, dim, index, src, reduce, *, include_self */
+static th_status scatter_reduce(th_call *call) {
+    th__tensor x, index, source;
+    uint32_t dim;
+    TRY(th__arg_tensor(call, 0, &x));
+    TRY(th__arg_dim(call, 1, x.ndim, &dim));
+    TRY(th__arg_tensor(call, 2, &index));
+    TRY(th__arg_tensor(call, 3, &source));
+    TRY(check_reduction(call, 4, "sum prod mean amax amin", &x));
+    DECLINE_IF(x.device != index.device || !is_index(&index) || !index_fits(&index, &x, dim, false));
+    DECLINE_IF(source.device != x.device || source.dtype != x.dtype || !index_fits(&index, &source, dim, true));
+    return changed(call, &x);
+}
+
+/* ---- rows by their numbers: input, dim, index, source ---- */
+
+static th_status row_numbers(const th_call *call, th__tensor *x, uint32_t *dim, th__tensor *index) {
+    TRY(th__arg_tensor(call, 0, x));
+    TRY(th__arg_dim(call, 1, x->ndim, dim));
+    TRY(th__arg_tensor(call, 2, index));
+    DECLINE_IF(x->ndim == 0 || index->ndim > 1 || index->device != x->device);
+    return is_index(index) ? TH_OK : TH_DECLINED;
+}
+
+/* A source that has one row for each number, else the shape of x. */
+static th_status rows(const th_call *call, th__tensor *x) {
+    th__tensor index, source;
+    uint32_t dim;
+    TRY(row_numbers(call, x, &dim, &index));
+    TRY(th__arg_tensor(call, 3, &source));
+    DECLINE_IF(source.ndim != x->ndim || source.dtype != x->dtype || source.device != x->device);
+    DECLINE_IF(source.shape[dim] != th__numel(index.ndim, index.shape));
+    for (uint32_t i = 0; i < x->ndim; i++) DECLINE_IF(i != dim && source.shape[i] != x->shape[i]);
+    return TH_OK;
+}
+
+static th_status index_add(th_call *call) {
+    th__tensor x;
+    TRY(rows(call, &x));
+    const th_node_data *alpha = th__arg(call, 4);
+    DECLINE_IF(alpha->kind != TH_N_ABSENT && alpha->kind != TH_N_INT && alpha->kind != TH_N_FLOAT);
+    DECLINE_IF(alpha->kind != TH_N_ABSENT && !th__fits(alpha, x.dtype));
+    return changed(call, &x);
+}
+
+static th_status index_copy_rows(th_call *call) {
+    th__tensor x;
+    TRY(rows(call, &x));
+    return changed(call, &x);
+}
+
+static th_status index_reduce(th_call *call) {
+    th__tensor x;
+    TRY(rows(call, &x));
+    TRY(check_reduction(call, 4, "prod mean amax amin", &x));
+    return changed(call, &x);
+}
+
+/* A number, or a tensor without dimensions, whose number the kernel reads. */
+static th_status index_fill(th_call *call) {
+    th__tensor x, index, value;
+    uint32_t dim;
+    TRY(row_numbers(call, &x, &dim, &index));
+    const th_node_data *number = th__arg(call, 3);
+    if (th__is_number(number)) {
+        DECLINE_IF(!th__fits(number, x.dtype));
+    } else {
+        TRY(th__arg_tensor(call, 3, &value));
+        DECLINE_IF(value.ndim != 0 || value.dtype != x.dtype || value.device != x.device);
     }
-    return th__out_fresh(call, x.dtype, x.device, x.ndim, x.shape, NULL);
+    return call->def->effects & TH_OPDEF_INPLACE ? changed(call, &x) : th__out_like(call, &x, x.dtype, x.device);
 }
 
 /* ---- masks ---- */
@@ -421,6 +509,76 @@ const th_opdef th__ops_index[] = {
      .fusion = TH_FUSE_GATHER,
      .meta = scatter,
      .grad = th__grad_scatter_add},
+    {.name = "scatter_add_",
+     .params = "input, dim, index, src",
+     .names = "torch.Tensor.scatter_add_",
+     .effects = TH_OPDEF_INPLACE | TH_FX_WRITES,
+     .fusion = TH_FUSE_GATHER,
+     .meta = scatter,
+     .functional = "torch.scatter_add"},
+    {.name = "scatter_reduce",
+     .params = "input, dim, index, src, reduce, *, include_self=True",
+     .names = "torch.scatter_reduce torch.Tensor.scatter_reduce",
+     .fusion = TH_FUSE_GATHER,
+     .meta = scatter_reduce},
+    {.name = "scatter_reduce_",
+     .params = "input, dim, index, src, reduce, *, include_self=True",
+     .names = "torch.Tensor.scatter_reduce_",
+     .effects = TH_OPDEF_INPLACE | TH_FX_WRITES,
+     .fusion = TH_FUSE_GATHER,
+     .meta = scatter_reduce,
+     .functional = "torch.scatter_reduce"},
+    {.name = "index_add",
+     .params = "input, dim, index, source, *, alpha=1",
+     .names = "torch.index_add torch.Tensor.index_add torch.ops.aten.index_add.default",
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_add,
+     .grad = th__grad_index_add},
+    {.name = "index_add_",
+     .params = "input, dim, index, source, *, alpha=1",
+     .names = "torch.Tensor.index_add_",
+     .effects = TH_OPDEF_INPLACE | TH_FX_WRITES,
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_add,
+     .functional = "torch.index_add"},
+    {.name = "index_copy",
+     .params = "input, dim, index, source",
+     .names = "torch.index_copy torch.Tensor.index_copy",
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_copy_rows,
+     .grad = th__grad_index_copy},
+    {.name = "index_copy_",
+     .params = "input, dim, index, source",
+     .names = "torch.Tensor.index_copy_",
+     .effects = TH_OPDEF_INPLACE | TH_FX_WRITES,
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_copy_rows,
+     .functional = "torch.index_copy"},
+    {.name = "index_reduce",
+     .params = "input, dim, index, source, reduce, *, include_self=True",
+     .names = "torch.index_reduce torch.Tensor.index_reduce",
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_reduce},
+    {.name = "index_reduce_",
+     .params = "input, dim, index, source, reduce, *, include_self=True",
+     .names = "torch.Tensor.index_reduce_",
+     .effects = TH_OPDEF_INPLACE | TH_FX_WRITES,
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_reduce,
+     .functional = "torch.index_reduce"},
+    {.name = "index_fill",
+     .params = "input, dim, index, value",
+     .names = "torch.index_fill torch.Tensor.index_fill",
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_fill,
+     .grad = th__grad_index_fill},
+    {.name = "index_fill_",
+     .params = "input, dim, index, value",
+     .names = "torch.Tensor.index_fill_",
+     .effects = TH_OPDEF_INPLACE | TH_FX_WRITES,
+     .fusion = TH_FUSE_GATHER,
+     .meta = index_fill,
+     .functional = "torch.index_fill"},
     {.name = "masked_fill",
      .params = "input, mask, value",
      .names = "torch.masked_fill torch.Tensor.masked_fill",

@@ -452,8 +452,9 @@ static th_val new_contents(pass *p, const th__write *w, bool *fresh) {
     if (w->kind == TH__WRITE_PUT) {
         th_val value = th__node_as_value(t, w->source);
         th_node source = value ? read_node(p, w->source) : th_node_value(t, full(p, w->dest, 0, NULL, w->source));
-        th_node args[] = {th_node_value(t, read_member(p, w->dest)), read_node(p, w->indices), source};
-        return emit(p, "torch.index_put", t->values[w->dest].type, 3, args, 0);
+        th_node args[] = {th_node_value(t, read_member(p, w->dest)), read_node(p, w->indices), source,
+                          w->accumulate ? th_node_bool(t, true) : 0};
+        return emit(p, "torch.index_put", t->values[w->dest].type, w->accumulate ? 4 : 3, args, 0);
     }
     if (w->kind == TH__WRITE_TWIN) {
         th_node args = read_node(p, w->args), kwargs = w->kwargs ? read_node(p, w->kwargs) : 0;

@@ -86,12 +86,12 @@ static int64_t indexed_rank(const th_trace *t, const th_node *indices, uint32_t 
     return n <= x->ndim ? rank + x->ndim - n : -1;
 }
 
-static th_status understand_put(th_trace *t, th_node index, th_node value, th__write *w) {
-    bool tuple = t->nodes[index].kind == TH_N_TUPLE;
-    uint32_t n = tuple ? t->nodes[index].count : 1;
+/* indices: a TUPLE */
+static th_status understand_put(const th_trace *t, th_node indices, th_node value, th__write *w) {
+    const th_node_data *d = &t->nodes[indices];
     const th_type *x = type_of(t, w->dest);
-    DECLINE_IF(n == 0 || !th__view_is_dense(&w->region));
-    int64_t rank = indexed_rank(t, tuple ? t->kids + t->nodes[index].u.kids : &index, n, x);
+    DECLINE_IF(d->count == 0 || !th__view_is_dense(&w->region));
+    int64_t rank = indexed_rank(t, t->kids + d->u.kids, d->count, x);
     th_val source = th__node_as_value(t, value);
     DECLINE_IF(rank < 0 || !(source || is_number(t, value)));
     if (source) {
@@ -101,8 +101,8 @@ static th_status understand_put(th_trace *t, th_node index, th_node value, th__w
     }
     w->kind = TH__WRITE_PUT;
     w->source = value;
-    w->indices = tuple ? index : th_node_seq(t, TH_N_TUPLE, 1, &index);
-    return th_trace_status(t);
+    w->indices = indices;
+    return TH_OK;
 }
 
 static th_status understand_setitem(th_trace *t, const th_op *op, th__write *w) {
@@ -110,7 +110,26 @@ static th_status understand_setitem(th_trace *t, const th_op *op, th__write *w) 
     DECLINE_IF(th__node_as_value(t, th__op_arg(t, op, 0, NULL)) != w->dest);
     th_node index = th__op_arg(t, op, 1, NULL), value = th__op_arg(t, op, 2, NULL);
     if (th__view_index(t, index, &w->region)) return from_source(t, value, w);
-    return understand_put(t, index, value, w);
+    if (t->nodes[index].kind != TH_N_TUPLE) index = th_node_seq(t, TH_N_TUPLE, 1, &index);
+    return index ? understand_put(t, index, value, w) : th_trace_status(t);
+}
+
+/* index_put_(indices, values, accumulate=False) */
+static th_status understand_index_put(th_trace *t, const th_op *op, th__write *w) {
+    DECLINE_IF(th__node_as_value(t, th__op_arg(t, op, 0, "input")) != w->dest);
+    th_node indices = th__op_arg(t, op, 1, "indices"), value = th__op_arg(t, op, 2, "values"),
+            accumulate = th__op_arg(t, op, 3, "accumulate");
+    DECLINE_IF(!indices || !value || !th__node_as_value(t, value));
+    DECLINE_IF(accumulate && t->nodes[accumulate].kind != TH_N_BOOL);
+    w->accumulate = accumulate && t->nodes[accumulate].u.i;
+    th_node_data d = t->nodes[indices];
+    if (d.kind == TH_N_LIST && d.count && d.count <= TH_MAX_RANK) { /* the pool may move while the tuple is made */
+        th_node kids[TH_MAX_RANK];
+        memcpy(kids, t->kids + d.u.kids, d.count * sizeof *kids);
+        indices = th_node_seq(t, TH_N_TUPLE, d.count, kids);
+        if (!indices) return th_trace_status(t);
+    }
+    return t->nodes[indices].kind == TH_N_TUPLE ? understand_put(t, indices, value, w) : TH_DECLINED;
 }
 
 /* ---- twins ---- */
@@ -253,6 +272,8 @@ th_status th__write_understand(const th_catalog *catalog, th_trace *t, const th_
                                         "torch.ops.aten.fill_.Tensor", NULL};
     static const char *const zeros[] = {"torch.Tensor.zero_", "torch.zero_", "torch.ops.aten.zero_.default", NULL};
     static const char *const setitems[] = {"torch.Tensor.__setitem__", "operator.setitem", NULL};
+    static const char *const puts[] = {"torch.Tensor.index_put_", "torch.index_put_",
+                                       "torch.ops.aten.index_put_.default", NULL};
     *out = (th__write){.kind = TH__WRITE_UNKNOWN};
     DECLINE_IF(op->kind != TH_OP_CALL || op->callee_opaque || op->nwrites != 1 ||
                (op->effects & ~TH_FX_RANDOM) != TH_FX_WRITES);
@@ -263,5 +284,6 @@ th_status th__write_understand(const th_catalog *catalog, th_trace *t, const th_
     if (callee_is(t, op, fills)) return understand_fill(t, op, out);
     if (callee_is(t, op, zeros)) return understand_zero(t, op, out);
     if (callee_is(t, op, setitems)) return understand_setitem(t, op, out);
+    if (callee_is(t, op, puts)) return understand_index_put(t, op, out);
     return understand_twin(catalog, t, op, out);
 }

@@ -10,7 +10,7 @@ typedef enum th__write_kind {
     TH__WRITE_TWIN, /* callee(args, kwargs) gives the new contents: add_ -> add, relu(inplace=True) -> relu, out= */
     TH__WRITE_COPY, /* a tensor, converted and broadcast: copy_, x[i] = tensor */
     TH__WRITE_FILL, /* a number: fill_, zero_, x[i] = number */
-    TH__WRITE_PUT,  /* index_put: x[mask] = value, x[indices] = value */
+    TH__WRITE_PUT,  /* index_put_, x[mask] = value, x[indices] = value */
 } th__write_kind;
 
 typedef struct th__write {
@@ -23,6 +23,7 @@ typedef struct th__write {
     th_typeref type;      /* TWIN: type of the twin's result */
     th_node source;       /* COPY: a value; FILL, PUT: a number or a value */
     th_node indices;      /* PUT: a TUPLE of values */
+    bool accumulate;      /* PUT: the value is added */
 } th__write;
 
 /* TH_DECLINED when the operation does something else, or when the result type of its twin is not known. May append

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import thunder
-from tests.soundness.snapshot import difference, snapshot
+from tests.soundness.snapshot import difference, holds, snapshot
 from tests.soundness.world import SECOND_TIME
 
 Program = Callable[[], Generator[Any, Any, None]]
@@ -53,7 +53,11 @@ class Seen:
 
     def differs(self, other: Seen) -> str:
         """How ``other``, of the run with the compiled callable, differs; "" when it does not."""
-        return f"backward raised {other.error}" if other.error else difference(self.values, other.values)
+        return (
+            f"backward raised {other.error}"
+            if other.error
+            else difference(self.values, other.values, single=holds(self.values, torch.float32))
+        )
 
 
 class Outcome:
@@ -72,6 +76,7 @@ class Outcome:
                 self.text = str(error)
         self.printed = said.getvalue()
         self.shot = snapshot(self.result)
+        self.single = holds(snapshot((args, self.result)), torch.float32)
 
     def differs(self, other: Outcome) -> str:
         """How ``other``, of the compiled callable, differs; "" when it does not."""
@@ -79,7 +84,7 @@ class Outcome:
             return f"raised {other.error} ({other.text}) where eager raised {self.error}"
         if self.printed != other.printed:
             return f"printed {other.printed!r} where eager printed {self.printed!r}"
-        return difference(self.shot, other.shot, "result")
+        return difference(self.shot, other.shot, "result", self.single)
 
 
 def outcomes(make: Program, compile_with: Callable[[Any], Any]) -> list[Outcome | Seen]:

@@ -473,3 +473,61 @@ def strided_input_that_takes_what_requires_grad():
     yield Seen(error=backward(out), w=w)
     out = yield (torch.arange(8.0)[::2],)
     yield Seen(error=backward(out), w=w)
+
+
+@program("grad modes")
+def without_gradients_under_autocast():
+    def f(x):
+        with torch.no_grad():
+            doubled = -x
+        return doubled, x
+
+    x = X(grad=True)
+    out = yield f, x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = yield (x,)
+        yield Seen(error=backward(out), x=x)
+
+
+@program("exceptions")
+def kernel_that_fails_on_what_was_filled():
+    def f(x):
+        x.fill_(2)
+        return x.softmax(-1)
+
+    x = X()
+    yield f, x
+    x = torch.arange(4)
+    yield (x,)
+    yield Seen(x=x)
+
+
+@program("exceptions")
+def state_written_before_a_kernel_fails_after_a_draw():
+    world = state(count=0)
+
+    def f(x, i):
+        world.count += 1
+        x.add_(1)
+        noise = torch.rand(4)
+        return (x + noise)[i]
+
+    x = X()
+    yield f, x, torch.tensor([0, 1])
+    yield x, torch.tensor([0, 9])
+    yield Seen(x=x, world=world, next=torch.rand(2))
+    yield x, torch.tensor([2, 3])
+    yield Seen(x=x, world=world, next=torch.rand(2))
+
+
+@program("exceptions")
+def slice_of_a_tensor_without_dimensions():
+    def f(x):
+        total = x.sum()
+        try:
+            return total[:]
+        except IndexError:
+            return total - 1
+
+    yield f, X()
+    yield (X(1.0),)

@@ -55,23 +55,34 @@ def snapshot(value: Any, depth: int = 0, held: dict[int, int] | None = None) -> 
     return (name, *[(k, snapshot(v, depth + 1, held)) for k, v in parts.items()])
 
 
-def difference(theirs: Any, ours: Any, where: str = "") -> str:
-    """The first place where ``ours`` is not ``theirs``; "" when there is none."""
+def holds(shot: Any, dtype: torch.dtype) -> bool:
+    """Whether a tensor of that dtype is part of what was copied."""
+    if isinstance(shot, Leaf):
+        return shot.dtype == dtype or holds(shot.grad, dtype)
+    return isinstance(shot, tuple) and any(holds(part, dtype) for part in shot)
+
+
+def difference(theirs: Any, ours: Any, where: str = "", single: bool = False) -> str:
+    """The first place where ``ours`` is not ``theirs``; "" when there is none.
+
+    single: float32 took part in the computation, so what is wider is as exact as that.
+    """
     if isinstance(theirs, Leaf) and isinstance(ours, Leaf):
         for field in ("kind", "dtype", "shape", "requires_grad"):
             a, b = getattr(theirs, field), getattr(ours, field)
             if a != b:
                 return f"{where}: {field} {b} where eager has {a}"
-        rtol, atol = TOLERANCE.get(theirs.dtype, (0.0, 0.0))
+        wider = single and theirs.dtype == torch.float64
+        rtol, atol = TOLERANCE.get(torch.float32 if wider else theirs.dtype, (0.0, 0.0))
         if not torch.allclose(wide(ours.values), wide(theirs.values), rtol=rtol, atol=atol, equal_nan=True):
             return f"{where}: {ours.values} where eager has {theirs.values}"
-        return difference(theirs.grad, ours.grad, f"{where}.grad")
+        return difference(theirs.grad, ours.grad, f"{where}.grad", single)
     if isinstance(theirs, tuple) and isinstance(ours, tuple):
         if len(theirs) != len(ours):
             return f"{where}: {ours} where eager has {theirs}"
         named = len(theirs) == 2 and isinstance(theirs[0], str)
         for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-            found = difference(a, b, f"{where}.{theirs[0]}" if named and i else where)
+            found = difference(a, b, f"{where}.{theirs[0]}" if named and i else where, single)
             if found:
                 return found
         return ""

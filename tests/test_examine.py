@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 
 import pytest
@@ -174,6 +175,35 @@ def test_explain_tells_programs_units_and_declines():
     assert "4 calls, 1 captures" in text and "explained: " in text and "ms a run" in text
     with pytest.raises(TypeError):
         thunder.explain(model)
+
+
+def test_explain_tells_the_time_on_the_device():
+    def slow(x, approximate="none"):
+        deadline = time.process_time() + 0.004
+        while time.process_time() < deadline:
+            pass
+        return F.gelu(x)
+
+    executor = thunder.extend.single_op_executor("slow", F.gelu, slow)
+    compiled, x = thunder.jit(F.gelu, executors=[executor]), torch.randn(4, 16)
+    times = []
+    for _ in range(24):
+        compiled(x)
+        times.append(thunder.explain(compiled).units[0].device_milliseconds)
+    assert times[:2] == [None, None]  # compared with torch, then warmed up
+    assert times[2] > 3.9 and times[-1] == times[-2] > 3.9  # enough of them were timed
+    told = thunder.explain(compiled)
+    assert told.units[0].device == "cpu" and "ms on cpu)" in str(told)
+
+
+def test_stopwatch_that_fails_is_no_harm():
+    executor = thunder.extend.single_op_executor("timed", F.gelu, lambda x, approximate="none": F.gelu(x))
+    compiled, x = thunder.jit(F.gelu, executors=[executor]), torch.randn(4, 16)
+    compiled(x)
+    ((_, unit, _),) = compiled._thunder_claims.units
+    unit.stopwatch = object()
+    torch.testing.assert_close(compiled(x), F.gelu(x))
+    assert unit.stopwatch is None and unit.state == "trusted"
 
 
 # ---- bisect ----

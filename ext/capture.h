@@ -69,6 +69,8 @@ typedef struct thx_recorder {
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
     PyObject *rng_last;     /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer;    /* list of states that belong to the caller's stream; the last one is where it stands now */
+    bool threads;           /* other ones of Python's were seen meanwhile */
+    bool rng_set;           /* the program has seeded a generator, or set its state, since then */
     th_val rng_saved;       /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;       /* code objects that ran, by address: open addressing (owned) */
     uint32_t ncodes, cap_codes;

@@ -136,6 +136,13 @@ static int refuse(thx_recorder *r, const char *what, const char *why) {
     return thx_capture_error(r, what, why, "do it outside the compiled function");
 }
 
+/* Seeding is the program's doing only where it calls one of these: other threads draw from the same generator. */
+static bool sets_generator(const thx *x, PyObject *self, const char *name) {
+    return self && Py_TYPE(self) == x->Generator &&
+           (strcmp(name, "manual_seed") == 0 || strcmp(name, "seed") == 0 || strcmp(name, "set_state") == 0 ||
+            strcmp(name, "graphsafe_set_state") == 0 || strcmp(name, "set_offset") == 0);
+}
+
 /* C code that takes a float's value without asking the object. */
 static bool reads_numbers(PyObject *function) {
     PyObject *self = PyCFunction_GET_SELF(function);
@@ -152,6 +159,10 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
         PyObject *done = PyObject_CallMethod(r->tape, "fix_all", NULL);
         Py_XDECREF(done);
         return done ? 0 : -1;
+    }
+    if (sets_generator(x, PyCFunction_GET_SELF(function), method->ml_name)) {
+        r->rng_set = true;
+        return 0;
     }
     const PyMethodDef **known = &x->pure[((uintptr_t)method >> 5) % THX_CODES];
     if (*known == method) return 0;

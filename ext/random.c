@@ -1,10 +1,11 @@
 /* Seeding inside captured code.
  *
  * Nothing is drawn while a program is captured, so torch's generator changes only when the program seeds it or puts a
- * saved state back (torch.manual_seed, fork_rng, set_rng_state). Its state is looked at before each random operation:
- * a state never seen is a seed of the program's own and becomes an operation that sets it; the caller's own state means
- * that the program went back to it. After each random operation the generator is moved on, so that seeding it the same
- * way twice is seen twice.
+ * saved state back (torch.manual_seed, fork_rng, set_rng_state), or when another thread draws from it. The first is
+ * seen by the calls that do it (purity.c). Where there was one, the state is looked at before the next random
+ * operation: a state never seen is a seed of the program's own and becomes an operation that sets it; the caller's own
+ * state means that the program went back to it. After each random operation the generator is moved on, so that seeding
+ * it the same way twice is seen twice.
  */
 #include "capture.h"
 
@@ -20,7 +21,13 @@ static int remember(thx_recorder *r, PyObject *state) {
     return r->rng_saved ? 0 : PyList_Append(r->rng_outer, state);
 }
 
+static void see_threads(thx_recorder *r) {
+    PyThreadState *first = PyInterpreterState_ThreadHead(PyThreadState_Get()->interp);
+    r->threads |= first && PyThreadState_Next(first);
+}
+
 int thx_random_begin(thx_recorder *r) {
+    see_threads(r);
     PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
     r->rng_outer = PyList_New(0);
     int rc = state && r->rng_outer ? remember(r, state) : -1;
@@ -60,9 +67,12 @@ static Py_ssize_t place_in_stream(thx_recorder *r, PyObject *state) {
 }
 
 int thx_random_before(thx_recorder *r) {
+    see_threads(r);
     PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
     int same = state ? same_state(r, state, r->rng_last) : -1, rc = same < 0 ? -1 : 0;
-    if (same == 0) {
+    if (same == 0 && !r->rng_set && r->threads) { /* one of them drew: the stream goes on there */
+        rc = remember(r, state);
+    } else if (same == 0) {
         Py_ssize_t place = place_in_stream(r, state);
         if (place > 0) {
             rc = thx_capture_error(r, "the random number generator",
@@ -79,6 +89,7 @@ int thx_random_before(thx_recorder *r) {
         }
         if (rc == 0) Py_XSETREF(r->rng_last, Py_NewRef(state));
     }
+    if (rc == 0) r->rng_set = false;
     Py_XDECREF(state);
     return rc;
 }

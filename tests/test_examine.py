@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 import warnings
@@ -152,6 +153,32 @@ def test_verdict_agrees_with_what_jit_does(name, train):
             ran = False
     assert report.supported == ran, report.verdict
     assert report.right == ran, str(report)
+
+
+@pytest.mark.parametrize(("off", "right"), [(2**-23, True), (2**-18, False)])
+def test_what_is_rounding_alone_may_differ_by_rounding(off, right):
+    """Eager is exact by chance: its error is known from inputs that differ in the last bit."""
+
+    def tripled(x, by):
+        return torch.mul(x, by) * (1 + off)
+
+    def program(x):
+        return torch.mul(x, 3.0) - x - x - x + 1e-12
+
+    executor = extend.single_op_executor("tripled", torch.mul, tripled)
+    report = examine(program, torch.tensor([1.0, 2.0, 4.0, 8.0]), executors=[executor], show=False)
+    (found,) = report.comparisons
+    assert found.eager_error < 1e-18 and found.error > 1e-6 and found.right == right == report.right
+
+
+def test_users_line_is_found_in_a_folder_called_like_a_library(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "asks_for_values.py").write_text(
+        "def fn(x):\n    y = x.data_ptr()\n    return x + y + x.data_ptr()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "torch")
+    fn = importlib.import_module("asks_for_values").fn
+    assert "asks_for_values.py:3" in str(quiet(fn, torch.ones(2)))
 
 
 # ---- explain ----

@@ -49,6 +49,21 @@ def test_program_in_a_folder_that_is_called_like_a_library_is_the_users(place, f
         thunder.jit(module.fn)(X)
 
 
+READS = """
+    import numpy as np
+
+    def fn(x, s):
+        return x * s if np.sqrt(s) < 3.5 else x + s
+"""
+
+
+def test_number_that_such_a_program_lets_c_code_read_is_a_constant(place):
+    fn = place("reads_in_a_folder", {"torch/reads_in_a_folder.py": READS}).fn
+    compiled = thunder.jit(fn)
+    for s in (4.0, 9.0, 16.0, 25.0):
+        torch.testing.assert_close(compiled(X, s), fn(X, s))
+
+
 COUNTS = """
     FACTOR = 2.0
 

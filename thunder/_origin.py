@@ -1,9 +1,14 @@
-"""Is a file part of an installed package, wherever that was installed to (``pip install --target``)?"""
+"""Whose files are: torch's, our own, and those of installed packages, wherever (``pip install --target``)."""
 
 from __future__ import annotations
 
 import functools
 import os
+
+import torch
+
+TORCH = os.path.dirname(torch.__file__) + os.sep
+THUNDER = os.path.dirname(__file__) + os.sep
 
 
 def installed(path: str) -> bool:

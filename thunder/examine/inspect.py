@@ -8,8 +8,7 @@ import re
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from thunder import _C, _verify
 from thunder._errors import CaptureError, ThunderWarning
+from thunder._origin import THUNDER, TORCH
 from thunder.examine.report import Comparison, Operation, Report, Unsupported
 
 _LINE = re.compile(r"^ +(?:.*? = )?([\w.]+)\(.*\)  # (\S+:\d+)$")
@@ -98,7 +98,7 @@ class Examination:
         wide = _Run(self.fn, args, kwargs, seed, double=True)
         wide.run()
         exact = wide if wide.error is None else None
-        report.comparisons = list(_compare(ours, eager, exact, []))
+        report.comparisons = list(_compare(ours, eager, exact))
         if exact and not all(c.right for c in report.comparisons):
             near = [_Run(self.fn, args, kwargs, seed, nudged=n) for n in range(1, _NUDGES + 1)]
             for run in near:
@@ -113,7 +113,6 @@ class Examination:
         )
 
 
-_INNER = f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent.parent}/"
 _NUDGES = 5  # runs of eager on inputs that differ in the last bit
 _EAGER = "docs/sharp-edges.md says which uses of autograd run in eager"
 
@@ -220,7 +219,7 @@ def _user_line() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
-        if not path.startswith(_INNER):
+        if not path.startswith((TORCH, THUNDER)):
             return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -337,7 +336,7 @@ def _calls(trace: Any) -> Iterator[tuple[str, str, str]]:
             yield name, "torch", line
 
 
-def _compare(ours: _Run, eager: _Run, wide: _Run | None, near: list[_Run]) -> Iterator[Comparison]:
+def _compare(ours: _Run, eager: _Run, wide: _Run | None, near: Sequence[_Run] = ()) -> Iterator[Comparison]:
     """``near``: eager on inputs that differ in the last bit, by which its error is known where all is rounding."""
     theirs = {**_numbered(eager.outputs), **eager.gradients}
     mine = {**_numbered(ours.outputs), **ours.gradients}

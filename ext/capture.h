@@ -141,7 +141,6 @@ void thx_purity_begin(thx_recorder *r, thx_purity *p);
 int thx_purity_end(thx_recorder *r, thx_purity *p);
 int thx_purity_init(thx *x);
 PyObject *thx_codes_list(const thx_recorder *r); /* the code that ran */
-bool thx_is_torch_file(const char *path);        /* torch's or our own: recorder.c */
 
 /* ---- random.c: seeding inside captured code ---- */
 int thx_random_begin(thx_recorder *r);

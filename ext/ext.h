@@ -101,9 +101,12 @@ typedef struct thx {
     int dict_watcher;                   /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *empty_set;                /* the copy of every set that is empty, for guards */
     PyObject *impure;                   /* dict: id of a C function -> (the function, why it is impure) */
+    PyTypeObject *Generator;            /* torch's */
     PyTypeObject *generators[4];        /* whose methods draw random numbers that are not torch's; NULL at the end */
     const PyMethodDef *pure[THX_CODES]; /* C functions that were looked at and are not: by address */
     PyObject *read_environment;         /* code of os.environ[...] */
+    PyObject *remakes;                  /* code of a function that contextlib has decorated with a manager; or NULL */
+    PyTypeObject *Remade;               /* the type of such a manager, which each call makes anew */
     PyObject *module_dicts;             /* frozenset: the dictionaries that every nn.Module has */
     PyObject *watch_counts;             /* 3.12+: dict: id of a dictionary -> how many guards watch it */
     uint64_t captures, entry_numbers;
@@ -118,7 +121,10 @@ typedef struct thx {
     bool verify;            /* check every trace after every pass: THUNDER_VERIFY=1 */
     struct thx_cuda *cuda;  /* cuda.c: NULL until the first kernel is built */
     struct th_cudnn *cudnn; /* cudnn.c: NULL until the first plan is made */
-    char *library;          /* folder of Python's own library; owned, NULL: unknown */
+    PyObject *origins;      /* dict: file -> whose it is: origin.c */
+    struct {
+        PyObject *standard, *torch, *thunder; /* with a slash at the end; NULL: unknown (owned) */
+    } folders;
 } thx;
 
 /* ---- raise.c: the only room that turns a core error into an exception ---- */

@@ -5,6 +5,7 @@
  * Lists, sets and dictionaries of more than 4096 entries count as data: they are not looked into.
  */
 #include "guards_watch.h"
+#include "origin.h"
 
 #include <string.h>
 
@@ -161,17 +162,7 @@ static int walk_buffer(walker *w, PyObject *o) {
 
 /* ---- functions ---- */
 
-/* Of Python's own library, and of installed packages. */
-static bool is_library_file(thx *x, const char *file) {
-    return !file || strncmp(file, "<frozen", 7) == 0 || strstr(file, "/site-packages/") ||
-           strstr(file, "/dist-packages/") || (x->library && strncmp(file, x->library, strlen(x->library)) == 0);
-}
-
-static bool is_library(thx *x, PyObject *code) {
-    const char *file = PyUnicode_AsUTF8(((PyCodeObject *)code)->co_filename);
-    PyErr_Clear();
-    return is_library_file(x, file);
-}
+static bool is_library(thx *x, PyObject *code) { return thx_is_library(thx_origin_of_code(x, code)); }
 
 static watch_scope *scope_of(walker *w, PyObject *dict) {
     thx_guards *g = w->g;
@@ -206,9 +197,7 @@ static bool is_users_module(thx *x, PyObject *o) {
         PyObject *spec = PyDict_GetItemString(dict, "__spec__");
         return !spec || spec == Py_None;
     }
-    const char *path = PyUnicode_Check(file) ? PyUnicode_AsUTF8(file) : NULL;
-    PyErr_Clear();
-    return path && !is_library_file(x, path);
+    return PyUnicode_Check(file) && !thx_is_library(thx_origin_of(x, file));
 }
 
 /* Strings among the constants of code that are keys of a dictionary, for globals()["x"] and sys.modules["x"]. */
@@ -268,14 +257,32 @@ static int walk_code(walker *w, PyCodeObject *code, PyObject *globals, int depth
     return rc;
 }
 
-static int walk_cell(walker *w, PyObject *cell, int depth) {
+static int walk_cell(walker *w, PyObject *cell, bool alone, int depth) { /* alone: without what is in it */
     thx_guards *g = w->g;
     int fresh = first_visit(w, cell);
     if (fresh <= 0) return fresh;
     if (RESERVE(g->cells) < 0) return -1;
     PyObject *value = PyCell_GET(cell);
     g->cells.items[g->cells.count++] = (watch_cell){Py_NewRef(cell), Py_XNewRef(value), false};
-    return value ? walk(w, value, depth + 1) : 0;
+    return value && !alone ? walk(w, value, depth + 1) : 0;
+}
+
+static int walk_attribute(walker *w, PyObject *o, const char *name, int depth) {
+    PyObject *value = PyObject_GetAttrString(o, name);
+    int rc = value ? walk(w, value, depth + 1) : -1;
+    Py_XDECREF(value);
+    return rc;
+}
+
+/* The manager of a function that `@manager()` decorates: each call makes it anew of three attributes, so the generator
+ * that it holds never runs. The object itself counts as not visited: other ways to it find the generator. */
+static int walk_remade(walker *w, PyObject *manager, int depth) {
+    static const char *const parts[] = {"func", "args", "kwds", NULL};
+    PyObject *dict = PyObject_GetAttr(manager, w->x->n.dict);
+    int rc = dict && PyDict_Check(dict) ? watch_items(w, dict, depth, false, true) : -1;
+    for (int i = 0; parts[i] && rc == 0; i++) rc = walk_attribute(w, manager, parts[i], depth);
+    Py_XDECREF(dict);
+    return rc;
 }
 
 static int walk_function(walker *w, PyObject *function, int depth) {
@@ -285,22 +292,17 @@ static int walk_function(walker *w, PyObject *function, int depth) {
     int rc = library ? 0 : thx_watch_other(w->x, w->g, WATCH_FUNCTION, function, NULL);
     for (int i = 0; i < 2 && rc == 0; i++) rc = parts[i] ? walk(w, parts[i], depth + 1) : 0;
     for (Py_ssize_t i = 0; rc == 0 && closure && i < PyTuple_GET_SIZE(closure); i++) {
-        rc = walk_cell(w, PyTuple_GET_ITEM(closure, i), depth);
-        if (rc == 0 && !library)
-            rc = walk_module_names(w, PyCell_GET(PyTuple_GET_ITEM(closure, i)), (PyCodeObject *)code, depth);
+        PyObject *cell = PyTuple_GET_ITEM(closure, i), *value = PyCell_GET(cell);
+        bool remade = value && code == w->x->remakes && Py_IS_TYPE(value, w->x->Remade);
+        rc = walk_cell(w, cell, remade, depth);
+        if (rc == 0 && remade) rc = walk_remade(w, value, depth);
+        if (rc == 0 && !library) rc = walk_module_names(w, value, (PyCodeObject *)code, depth);
     }
     if (rc == 0 && !library) rc = walk_code(w, (PyCodeObject *)code, PyFunction_GET_GLOBALS(function), depth);
     PyObject *dict =
         rc == 0 && !library ? PyObject_GetAttr(function, w->x->n.dict) : NULL; /* made where there is none */
     if (dict && first_visit(w, dict) == 1) rc = walk_attributes(w, dict, depth);
     Py_XDECREF(dict);
-    return rc;
-}
-
-static int walk_attribute(walker *w, PyObject *o, const char *name, int depth) {
-    PyObject *value = PyObject_GetAttrString(o, name);
-    int rc = value ? walk(w, value, depth + 1) : -1;
-    Py_XDECREF(value);
     return rc;
 }
 

@@ -5,6 +5,7 @@
 #include "cudnn.h"
 #include "derive.h"
 #include "native.h"
+#include "origin.h"
 #include "region.h"
 #include "shadow.h"
 #include "trace_object.h"
@@ -190,15 +191,22 @@ static int load_module_dicts(thx *x) {
     return rc;
 }
 
-static int load_library(thx *x) { /* where `os` lies */
-    PyObject *os = PyImport_ImportModule("os"), *file = os ? PyObject_GetAttrString(os, "__file__") : NULL;
-    const char *path = file ? PyUnicode_AsUTF8(file) : NULL, *end = path ? strrchr(path, '/') : NULL;
-    if (end && (x->library = PyMem_Calloc((size_t)(end - path) + 2, 1)))
-        memcpy(x->library, path, (size_t)(end - path) + 1);
-    PyErr_Clear();
-    Py_XDECREF(file);
-    Py_XDECREF(os);
-    return 0;
+/* How contextlib decorates a function with a manager that a generator makes. */
+static void load_contextlib(thx *x) {
+    PyObject *contextlib = PyImport_ImportModule("contextlib");
+    PyObject *make =
+        contextlib ? PyObject_CallMethod(contextlib, "contextmanager", "O", (PyObject *)&PyTuple_Type) : NULL;
+    PyObject *manager = make ? PyObject_CallNoArgs(make) : NULL;
+    PyObject *decorated = manager ? PyObject_CallOneArg(manager, make) : NULL;
+    if (decorated && PyFunction_Check(decorated)) {
+        x->remakes = Py_NewRef(PyFunction_GET_CODE(decorated));
+        x->Remade = (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(manager));
+    }
+    PyErr_Clear(); /* a contextlib of another kind: such functions are refused */
+    Py_XDECREF(decorated);
+    Py_XDECREF(manager);
+    Py_XDECREF(make);
+    Py_XDECREF(contextlib);
 }
 
 static int load_errors(thx *x) {
@@ -384,14 +392,15 @@ static int module_exec(PyObject *module) {
     x->torch_c = x->torch ? PyObject_GetAttrString(x->torch, "_C") : NULL;
     x->functional = x->torch ? get_path(x->torch, "nn.functional") : NULL;
     if (!x->torch_c || !x->functional || load_names(x) < 0 || load_types(x) < 0 || load_functions(x) < 0 ||
-        load_errors(x) < 0 || load_library(x) < 0 || load_module_dicts(x) < 0 ||
-        thx_abi_init(&x->abi, x->ctx, x->torch) < 0 || thx_fake_init(x, module) < 0 ||
-        thx_recorder_init(x, module) < 0 || thx_purity_init(x) < 0 || thx_trace_init(x, module) < 0 ||
-        thx_autograd_init(x, module) < 0 || thx_region_init(x, module) < 0 || thx_native_init(x, module) < 0 ||
-        thx_custom_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 ||
-        thx_cuda_init(x, module) < 0 || thx_cudnn_init(x, module) < 0)
+        load_errors(x) < 0 || !(x->Generator = (PyTypeObject *)get_path(x->torch_c, "Generator")) ||
+        thx_origin_init(x) < 0 || load_module_dicts(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 ||
+        thx_fake_init(x, module) < 0 || thx_recorder_init(x, module) < 0 || thx_purity_init(x) < 0 ||
+        thx_trace_init(x, module) < 0 || thx_autograd_init(x, module) < 0 || thx_region_init(x, module) < 0 ||
+        thx_native_init(x, module) < 0 || thx_custom_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 ||
+        thx_callable_init(x, module) < 0 || thx_cuda_init(x, module) < 0 || thx_cudnn_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x);
+    load_contextlib(x);
     return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded) < 0
                ? -1
                : PyModule_AddObjectRef(module, "StaleProgram", x->StaleProgram);
@@ -403,7 +412,6 @@ static void module_free(void *module) {
     thx_guards_fini(x);
     thx_funcs_free(x);
     thx_rules_free(x);
-    PyMem_Free(x->library);
     thx_cuda_fini(x);
     thx_cudnn_fini(x);
     thx_abi_fini(&x->abi);

@@ -6,6 +6,7 @@
  */
 #include "capture.h"
 #include "guards.h"
+#include "origin.h"
 
 #include <frameobject.h>
 #include <string.h>
@@ -111,24 +112,24 @@ static bool is_generator(const thx *x, PyObject *o) {
     return found;
 }
 
-static const char *file_of(PyFrameObject *frame) { /* as long as the frame lives */
+static PyObject *file_of(PyFrameObject *frame) { /* borrowed: as long as the frame lives */
     PyCodeObject *code = PyFrame_GetCode(frame);
-    const char *path = PyUnicode_AsUTF8(code->co_filename);
-    PyErr_Clear();
+    PyObject *file = code->co_filename;
     Py_DECREF(code); /* the frame holds it */
-    return path ? path : "";
+    return file;
 }
 
-static bool is_standard(const thx *x, const char *path) {
-    return strncmp(path, "<frozen", 7) == 0 ||
-           (x->library && strncmp(path, x->library, strlen(x->library)) == 0 && !strstr(path, "-packages/"));
+static bool names(PyObject *file, const char *part) {
+    const char *path = PyUnicode_AsUTF8(file);
+    PyErr_Clear();
+    return path && strstr(path, part);
 }
 
 static bool in_an_import(PyFrameObject *frame) {
     bool found = false;
     Py_INCREF(frame);
     while (frame && !found) {
-        found = strncmp(file_of(frame), "<frozen importlib", 17) == 0;
+        found = names(file_of(frame), "<frozen importlib");
         PyFrameObject *back = PyFrame_GetBack(frame);
         Py_SETREF(frame, back);
     }
@@ -143,18 +144,18 @@ enum {
 
 /* Is it the program's doing? The innermost frame outside Python's own library says. Torch's calls are its own matter,
  * and so are those of imports, warnings and logging. */
-static bool is_the_programs(const thx *x, PyFrameObject *frame, int flags) {
+static bool is_the_programs(thx *x, PyFrameObject *frame, int flags) {
     bool users = false;
     if (in_an_import(frame)) return false;
     Py_INCREF(frame);
     while (frame) {
-        const char *path = file_of(frame);
-        if (!is_standard(x, path)) {
-            users = (!thx_is_torch_file(path) || strcmp(path, "<string>") == 0) &&
-                    (flags & OF_PACKAGES || !strstr(path, "-packages/"));
+        PyObject *file = file_of(frame);
+        thx_origin o = thx_origin_of(x, file);
+        if (o != THX_STANDARD && o != THX_FROZEN) {
+            users = o == THX_USERS || o == THX_GENERATED || (o == THX_PACKAGES && flags & OF_PACKAGES);
             break;
         }
-        if (!(flags & THROUGH_LIBRARY) || strstr(path, "/logging/") || strstr(path, "/warnings.py")) break;
+        if (!(flags & THROUGH_LIBRARY) || names(file, "/logging/") || names(file, "/warnings.py")) break;
         PyFrameObject *back = PyFrame_GetBack(frame);
         Py_SETREF(frame, back);
     }

@@ -3,6 +3,7 @@
  * The recorder owns every fake of its capture, so that an address in the table cannot be reused while it runs.
  */
 #include "capture.h"
+#include "origin.h"
 #include "shadow.h"
 
 #include "passes/pass.h"
@@ -316,15 +317,6 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
 
 /* ---- the user's line ---- */
 
-bool thx_is_torch_file(const char *path) { /* torch's and our own: not what a user calls a line */
-    static const char *const parts[] = {
-        "/torch/", "/thunder/_", "/thunder/extend/", "/thunder/examine/", "/thunder/executors/", "<string>",
-        "<frozen", NULL};
-    for (int i = 0; parts[i]; i++)
-        if (strstr(path, parts[i])) return true;
-    return false;
-}
-
 /* What is known about a code object: direct-mapped by address, which the reference keeps from being reused. */
 static const thx_code *code_of(thx *x, PyCodeObject *code) {
     thx_code *c = &x->codes[((uintptr_t)code >> 5) % THX_CODES];
@@ -332,7 +324,7 @@ static const thx_code *code_of(thx *x, PyCodeObject *code) {
     const char *path = PyUnicode_AsUTF8(code->co_filename), *base = path ? strrchr(path, '/') : NULL;
     PyErr_Clear();
     Py_XSETREF(c->code, Py_NewRef((PyObject *)code));
-    c->torch = !path || thx_is_torch_file(path);
+    c->torch = !path || thx_is_inner(thx_origin_of_code(x, (PyObject *)code));
     c->file = path ? th_intern_z(x->ctx, base ? base + 1 : path) : 0;
     return c;
 }

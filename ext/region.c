@@ -218,13 +218,35 @@ static int run_implementation(th_frame *f, const unit_data *d) {
     return rc == 0 && x->abi.on ? lay_out(f, d) : rc;
 }
 
+/* One of the runs that are timed on their device. A stopwatch that fails is put away. */
+static int run_timed(th_frame *f, const unit_data *d) {
+    thx_region *r = d->region;
+    PyObject *watch = Py_NewRef(r->stopwatch), *started = PyObject_CallMethod(watch, "start", NULL), *enough = NULL;
+    int rc = 0;
+    if (started) {
+        rc = run_implementation(f, d);
+        if (rc == 0) enough = PyObject_CallMethod(watch, "stop", "O", started);
+    } else {
+        PyErr_Clear();
+        rc = run_implementation(f, d);
+    }
+    if (rc == 0 && enough != Py_False) {
+        PyErr_Clear();
+        Py_CLEAR(r->stopwatch);
+    }
+    Py_XDECREF(started);
+    Py_XDECREF(enough);
+    Py_DECREF(watch);
+    return rc;
+}
+
 static int run_unit(th_frame *f, const th_instr *instr) {
     const unit_data *d = instr->data;
     thx_region *r = d->region;
     r->runs++;
     if (r->state == THX_REGION_TRUSTED) {
         uint64_t start = now_ns();
-        int rc = run_implementation(f, d);
+        int rc = r->stopwatch ? run_timed(f, d) : run_implementation(f, d);
         r->nanoseconds += now_ns() - start;
         return rc;
     }
@@ -346,6 +368,7 @@ static int region_traverse(thx_region *r, visitproc visit, void *arg) {
     Py_VISIT(r->trace);
     Py_VISIT(r->reason);
     Py_VISIT(r->judge);
+    Py_VISIT(r->stopwatch);
     Py_VISIT(r->dict);
     return 0;
 }
@@ -357,6 +380,7 @@ static int region_clear(thx_region *r) {
     Py_CLEAR(r->trace);
     Py_CLEAR(r->reason);
     Py_CLEAR(r->judge);
+    Py_CLEAR(r->stopwatch);
     Py_CLEAR(r->dict);
     return 0;
 }
@@ -441,6 +465,7 @@ static PyMemberDef region_members[] = {
     {"implementation", T_OBJECT, offsetof(thx_region, implementation), READONLY, "What runs it, or None."},
     {"trace", T_OBJECT, offsetof(thx_region, trace), READONLY, "Its body, a thunder.Trace."},
     {"reason", T_OBJECT, offsetof(thx_region, reason), READONLY, "Why torch runs it, or None."},
+    {"stopwatch", T_OBJECT, offsetof(thx_region, stopwatch), 0, "What times its next runs on the device, or None."},
     {"fused", T_BOOL, offsetof(thx_region, fused), READONLY, "Several operations, or one alone."},
     {"runs", T_ULONGLONG, offsetof(thx_region, runs), READONLY, "How often it was run, by whomever."},
     {"nanoseconds", T_ULONGLONG, offsetof(thx_region, nanoseconds), READONLY,

@@ -28,6 +28,7 @@ typedef struct thx_region { /* Python object: thunder._C.Region */
     PyObject *trace;          /* the body, to look at */
     PyObject *reason;         /* str: why it was refused; NULL: it was not */
     PyObject *judge;          /* callable: see thx_region_new */
+    PyObject *stopwatch;      /* a thunder._stopwatch.Stopwatch that wants more runs, or NULL */
     thx_program reference;    /* the body on torch; lowered at its first run */
     uint8_t state;
     bool fused, always;                         /* always: compared at every run */

@@ -207,29 +207,89 @@ def test_unknown_entries_and_executors_are_explained(capsys):
     assert "no executor is called 'no_such_executor'" in capsys.readouterr().err
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    (tmp_path / "planted_executor.py").write_text(
-        textwrap.dedent("""
-            import torch
-            from thunder import extend
-            mine = extend.register_executor(extend.OperatorExecutor("planted"))
-            mine.register_implementation(torch.nn.functional.gelu, fn=lambda x, approximate="none": x * 1)
-            right = extend.register_executor(extend.OperatorExecutor("planted_right"))
-            right.register_implementation(torch.nn.functional.silu, fn=lambda x, inplace=False: x * torch.sigmoid(x))
-        """)
-    )
+PLANTED = """
+    import ctypes, os, time
+    import torch
+    from thunder import extend
+
+    def planted(name, op, fn):
+        extend.register_executor(extend.OperatorExecutor(name)).register_implementation(op, fn=fn)
+
+    gelu, silu = torch.nn.functional.gelu, torch.nn.functional.silu
+    planted("planted", gelu, lambda x, approximate="none": x * 1)
+    planted("planted_right", silu, lambda x, inplace=False: x * torch.sigmoid(x))
+
+    def crashes(x, approximate="none"):
+        if x.dtype == torch.float64:
+            ctypes.string_at(0)
+        if x.dtype == torch.bfloat16:
+            os._exit(7)
+        if x.dtype == torch.float16:
+            time.sleep(600)
+        return gelu(x, approximate=approximate)
+
+    def always(x, approximate="none"):
+        os.abort()
+
+    planted("planted_crashes", gelu, crashes)
+    planted("planted_always", gelu, always)
+"""
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Runs the command on an executor of a module that is imported in the child alone; gives status and report."""
+    (tmp_path / "planted_executors.py").write_text(textwrap.dedent(PLANTED))
     monkeypatch.syspath_prepend(tmp_path)
-    report = tmp_path / "report.json"
-    options = ["--import", "planted_executor", "--samples", "1", "--json", str(report)]
-    try:
-        assert main(["conformance", "planted", "--ops", r"functional\.gelu", *options]) == 1
-        assert "is off by" in capsys.readouterr().out
-        written = json.loads(report.read_text())
-        assert written["operators"]["gelu"]["wrong"] and not written["passed"]
-        assert main(["conformance", "planted_right", "--ops", r"functional\.silu$", "--quiet", *options]) == 0
-        captured = capsys.readouterr()
-        assert "0 wrong" in captured.out and captured.err == ""
-    finally:
-        for name in ("planted", "planted_right"):
-            extend.deregister_executor(name)
-        sys.modules.pop("planted_executor", None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def command(name: str, *options: str, ops: str = r"^nn\.functional\.gelu$") -> tuple[int, dict]:
+        report = tmp_path / "report.json"
+        fixed = ["--import", "planted_executors", "--samples", "1", "--json", str(report)]
+        status = main(["conformance", name, "--ops", ops, *fixed, *options])
+        return status, json.loads(report.read_text())
+
+    yield command
+    assert "planted_executors" not in sys.modules
+
+
+def test_command(planted, capsys):
+    status, written = planted("planted")
+    assert status == 1 and "is off by" in capsys.readouterr().out
+    alone = report_on(executor_with(lambda x, approximate="none": x * 1)).as_dict()
+    assert written["operators"]["gelu"].pop("failures") and alone["operators"]["gelu"].pop("failures")
+    assert written["operators"] == alone["operators"] and written["operators"]["gelu"]["wrong"]
+    status, written = planted("planted_right", "--quiet", ops=r"functional\.silu$")
+    captured = capsys.readouterr()
+    assert status == 0 and written["passed"] and "0 wrong, 0 raised, 0 crashed" in captured.out
+    assert captured.err == ""
+
+
+def test_crashes_are_rows_and_the_other_cases_are_judged(planted, capsys):
+    status, written = planted("planted_crashes", "--timeout", "20")
+    row = written["operators"]["gelu"]
+    assert status == 1 and not written["passed"] and written["entries"] == 1
+    assert row["crashed"] == 4 and row["right"] == 13 and not row["wrong"] and not row["raised"]
+    died = "crashed: nn.functional.gelu, float64 sample 0{}: the process died of SIGSEGV"
+    assert row["failures"] == [
+        died.format(""),
+        died.format(" with gradients"),
+        "crashed: nn.functional.gelu, bfloat16 sample 0: the process ended with status 7",
+        "crashed: nn.functional.gelu, float16 sample 0: it did not answer within 20 s",
+    ]
+    assert "died of SIGSEGV" in capsys.readouterr().out
+
+
+def test_executor_that_crashes_always_is_given_up(planted, monkeypatch):
+    monkeypatch.setattr("thunder._conformance_child._MOST_CRASHES", 2)
+    _, written = planted("planted_always")
+    row = written["operators"]["gelu"]
+    assert row["crashed"] == 2 and not row["right"]
+    assert "died of SIGABRT; the other cases of this entry are left out" in row["failures"][-1]
+
+
+def test_crash_while_the_module_is_imported_is_explained(tmp_path, monkeypatch):
+    (tmp_path / "planted_crash_at_import.py").write_text("import os; os.abort()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="could not start: the process died of SIGABRT"):
+        main(["conformance", "torchcompile", "--import", "planted_crash_at_import", "--ops", "^mm$"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import time
 import warnings
 
 import pytest
@@ -153,6 +155,32 @@ def test_verdict_agrees_with_what_jit_does(name, train):
     assert report.right == ran, str(report)
 
 
+@pytest.mark.parametrize(("off", "right"), [(2**-23, True), (2**-18, False)])
+def test_what_is_rounding_alone_may_differ_by_rounding(off, right):
+    """Eager is exact by chance: its error is known from inputs that differ in the last bit."""
+
+    def tripled(x, by):
+        return torch.mul(x, by) * (1 + off)
+
+    def program(x):
+        return torch.mul(x, 3.0) - x - x - x + 1e-12
+
+    executor = extend.single_op_executor("tripled", torch.mul, tripled)
+    report = examine(program, torch.tensor([1.0, 2.0, 4.0, 8.0]), executors=[executor], show=False)
+    (found,) = report.comparisons
+    assert found.eager_error < 1e-18 and found.error > 1e-6 and found.right == right == report.right
+
+
+def test_users_line_is_found_in_a_folder_called_like_a_library(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "asks_for_values.py").write_text(
+        "def fn(x):\n    y = x.data_ptr()\n    return x + y + x.data_ptr()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "torch")
+    fn = importlib.import_module("asks_for_values").fn
+    assert "asks_for_values.py:3" in str(quiet(fn, torch.ones(2)))
+
+
 # ---- explain ----
 
 
@@ -174,6 +202,35 @@ def test_explain_tells_programs_units_and_declines():
     assert "4 calls, 1 captures" in text and "explained: " in text and "ms a run" in text
     with pytest.raises(TypeError):
         thunder.explain(model)
+
+
+def test_explain_tells_the_time_on_the_device():
+    def slow(x, approximate="none"):
+        deadline = time.process_time() + 0.004
+        while time.process_time() < deadline:
+            pass
+        return F.gelu(x)
+
+    executor = thunder.extend.single_op_executor("slow", F.gelu, slow)
+    compiled, x = thunder.jit(F.gelu, executors=[executor]), torch.randn(4, 16)
+    times = []
+    for _ in range(24):
+        compiled(x)
+        times.append(thunder.explain(compiled).units[0].device_milliseconds)
+    assert times[:2] == [None, None]  # compared with torch, then warmed up
+    assert times[2] > 3.9 and times[-1] == times[-2] > 3.9  # enough of them were timed
+    told = thunder.explain(compiled)
+    assert told.units[0].device == "cpu" and "ms on cpu)" in str(told)
+
+
+def test_stopwatch_that_fails_is_no_harm():
+    executor = thunder.extend.single_op_executor("timed", F.gelu, lambda x, approximate="none": F.gelu(x))
+    compiled, x = thunder.jit(F.gelu, executors=[executor]), torch.randn(4, 16)
+    compiled(x)
+    ((_, unit, _),) = compiled._thunder_claims.units
+    unit.stopwatch = object()
+    torch.testing.assert_close(compiled(x), F.gelu(x))
+    assert unit.stopwatch is None and unit.state == "trusted"
 
 
 # ---- bisect ----

@@ -352,6 +352,69 @@ def test_check_finds_what_is_wrong_with_an_operator(fn, meta, backward, message)
         operator.check(x)
 
 
+WRONG_OPERATORS = {
+    "shape": (lambda x: x * 2, lambda x: x.new_empty(3), None, r"shape torch.Size\(\[2\]\).*\[3\]"),
+    "dtype": (lambda x: x.double(), torch.empty_like, None, "dtype torch.float64.*torch.float32"),
+    "strides": (lambda x: torch.ones(2, 3).t(), lambda x: x.new_empty(3, 2), None, "strides"),
+    "writes": (lambda x: (x.zero_(), x * 2)[1], torch.empty_like, None, "writes to 'x': say mutates"),
+    "view": (lambda x: x.view(2), torch.empty_like, None, "returns 'x' or a view of it"),
+    "gradient": (lambda x: x * 2, torch.empty_like, lambda ctx, g: g, "does not agree with numerical"),
+    "gradients": (lambda x: x * 2, torch.empty_like, lambda ctx, g: (g, g), "gave 2 gradients for 1 tensor"),
+}
+
+
+def wrong_operator(kind: str, name: str, **options):
+    fn, meta, backward, message = WRONG_OPERATORS[kind]
+
+    def function(x: Tensor) -> Tensor:
+        return fn(x)
+
+    def rules():
+        operator.meta(lambda x: meta(x))
+        if backward is not None:
+            operator.backward(backward)
+
+    operator = extend.op(function, name=f"wrong_{kind}_{name}", **options)
+    return operator, rules, message
+
+
+@pytest.mark.parametrize("kind", WRONG_OPERATORS)
+@pytest.mark.parametrize("given", ["tuple", "list", "function"])
+def test_wrong_operator_is_found_at_its_registration(kind, given):
+    one = (torch.ones(2),)
+    example = {"tuple": one, "list": [one], "function": lambda: one}[given]
+    _, rules, message = wrong_operator(kind, f"with_a_{given}", example=example)
+    with pytest.raises(ValueError, match=message):
+        rules()
+
+
+@pytest.mark.parametrize("kind", [k for k in WRONG_OPERATORS if "gradient" not in k])
+def test_wrong_operator_without_an_example_is_found_when_it_first_runs(kind):
+    operator, rules, message = wrong_operator(kind, "at_its_first_run")
+    rules()
+    compiled = thunder.jit(lambda x: operator(x * 1) + 1)
+    with pytest.raises(ValueError, match=message):
+        compiled(torch.ones(2))
+
+
+def test_right_operator_is_checked_once():
+    ran = []
+
+    def doubled(x: Tensor) -> Tensor:
+        ran.append(x)
+        return x * 2
+
+    operator = extend.op(doubled, name="doubled_for_tests", example=lambda: (torch.tensor([1.0, float("nan")]),))
+    operator.meta(lambda x: torch.empty_like(x))
+    at_registration = len(ran)
+    operator.backward(lambda ctx, g: g * 2, check=False)
+    assert at_registration == len(ran) > 0
+    compiled = thunder.jit(lambda x: operator(x * 1) + 1)
+    for n in range(1, 4):
+        torch.testing.assert_close(compiled(torch.ones(2)), torch.full((2,), 3.0))
+        assert len(ran) == at_registration + n
+
+
 def test_operator_with_a_derivative_takes_the_place_of_torchs():
     executor = extend.OperatorExecutor("derives")
     ran = []

@@ -412,3 +412,21 @@ def test_triton_rms_norm(dtype, weighted):
         return F.rms_norm(x, (768,), *weight)
 
     judged(program, inputs, ["triton"], ["triton_rms_norm_", "triton_rms_norm_backward"])
+
+
+@pytest.mark.gpu
+def test_explain_tells_the_time_on_the_gpu():
+    """Between two events, so what the host does meanwhile does not count, and nobody waits for the GPU to know it."""
+
+    def long(x, approximate="none"):
+        torch.cuda._sleep(20_000_000)  # some milliseconds, which the host does not wait for
+        return F.gelu(x, approximate=approximate)
+
+    executor = thunder.extend.single_op_executor("long", F.gelu, long)
+    compiled, x = thunder.jit(F.gelu, executors=[executor]), torch.randn(64, 64, device="cuda")
+    for _ in range(24):
+        compiled(x)
+    torch.cuda.synchronize()
+    (unit,) = thunder.explain(compiled).units
+    assert unit.device == "cuda:0" and unit.device_milliseconds > 4 > 2 * unit.milliseconds
+    assert "ms on cuda:0)" in str(thunder.explain(compiled))

@@ -412,6 +412,40 @@ def test_a_program_seeds_while_another_thread_runs():
         other.join()
 
 
+@pytest.mark.parametrize("seeded", [False, True])
+def test_random_numbers_that_another_thread_draws_meanwhile_are_no_seed(seeded):
+    def fn(a):
+        if seeded:
+            torch.manual_seed(7)
+        first = torch.rand(3)
+        if ask.locked():  # in the first call
+            ask.release()
+            answer.acquire()
+        return a + first, torch.rand(3)
+
+    def draw():
+        ask.acquire()
+        torch.rand(5)
+        ask.release()
+        answer.release()
+
+    ask, answer = threading.Lock(), threading.Lock()
+    ask.acquire(), answer.acquire()
+    thread = threading.Thread(target=draw)
+    thread.start()
+    compiled = thunder.jit(fn)
+    compiled(x())
+    thread.join()
+    assert not ask.locked()
+    sets = str(thunder.last_traces(compiled)[0]).count("torch.set_rng_state(")
+    assert sets == (1 if seeded else 0)
+    if not seeded:
+        torch.manual_seed(3)
+        expected = [t for _ in range(2) for t in fn(x())]
+        torch.manual_seed(3)
+        assert_same(expected, [t for _ in range(2) for t in compiled(x())])
+
+
 def test_eager_code_in_another_thread_is_undisturbed_by_a_capture():
     stop = threading.Event()
     wrong: list[BaseException] = []

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
+from thunder._stopwatch import stopwatch_for
 from thunder.examine.inspect import compiled_claims
 
 
@@ -23,6 +24,9 @@ class Unit:
         runs, reference_runs: how often it ran, and how often torch ran it.
         milliseconds: mean time of a run by its executor, as the host sees it; None before the first.
         result_bytes: of its results.
+        device: where it runs.
+        device_milliseconds: median time that one of its first runs kept a GPU busy, from the first kernel's start to
+            the last one's end; on the processor the time of all threads of the process. None before the second run.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Unit:
     reference_runs: int
     milliseconds: float | None
     result_bytes: int
+    device: str
+    device_milliseconds: float | None
 
 
 @dataclasses.dataclass
@@ -68,6 +74,8 @@ class Explanation:
             lines.append(", ".join(f"{e}: {n} units {s}" for (e, s), n in by_state.items()))
         for u in self.units:
             spent = "" if u.milliseconds is None else f", {u.milliseconds:.3f} ms a run"
+            if u.device_milliseconds is not None:
+                spent += f" ({u.device_milliseconds:.3f} ms on {u.device})"
             lines.append(
                 f"  {u.name} ({u.kind}): {u.operations} operations, {u.state}, {u.runs} runs{spent}, "
                 f"{u.result_bytes} bytes of results" + (f"; {u.reason}" if u.reason else "")
@@ -109,4 +117,6 @@ def _unit(name: str, region: Any, kind: str) -> Unit:
         region.reference_runs,
         region.nanoseconds / own / 1e6 if own > 0 else None,
         size,
+        str(region.timed.device if region.timed else stopwatch_for(region).device),
+        region.timed.milliseconds() if region.timed else None,
     )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any
 
+from thunder._origin import TORCH
+
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _SIGNS = {"neg": "-", "pos": "+"}
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**"} | _SIGNS
@@ -66,7 +68,7 @@ class Tape:
     def ran(self, codes: Iterable[CodeType]) -> None:
         """Code ran: some of it may have read numbers without asking them."""
         for code in codes:
-            if _READERS & set(code.co_names) and "/torch/" not in code.co_filename:
+            if _READERS & set(code.co_names) and not code.co_filename.startswith(TORCH):
                 self.fix_all()
 
     def sources(self) -> list[str]:

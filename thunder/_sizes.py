@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from thunder._origin import THUNDER, TORCH
+
 OPERATIONS = (
     "size",
     "argument",
@@ -130,7 +132,7 @@ _LIBRARY = os.path.dirname(os.__file__)
 def _ours(path: str) -> bool:
     """Torch's, thunder's or Python's own."""
     standard = path.startswith((_LIBRARY, "<frozen")) and "site-packages" not in path
-    return standard or "/torch/" in path or "/thunder/_" in path
+    return standard or path.startswith((TORCH, THUNDER))
 
 
 def _asks_for_ints(code: CodeType) -> bool:

@@ -5,8 +5,11 @@ them, with no dimension, with gradients, and from several threads at once. A cas
 (for an executor of regions, of one more behind it). It runs twice, with other values the second time, on the executor
 without the check of first runs, and in eager.
 
-    claimed    the executor took the operation: the case is right, wrong, or raised an error that eager does not raise
-    declined   it did not: torch ran it, so the case says nothing about the executor
+    claimed     the executor took the operation: the case is right, wrong, or raised an error that eager does not raise
+    declined    it did not: torch ran it, so the case says nothing about the executor
+
+    crashed     the process died, or did not answer in time: the command judges in a process of its own, which is
+                started again behind such a case
 
 A case counts for every operator in its programs, those of the backward too. Cases that eager refuses are left out, as
 are those where thunder without the executor differs from eager.
@@ -26,7 +29,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +38,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import thunder
-from thunder import _verify
+from thunder import _conformance_child, _verify
 from thunder.extend import Executor, FusionExecutor, get_executor
 from thunder.extend.executor import operator_key
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 THREADS, ROUNDS = 4, 12
 _MARK = 0.7265625  # the number in the operation that is put behind the one under test
-_OUTCOMES = ("right", "wrong", "raised")
+_OUTCOMES = ("right", "wrong", "raised", "crashed")
 
 
 # ---- cases ----
@@ -324,7 +327,7 @@ def _last_traces(compiled: Any) -> list[Any]:
     return found
 
 
-def _keep_units(compiled: Any) -> list[Any]:
+def _keep_units(compiled: Any, told: Callable[[Any], None] = lambda region: None) -> list[Any]:
     """A list that every unit that is claimed from now on goes into: a program that raises takes its units along."""
     claims, kept = _callable(compiled)._thunder_claims, []
     bind = claims.bind
@@ -333,6 +336,7 @@ def _keep_units(compiled: Any) -> list[Any]:
         name = bind(i, region, kind)
         if name is not None:
             kept.append(region)
+            told(region)
         return name
 
     claims.bind = keep
@@ -367,6 +371,7 @@ class Row:
     right: int = 0
     wrong: int = 0
     raised: int = 0
+    crashed: int = 0
     declined: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -374,7 +379,7 @@ class Row:
     @property
     def claimed(self) -> int:
         """Cases in which the executor took it."""
-        return self.right + self.wrong + self.raised
+        return sum(getattr(self, outcome) for outcome in _OUTCOMES)
 
 
 @dataclasses.dataclass
@@ -396,21 +401,22 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Something was claimed, and nothing of that was wrong or raised."""
-        return self.total("claimed") > 0 and not self.total("wrong") + self.total("raised")
+        """Something was claimed, and all of that was right."""
+        return self.total("claimed") == self.total("right") > 0
 
     def __str__(self) -> str:
-        lines = [f"{'operator':48} {'claimed':>8} {'right':>6} {'wrong':>6} {'raised':>6} {'declined':>8}"]
+        columns = " ".join(f"{outcome:>7}" for outcome in _OUTCOMES)
+        lines = [f"{'operator':48} {'claimed':>8} {columns} {'declined':>8}"]
         for key, row in sorted(self.rows.items()):
             if row.claimed:
-                figures = f"{row.claimed:8} {row.right:6} {row.wrong:6} {row.raised:6} {row.declined:8}"
-                lines.append(f"{key:48} {figures}")
+                figures = " ".join(f"{getattr(row, outcome):7}" for outcome in _OUTCOMES)
+                lines.append(f"{key:48} {row.claimed:8} {figures} {row.declined:8}")
                 lines += [f"    {text}" for text in row.failures[:3]]
         lines += [f"{key:48} never claimed: {_reason(self.rows[key])}" for key in self.never_claimed]
         count = {what: self.total(what) for what in ("claimed", *_OUTCOMES, "declined")}
         lines.append(
             f"{self.executor}: {len(self.rows)} operators in {self.entries} entries of op_db; {count['claimed']} "
-            f"claimed ({count['right']} right, {count['wrong']} wrong, {count['raised']} raised), "
+            f"claimed ({', '.join(f'{count[outcome]} {outcome}' for outcome in _OUTCOMES)}), "
             f"{count['declined']} declined; {len(self.never_claimed)} operators never claimed"
         )
         if not count["claimed"]:
@@ -435,14 +441,47 @@ def _reason(row: Row) -> str:
     return row.reasons.most_common(1)[0][0] if row.reasons else "no sample reaches it"
 
 
-class Suite:
-    """Judges the entries one after the other and collects rows."""
+class Table:
+    """Rows, from what a suite tells."""
 
-    def __init__(self, executor: Executor, count: int) -> None:
-        self.executor, self.count = executor, count
-        self.neighbour = isinstance(executor, FusionExecutor)
+    def __init__(self) -> None:
         self.rows: collections.defaultdict[str, Row] = collections.defaultdict(Row)
         self.entries = 0
+
+    def hear(self, what: str, *of: Any) -> None:
+        """One event: see ``Suite``."""
+        if what == "entry":
+            self.entries += 1
+        elif what == "count":
+            outcome, keys, line = of
+            for key in keys:
+                row = self.rows[key]
+                setattr(row, outcome, getattr(row, outcome) + 1)
+                if line:
+                    row.failures.append(f"{outcome}: {line}")
+        elif what == "declined":
+            key, why = of
+            self.rows[key].declined += 1
+            self.rows[key].reasons[why] += 1
+
+    def report(self, executor: str, known: Sequence[str]) -> Report:
+        """The rows so far, and one for each operator in ``known``."""
+        for key in known:
+            self.rows[key]
+        return Report(executor, dict(self.rows), self.entries)
+
+
+class Suite:
+    """Judges the entries one after the other.
+
+    What it finds it tells: ``tell("entry", name)`` when it starts with one, ``tell("case", number, text)`` before each
+    case of it, ``tell("takes", keys)`` when a unit with these operators is about to run, ``tell("threads", number)``
+    when a case is chosen for the threads, ``tell("count", outcome, keys, line)`` and ``tell("declined", key, why)``.
+    """
+
+    def __init__(self, executor: Executor, count: int, tell: Callable[..., None]) -> None:
+        self.executor, self.count, self.tell = executor, count, tell
+        self.neighbour = isinstance(executor, FusionExecutor)
 
     def concerns(self, entry: Any) -> bool:
         """Whether the executor knows an operator that the first cases reach, forward or backward."""
@@ -458,16 +497,27 @@ class Suite:
                     return True
         return False
 
-    def judge(self, entry: Any) -> None:
-        """All cases of an entry."""
-        self.entries += 1
-        together = None
-        for case in cases(entry, self.count):
+    def judge(self, entry: Any, start: int = 0, threads: int | None = None) -> None:
+        """The cases of an entry from number ``start``; ``threads``: the one that was chosen for the threads before."""
+        if not start:
+            self.tell("entry", entry_name(entry))
+        number, together = -1, None
+        for number, case in enumerate(cases(entry, self.count)):
+            if number == threads:
+                together = case
+            if number < start:
+                continue
+            self.tell("case", number, str(case))
             found = self._judge_case(case)
             if found is not None and together is None and not case.gradients:
                 together = case
-        if together is not None:
+                self.tell("threads", number)
+        if together is not None and start <= number + 1:
+            self.tell("case", number + 1, _from_threads(together))
             self._judge_threads(together)
+
+    def _units(self, compiled: Any) -> list[Any]:
+        return _keep_units(compiled, lambda region: self.tell("takes", sorted(_operators(region.trace.bound_symbols))))
 
     def _jit(self, case: Case, executors: list[Any], verify: str = "off") -> Any:
         return thunder.jit(_program(case.entry, self.neighbour), executors=executors, verify=verify, tier="block")
@@ -475,24 +525,23 @@ class Suite:
     def _judge_case(self, case: Case) -> Claimed | None:
         """Counts one case; what was claimed if it was right."""
         compiled = self._jit(case, [self.executor])
-        units = _keep_units(compiled)
+        units = self._units(compiled)
         outcome, message = _run(case, compiled, self.neighbour)
         if not outcome:
             return None
         claimed = _claimed(compiled, self.executor, units)
         for key, why in claimed.left.items():
             if not claimed.unbuilt:
-                self.rows[key].declined += 1
-                self.rows[key].reasons[why] += 1
+                self.tell("declined", key, why)
         if claimed.unbuilt:
-            self._count("raised", set(claimed.left), case, claimed.unbuilt)
+            self._count("raised", set(claimed.left), str(case), claimed.unbuilt)
         if not claimed.inside:
             return None
         if outcome != "right" and _run(case, self._jit(case, []), self.neighbour)[0] != "right":
             return None  # not the executor's fault
         keys = claimed.inside if outcome == "right" else self._guilty(case) or claimed.inside
-        self._count(outcome, keys, case, message)
-        self._count("right", claimed.inside - keys, case, "")
+        self._count(outcome, keys, str(case), message)
+        self._count("right", claimed.inside - keys, str(case), "")
         return claimed if outcome == "right" else None
 
     def _guilty(self, case: Case) -> set[str]:
@@ -502,19 +551,16 @@ class Suite:
         _run(case, compiled, self.neighbour)
         return _claimed(compiled, self.executor, units).refused
 
-    def _count(self, outcome: str, keys: set[str], case: Any, message: str) -> None:
-        for key in keys:
-            row = self.rows[key]
-            setattr(row, outcome, getattr(row, outcome) + 1)
-            if message:
-                row.failures.append(f"{outcome}: {case}: {message}")
+    def _count(self, outcome: str, keys: set[str], case: str, message: str) -> None:
+        if keys:
+            self.tell("count", outcome, sorted(keys), f"{case}: {message}" if message else "")
 
     # ---- threads ----
 
     def _judge_threads(self, case: Case) -> None:
         """Several threads call one compiled callable; each must get what it gets when it calls alone."""
         compiled = self._jit(case, [self.executor])
-        units = _keep_units(compiled)
+        units = self._units(compiled)
         samples = [_samples(case.entry, case.dtype, seed, case.index + 1)[-1] for seed in range(THREADS)]
         arguments = [_arguments(_changed(s, case.layout), False) for s in samples]
         try:
@@ -525,7 +571,11 @@ class Suite:
         if outcome != "right" and _at_once(self._jit(case, []), arguments, alone)[0] != "right":
             return  # random numbers: torch's generator is one for all threads
         claimed = _claimed(compiled, self.executor, units)
-        self._count(outcome, claimed.inside, f"{case} from {THREADS} threads at once", message)
+        self._count(outcome, claimed.inside, _from_threads(case), message)
+
+
+def _from_threads(case: Case) -> str:
+    return f"{case} from {THREADS} threads at once"
 
 
 def _at_once(compiled: Callable, arguments: list[Any], expected: list[Step]) -> tuple[str, str]:
@@ -560,10 +610,32 @@ def _at_once(compiled: Callable, arguments: list[Any], expected: list[Step]) -> 
     return outcomes[0] if outcomes else ("right", "")
 
 
+def find(executor: Executor | str, ops: str) -> tuple[Executor, list[Any]]:
+    """The executor, and the entries of op_db in whose name ``ops`` is found.
+
+    Raises:
+        LookupError: as ``run``.
+    """
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    executor = get_executor(executor) if isinstance(executor, str) else executor
+    if not executor.implementations:
+        raise LookupError(f"the executor {executor.name!r} claims no operator: there is nothing to test")
+    chosen = [entry for entry in op_db if re.search(ops, entry_name(entry))]
+    if not chosen:
+        raise LookupError(f"no entry of op_db is called like {ops!r}")
+    return executor, chosen
+
+
+def known_operators(executor: Executor, ops: str) -> list[str]:
+    """Those that have a row even when no case reaches them."""
+    return [key for key, known in executor.implementations.items() if known is not None and key != "*" and not ops]
+
+
 def run(
     executor: Executor | str, *, ops: str = "", samples: int = 3, progress: Callable[[str], None] | None = None
 ) -> Report:
-    """Judge an executor.
+    """Judge an executor in this process; an executor that crashes takes it along.
 
     Args:
         executor: or its name.
@@ -574,15 +646,9 @@ def run(
     Raises:
         LookupError: no executor of that name, one that claims nothing, or no entry of that name.
     """
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    executor = get_executor(executor) if isinstance(executor, str) else executor
-    if not executor.implementations:
-        raise LookupError(f"the executor {executor.name!r} claims no operator: there is nothing to test")
-    chosen = [entry for entry in op_db if re.search(ops, entry_name(entry))]
-    if not chosen:
-        raise LookupError(f"no entry of op_db is called like {ops!r}")
-    suite = Suite(executor, samples)
+    executor, chosen = find(executor, ops)
+    table = Table()
+    suite = Suite(executor, samples, table.hear)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for entry in chosen:
@@ -590,11 +656,7 @@ def run(
                 if progress:
                     progress(entry_name(entry))
                 suite.judge(entry)
-    if not ops:
-        for key, known in executor.implementations.items():
-            if known is not None and key != "*":
-                suite.rows[key]
-    return Report(executor.name, dict(suite.rows), suite.entries)
+    return table.report(executor.name, known_operators(executor, ops))
 
 
 # ---- the command ----
@@ -609,6 +671,12 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--ops", default="", metavar="REGEX", help="only entries of op_db with such a name")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="of each dtype (default: 3)")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="seconds that a case may take (default: 300)"
+    )
+    parser.add_argument(
+        "--in-process", action="store_true", help="judge in this process, for debuggers: a crash ends it"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--quiet", action="store_true", help="the table alone, no line for each entry")
     parser.set_defaults(run=command)
@@ -617,11 +685,17 @@ def add_command(commands: Any) -> None:
 def command(options: argparse.Namespace) -> int:
     """Prints the table; 0: all that was claimed is right, 1: it is not, or nothing was claimed, 2: misuse."""
     sys.path.insert(0, "")  # as `python -m` has it, for the installed script
+    say = None if options.quiet else lambda name: print(f"... {name}", file=sys.stderr, flush=True)
+    what: dict[str, Any] = {"ops": options.ops, "samples": options.samples, "progress": say}
     try:
-        if options.module:
-            importlib.import_module(options.module)
-        say = None if options.quiet else lambda name: print(f"... {name}", file=sys.stderr, flush=True)
-        report = run(options.executor, ops=options.ops, samples=options.samples, progress=say)
+        if options.in_process:
+            if options.module:
+                importlib.import_module(options.module)
+            report = run(options.executor, **what)
+        else:
+            report = _conformance_child.run_apart(
+                options.executor, module=options.module, timeout=options.timeout, **what
+            )
     except (LookupError, ImportError) as error:
         print(error.args[0] if error.args else error, file=sys.stderr)
         return 2

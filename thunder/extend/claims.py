@@ -9,6 +9,7 @@ from typing import Any
 
 from thunder import _C, _verify
 from thunder._errors import ThunderWarning
+from thunder._stopwatch import stopwatch_for
 from thunder.extend import build
 from thunder.extend.executor import Executor, FusionExecutor, Implementation, takes
 
@@ -86,7 +87,7 @@ class Claims:
                 return None
             self.fuel -= 1
         region.claims = weakref.ref(self)
-        region.operator, region.saved = None, 0
+        region.operator, region.saved, region.timed = None, 0, None
         if region.fused:
             if not self._bind_fused(executor, region):
                 return None
@@ -141,6 +142,7 @@ class Claims:
         if region.trace in self._refused:
             region.refuse(self._refused[region.trace])
         else:
+            region.timed = region.stopwatch = stopwatch_for(region)
             region.install(implementation, trusted=self.verify == "off", always=self.verify == "always")
 
     def _failed(self, executor: Executor, region: Any, made: build.Build) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thunder import _verify
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -42,6 +44,7 @@ class Operator:
         like: Callable | None = None,
         check: bool = True,
         saves: int = 0,
+        example: Any = None,
     ) -> None:
         self.name = name or getattr(fn, "__name__", "")
         if not self.name.isidentifier():
@@ -49,7 +52,8 @@ class Operator:
         self.function = fn
         self.namespace = namespace
         self.saves = saves
-        self._check = check
+        self._proven = not check  # a real run has agreed with the shape rule
+        self._example = example
         self._mutates = tuple(mutates)
         self._meta: Callable | None = None
         self._backward: Callable | None = None
@@ -89,9 +93,17 @@ class Operator:
     def meta(self, rule: Callable) -> Callable:
         """Decorator: the shape rule. Called like the operator with tensors without data; gives such results.
 
-        It is compared with a real run whenever the operator has run on real arguments the first time.
+        It is compared with a real run on the example right here; without one, when the function first runs in a
+        compiled program or under autograd.
+
+        Raises:
+            ValueError: it disagrees with what the function gives for the example, or that writes to an argument.
         """
         self._meta = rule
+        for args in self._examples():
+            _check_meta(self, args, {})
+            _check_writes(self, args, {})
+            self._proven = True
         torch.library.register_fake(f"{self.namespace}::{self.name}", rule)
         return rule
 
@@ -100,6 +112,11 @@ class Operator:
 
         ``grads`` are the gradients of the results (None where there is none), ``ctx`` is a ``Context``. Returns the
         gradients of the tensor arguments in order, None for one without; a single one need not be in a tuple.
+        It is compared with numerical differences on the example, in float64, unless ``check`` is false.
+
+        Raises:
+            TypeError: the operator writes to its arguments.
+            ValueError: it disagrees with the differences.
         """
         if rule is None:
             return functools.partial(self.backward, check=check)
@@ -107,6 +124,8 @@ class Operator:
             raise TypeError(f"{self!r} writes to its arguments: it can have no backward")
         self._backward = rule
         self._library.register_autograd(_Backward(self, rule), setup_context=functools.partial(_keep, self.saves))
+        for args in self._examples() if check else []:
+            _check_gradient(self, args, {})
         return rule
 
     def check(self, *args: Any, **kwargs: Any) -> None:
@@ -123,13 +142,30 @@ class Operator:
         if self.has_backward:
             _check_gradient(self, args, kwargs)
 
+    def _examples(self) -> list[tuple]:
+        given = self._example() if callable(self._example) else self._example
+        if given is None:
+            return []
+        return given if isinstance(given, list) else [given]
+
+    def _first_run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The function, checked: a program was compiled for what its shape rule says."""
+        if self._meta is None:
+            return self.function(*args, **kwargs)
+        before = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+        result = self.function(*args, **kwargs)
+        _compare_meta(self, _flat(result), before, kwargs)
+        _compare_writes(self, _flat(result), before, args)
+        self._proven = True
+        return result
+
     def _typed(self, fn: Callable) -> Callable:
         """``fn`` with the annotations that make its schema."""
         signature = self._signature
 
         @functools.wraps(fn)
         def run(*args: Any, **kwargs: Any) -> Any:
-            return fn(*args, **kwargs)
+            return fn(*args, **kwargs) if self._proven else self._first_run(args, kwargs)
 
         del run.__wrapped__
         run.__signature__ = signature
@@ -179,7 +215,7 @@ def _keep(saves: int, ctx: Any, inputs: tuple, output: Any, keyword_only_inputs:
     ctx.thunder_outputs = lambda: tuple(items()[len(inputs) :])
 
 
-def op(fn: Callable | None = None, *, name: str | None = None, mutates: Sequence[str] = ()) -> Any:
+def op(fn: Callable | None = None, *, name: str | None = None, mutates: Sequence[str] = (), example: Any = None) -> Any:
     """Decorator: make an operator of a Python function.
 
     ::
@@ -205,14 +241,16 @@ def op(fn: Callable | None = None, *, name: str | None = None, mutates: Sequence
             ``Tensor | None``, ``list[Tensor]``, ``int``, ``float``, ``bool``, ``str``, ``torch.dtype``, ....
         name: in place of the function's own.
         mutates: names of the parameters that it writes to.
+        example: a tuple of arguments, a list of such tuples, or a function that gives one of them. ``meta`` and
+            ``backward`` run the function on it and raise ValueError where they disagree with it.
 
     Raises:
         TypeError: the signature has no schema.
         ValueError: the name is taken.
     """
     if fn is None:
-        return functools.partial(op, name=name, mutates=mutates)
-    return Operator(fn, name=name, mutates=mutates)
+        return functools.partial(op, name=name, mutates=mutates, example=example)
+    return Operator(fn, name=name, mutates=mutates, example=example)
 
 
 # ---- checks ----
@@ -228,9 +266,14 @@ def _check_meta(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None
     copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
     with torch.no_grad():
         real = _flat(operator.function(*copies, **kwargs))
-        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
-            told = _flat(operator._meta(*fakes, **kwargs))
+    _compare_meta(operator, real, args, kwargs)
+
+
+def _compare_meta(operator: Operator, real: list[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """``real`` is what the function gave for these arguments."""
+    with torch.no_grad(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        told = _flat(operator._meta(*fakes, **kwargs))
     if len(real) != len(told):
         raise ValueError(f"{operator!r} gives {len(real)} results, its shape rule {len(told)}")
     for i, (r, t) in enumerate(zip(real, told, strict=True)):
@@ -244,14 +287,19 @@ def _check_meta(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None
 
 
 def _check_writes(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
-    names = list(operator._signature.parameters)
     copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
     with torch.no_grad():
         results = _flat(operator.function(*copies, **kwargs))
+    _compare_writes(operator, results, args, copies)
+
+
+def _compare_writes(operator: Operator, results: list[Any], args: Sequence[Any], copies: Sequence[Any]) -> None:
+    """``copies`` are the arguments after the call, ``args`` as they were before it."""
+    names = list(operator._signature.parameters)
     for i, (before, after) in enumerate(zip(args, copies, strict=True)):
         if not isinstance(before, Tensor) or names[i] in operator._mutates:
             continue
-        if not torch.equal(before, after):
+        if not _verify._same_bits(before, after):
             raise ValueError(f"{operator!r} writes to {names[i]!r}: say mutates=[{names[i]!r}]")
         for r in results:
             if isinstance(r, Tensor) and r.numel() and r.untyped_storage()._cdata == after.untyped_storage()._cdata:

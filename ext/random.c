@@ -20,7 +20,13 @@ static int remember(thx_recorder *r, PyObject *state) {
     return r->rng_saved ? 0 : PyList_Append(r->rng_outer, state);
 }
 
+static void see_threads(thx_recorder *r) {
+    PyThreadState *first = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(PyThreadState_Get()));
+    r->threads |= first && PyThreadState_Next(first);
+}
+
 int thx_random_begin(thx_recorder *r) {
+    see_threads(r);
     PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
     r->rng_outer = PyList_New(0);
     int rc = state && r->rng_outer ? remember(r, state) : -1;
@@ -59,15 +65,11 @@ static Py_ssize_t place_in_stream(thx_recorder *r, PyObject *state) {
     return -1;
 }
 
-static bool is_only_thread(void) {
-    PyThreadState *state = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(PyThreadState_Get()));
-    return state && !PyThreadState_Next(state);
-}
-
 int thx_random_before(thx_recorder *r) {
+    see_threads(r);
     PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
     int same = state ? same_state(r, state, r->rng_last) : -1, rc = same < 0 ? -1 : 0;
-    bool another = same == 0 && !r->seeded && !is_only_thread();
+    bool another = same == 0 && !r->seeded && r->threads;
     r->seeded = false;
     if (another) {
         rc = remember(r, state);

@@ -853,7 +853,7 @@ def test_ints_of_globals_and_enclosing_functions():
         return x * EPOCH + seen
 
     compiled = thunder.jit(program)
-    for EPOCH in range(20):  # noqa: B007
+    for EPOCH in range(20):
         before = seen
         got, after = compiled(torch.ones(3)), seen
         assert after == before + 2

@@ -75,6 +75,7 @@ typedef struct thx_recorder {
     th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;    /* code objects that ran, by address: open addressing (owned) */
     uint32_t ncodes, cap_codes;
+    PyObject *asking;     /* dict: code -> the variables whose types it asks (owned); NULL: none does */
     bool may_expect;      /* values of tensors may be found out: a call is captured, and has real inputs */
     PyObject *tape;       /* of numbers that are followed, or NULL (borrowed) */
     PyObject *numbers;    /* r->sizes.values (borrowed) */

@@ -318,10 +318,14 @@ static bool is_torchs_own(walker *w, PyObject *key, PyObject *value) {
     return PyODict_CheckExact(value) && PyUnicode_CheckExact(key) && PySet_Contains(w->x->module_dicts, key) == 1;
 }
 
+static inline bool is_called(PyObject *name, const char *text, Py_ssize_t length) {
+    return PyUnicode_GET_LENGTH(name) == length && PyUnicode_CompareWithASCIIString(name, text) == 0;
+}
+#define IS_CALLED(name, text) is_called(name, text, sizeof text - 1)
+
 /* Backward hooks run after the call and read the world as it is then: only which ones there are matters. */
 static bool holds_backward_hooks(PyObject *key) {
-    return PyUnicode_CompareWithASCIIString(key, "_backward_hooks") == 0 ||
-           PyUnicode_CompareWithASCIIString(key, "_backward_pre_hooks") == 0;
+    return IS_CALLED(key, "_backward_hooks") || IS_CALLED(key, "_backward_pre_hooks");
 }
 
 static bool is_empty(PyObject *dict, const char *name) {
@@ -331,20 +335,14 @@ static bool is_empty(PyObject *dict, const char *name) {
 
 /* How hooks are called matters where there are some; that they came shows in another dictionary. */
 static bool tells_of_no_hooks(PyObject *dict, PyObject *key) {
-    if (PyUnicode_CompareWithASCIIString(key, "_forward_hooks_with_kwargs") == 0 ||
-        PyUnicode_CompareWithASCIIString(key, "_forward_hooks_always_called") == 0)
+    if (IS_CALLED(key, "_forward_hooks_with_kwargs") || IS_CALLED(key, "_forward_hooks_always_called"))
         return is_empty(dict, "_forward_hooks");
-    return PyUnicode_CompareWithASCIIString(key, "_forward_pre_hooks_with_kwargs") == 0 &&
-           is_empty(dict, "_forward_pre_hooks");
+    return IS_CALLED(key, "_forward_pre_hooks_with_kwargs") && is_empty(dict, "_forward_pre_hooks");
 }
 
-static const char *const saving[] = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-                                     "_load_state_dict_post_hooks", NULL};
-
 static bool is_for_saving(PyObject *name) {
-    const char *const *s = saving;
-    while (*s && PyUnicode_CompareWithASCIIString(name, *s) != 0) s++;
-    return *s != NULL;
+    return IS_CALLED(name, "_state_dict_hooks") || IS_CALLED(name, "_state_dict_pre_hooks") ||
+           IS_CALLED(name, "_load_state_dict_pre_hooks") || IS_CALLED(name, "_load_state_dict_post_hooks");
 }
 
 /* The attributes of a module. */

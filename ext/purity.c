@@ -238,6 +238,7 @@ static PyObject **code_place(PyObject **table, uint32_t cap, PyObject *code) {
     return &table[at];
 }
 
+/* 1: it is new */
 static int note_code(thx_recorder *r, PyObject *code) {
     if (r->ncodes * 2 >= r->cap_codes) {
         uint32_t cap = r->cap_codes ? r->cap_codes * 2 : 256;
@@ -253,7 +254,7 @@ static int note_code(thx_recorder *r, PyObject *code) {
     if (*place) return 0;
     *place = Py_NewRef(code);
     r->ncodes++;
-    return 0;
+    return 1;
 }
 
 PyObject *thx_codes_list(const thx_recorder *r) {
@@ -282,13 +283,18 @@ static bool mentions_types(const thx *x, PyCodeObject *code) { /* names are inte
     return false;
 }
 
-/* Of which variables the program's own code asks the type: thunder/_relevance.py. New reference, or NULL. */
-static PyObject *asked_types(const thx *x, PyFrameObject *frame, PyCodeObject *code) {
-    if (!mentions_types(x, code) || !is_the_programs(x, frame, 0)) return NULL;
+/* Of which variables new code of the program's own asks the type: thunder/_relevance.py. */
+static int note_asking(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code) {
+    if (!mentions_types(r->x, code) || !is_the_programs(r->x, frame, 0)) return 0;
     PyObject *module = PyImport_ImportModule("thunder._relevance");
     PyObject *names = module ? PyObject_CallMethod(module, "asks_types", "O", code) : NULL;
     Py_XDECREF(module);
-    return names;
+    if (names && !r->asking) r->asking = PyDict_New();
+    int rc = !names || !r->asking          ? -1
+             : PyTuple_GET_SIZE(names) > 0 ? PyDict_SetItem(r->asking, (PyObject *)code, names)
+                                           : 0;
+    Py_XDECREF(names);
+    return rc;
 }
 
 /* Is it a tensor, or something that is not among the variables yet and may be one? */
@@ -303,13 +309,12 @@ static bool may_be_fake(const thx *x, PyObject *locals, PyObject *name) {
 /* While a program is captured its tensors are instances of a subclass of torch.Tensor; isinstance sees no difference,
  * but type() does. */
 static int check_types(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code) {
-    PyObject *names = asked_types(r->x, frame, code), *locals = NULL;
+    PyObject *names = r->asking ? PyDict_GetItemWithError(r->asking, (PyObject *)code) : NULL, *locals = NULL;
     bool found = false;
-    if (names && PyTuple_GET_SIZE(names)) locals = PyFrame_GetLocals(frame);
+    if (names) locals = PyFrame_GetLocals(frame);
     for (Py_ssize_t i = 0; locals && i < PyTuple_GET_SIZE(names) && !found; i++)
         found = may_be_fake(r->x, locals, PyTuple_GET_ITEM(names, i));
     PyErr_Clear();
-    Py_XDECREF(names);
     Py_XDECREF(locals);
     return found ? thx_capture_error(r, type_text, "a tensor has another one while the program is captured",
                                      "use isinstance(x, torch.Tensor)")
@@ -318,7 +323,8 @@ static int check_types(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code
 
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
-    if (note_code(r, (PyObject *)code) < 0 || check_types(r, frame, code) < 0) {
+    int fresh = note_code(r, (PyObject *)code);
+    if (fresh < 0 || (fresh && note_asking(r, frame, code) < 0) || check_types(r, frame, code) < 0) {
         Py_DECREF(code);
         return -1;
     }

@@ -616,6 +616,7 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_XDECREF(r->oracle);
     for (uint32_t i = 0; i < r->cap_codes; i++) Py_XDECREF(r->codes[i]);
     PyMem_Free(r->codes);
+    Py_XDECREF(r->asking);
     Py_XDECREF(r->expected);
     Py_XDECREF(r->fixed);
     thx_shadow_free(r->shadow);

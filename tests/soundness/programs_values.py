@@ -481,10 +481,10 @@ def reads_the_clock():
     start = time.perf_counter()
 
     def f(x):
-        return x + (1 if time.perf_counter() - start > 1.0 else 0)
+        return x + (1 if time.perf_counter() - start > 3.0 else 0)
 
     yield f, X()
-    time.sleep(1.2)
+    time.sleep(3.2)
     yield X()
 
 

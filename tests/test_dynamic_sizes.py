@@ -618,6 +618,12 @@ def test_dynamic_true_is_checked_against_the_former_capture():
     assert calls(loops, rows, (4, 5, 4, 5), dynamic=True) == 2  # not the same program: one each
 
 
+def test_dynamic_true_says_where_it_is_without_effect():
+    executors = ["torchcompile", *thunder.get_always_executors()]
+    with pytest.warns(thunder.ThunderWarning, match="dynamic=True is without effect"):
+        thunder.jit(attention, executors=executors, dynamic=True)
+
+
 def test_unknown_values_of_the_option_are_refused():
     with pytest.raises(ValueError, match="dynamic must be None, True or False, not 'yes'"):
         thunder.jit(attention, dynamic="yes")

@@ -120,6 +120,13 @@ def _compile(fn: Any, settings: dict[str, Any], transformed: bool = False, quiet
     result: list[Any] = []  # the hooks are told the compiled module
     claims = make_claims(settings["executors"], verify=settings["verify"], tier=settings["tier"], fuel=settings["fuel"])
     final = (*transforms, *decompositions(claims))
+    if settings["dynamic"] and (claims is not None or final) and not quiet:
+        warnings.warn(
+            f"{_name(fn)}: dynamic=True is without effect where other executors than torch or transforms take part: "
+            "each set of sizes has a program of its own",
+            ThunderWarning,
+            stacklevel=3,
+        )
     log = Log(fn, _name(fn), settings["recompile_limit"], quiet or cache == "no caching")
     # A module is called through a plain function so that all of its hooks run during the capture.
     compiled = _C.Callable(

@@ -12,7 +12,7 @@ typedef struct unit_data {
     thx_call *call;
     uint32_t nins, nouts, nslots; /* nslots: more than any slot that it touches */
     uint32_t *slots;              /* of the inputs, then of the results */
-    th_typeref *types;            /* of the results, as the trace has them */
+    th_typeref *types;            /* parallel to slots, as the trace has them */
 } unit_data;
 
 static void free_unit(void *data) {
@@ -180,17 +180,17 @@ static bool has_form(thx *x, th_slot *slot, const th_type *t) { /* all but the s
     return true;
 }
 
-/* What comes after relies on the strides that the trace states: a result with others is laid out again. */
-static int lay_out(th_frame *f, const unit_data *d) {
+/* Whoever reads a value relies on the strides that the trace states: one with others is laid out again. */
+static int lay_out(th_frame *f, const unit_data *d, uint32_t from, uint32_t to) {
     thx *x = f->user;
-    for (uint32_t i = 0; i < d->nouts; i++) {
-        th_slot *slot = &f->slots[d->slots[d->nins + i]];
+    for (uint32_t i = from; i < to; i++) {
+        th_slot *slot = &f->slots[d->slots[i]];
         const th_type *type = th_type_get(x->ctx, d->types[i]);
         if (thx_as_predicted(x, slot, type)) continue;
         PyObject *o = thx_slot_object(x, slot);
         if (!o || !thx_is_tensor(x, o) || !has_form(x, slot, type)) {
-            PyErr_Format(PyExc_RuntimeError, "%R returned something of another shape or dtype than the operation has",
-                         d->region->executor);
+            PyErr_Format(PyExc_RuntimeError, "%R %s something of another shape or dtype than the operation has",
+                         d->region->executor, i < d->nins ? "is given" : "returned");
             return -1;
         }
         PyObject *device = thx_device_object(x, type->device);
@@ -210,12 +210,14 @@ static int lay_out(th_frame *f, const unit_data *d) {
 
 static int run_implementation(th_frame *f, const unit_data *d) {
     thx *x = f->user;
+    /* Generated code does not look at what it reads. */
+    if (d->region->fused && x->abi.on && lay_out(f, d, 0, d->nins) < 0) return -1;
     PyObject *implementation = Py_NewRef(d->region->implementation);
     int rc = Py_TYPE(implementation) == x->NativeKernel && x->abi.on
                  ? run_native(f, d, (const thx_native_kernel *)implementation)
                  : thx_call_run(f, d->call, implementation);
     Py_DECREF(implementation);
-    return rc == 0 && x->abi.on ? lay_out(f, d) : rc;
+    return rc == 0 && x->abi.on ? lay_out(f, d, d->nins, d->nins + d->nouts) : rc;
 }
 
 /* One of the runs that are timed on their device. A stopwatch that fails is put away. */
@@ -258,7 +260,7 @@ static int run_unit(th_frame *f, const th_instr *instr) {
 typedef struct slot_list {
     thx_lowering *l;
     uint32_t *slots, n;
-    th_typeref *types; /* parallel; NULL: not wanted */
+    th_typeref *types; /* parallel */
 } slot_list;
 
 static void add_slot(void *user, th_val *v) {
@@ -266,7 +268,7 @@ static void add_slot(void *user, th_val *v) {
     uint32_t slot = thx_slot_for(s->l, *v);
     for (uint32_t i = 0; i < s->n; i++)
         if (s->slots[i] == slot) return;
-    if (s->types) s->types[s->n] = s->l->t->values[*v].type;
+    s->types[s->n] = s->l->t->values[*v].type;
     s->slots[s->n++] = slot;
 }
 
@@ -294,9 +296,9 @@ int thx_lower_region(thx_lowering *l, th_opref o) {
         free_unit(d);
         return -1;
     }
-    slot_list ins = {l, d->slots, 0, NULL};
+    slot_list ins = {l, d->slots, 0, d->types};
     th_op_each_use((th_trace *)l->t, o, add_slot, &ins);
-    slot_list outs = {l, d->slots + ins.n, 0, d->types};
+    slot_list outs = {l, d->slots + ins.n, 0, d->types + ins.n};
     th_op_each_out((th_trace *)l->t, o, add_slot, &outs);
     d->nins = ins.n;
     d->nouts = outs.n;

@@ -436,6 +436,39 @@ def test_operator_with_a_derivative_takes_the_place_of_torchs():
 # ---- regions ----
 
 
+def test_region_gets_its_inputs_as_the_trace_lays_them_out():
+    calls = []
+
+    @torch.library.custom_op("tests_of_executors::changes_its_strides", mutates_args=())
+    def changes(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x.clone() if len(calls) < 4 else x.t().clone(memory_format=torch.contiguous_format).t()
+
+    changes.register_fake(lambda x: torch.empty_like(x))
+
+    class Exact(Interpreter):
+        def fuse(self, region):
+            run = super().fuse(region)
+
+            def only_contiguous(*tensors):
+                assert all(t.is_contiguous() for t in tensors)
+                return run(*tensors)
+
+            return only_contiguous
+
+    executor = Exact("exact_inputs")
+    executor.register_supported(F.relu)
+    executor.register_supported(torch.mul)
+    compiled = thunder.jit(
+        lambda x: F.relu(torch.ops.tests_of_executors.changes_its_strides(x)) * 2, executors=[executor]
+    )
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    for _ in range(8):
+        torch.testing.assert_close(compiled(x), F.relu(x) * 2)
+    ((_, unit, _),) = compiled._thunder_claims.units
+    assert unit.state == "trusted" and unit.reference_runs == 1
+
+
 def test_equal_regions_are_built_once():
     executor = Interpreter()
     executor.support_all(but=[F.linear])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from thunder import _C
 from thunder._verify import body_of
 from thunder.extend.executor import FusionExecutor
 from thunder.extend.registry import register_executor
@@ -81,9 +82,14 @@ def _compile(trace: Any, options: dict[str, Any]) -> Callable:
 
     with torch.no_grad(), no_modes():
         mode, graph, fakes = aten_graph(trace)
-        with mode, tracing(TracingContext(mode)), config.patch(options):
+        with mode, tracing(TracingContext(mode)), config.patch({**_known(config), **options}):
             compiled = compile_fx_inner(joint_graph_passes(graph), fakes)
     return _caller(compiled)
+
+
+def _known(config: Any) -> dict[str, Any]:
+    """What generated code need not look at: where torch's C interface is there, the plan compares its inputs before."""
+    return {"size_asserts": False} if _C.torch_abi()["handles"] and hasattr(config, "size_asserts") else {}
 
 
 def _caller(compiled: Any) -> Callable:

@@ -29,7 +29,7 @@ bool thx_specs_alike(const thx_spec *a, const thx_spec *b, int but_for, uint32_t
         *differences += a->kind == THX_S_NUMBER || !thx_same_constant(a->object, b->object);
         return true;
     }
-    if (but_for == THX_ALIKE_SIZES && b->kind == THX_S_CONST && b->type == &PyLong_Type) {
+    if (but_for != THX_ALIKE_NUMBERS && b->kind == THX_S_CONST && b->type == &PyLong_Type) {
         bool any = a->kind == THX_S_NUMBER, same = !any && thx_same_constant(a->object, b->object);
         *differences += !same;
         return any || a->kind == THX_S_CONST;

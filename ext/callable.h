@@ -135,8 +135,8 @@ int64_t thx_offset_of(thx *x, PyObject *tensor); /* in its storage, in elements 
 /* Which of the leaves share storage, as thx_entry.sharing describes; out holds 3 * leaves->count numbers. */
 void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves, uint32_t *out);
 /* ---- alike.c ---- */
-enum { THX_ALIKE_NUMBERS, THX_ALIKE_SIZES };
-/* The same but for values of the floats that b numbers, or for sizes and ints; adds to *differences. */
+enum { THX_ALIKE_NUMBERS, THX_ALIKE_SIZES, THX_ALIKE_INTS };
+/* The same but for values of the floats that b numbers, for sizes and ints, or for ints; adds to *differences. */
 bool thx_specs_alike(const thx_spec *a, const thx_spec *b, int but_for, uint32_t *differences);
 bool thx_same_object(PyObject *a, PyObject *b, bool by_identity);
 
@@ -148,11 +148,14 @@ int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape)
 /* ---- places.c ---- */
 /* Those that another entry follows, and those that have changed since (as thx_guards_check_but has them). */
 int thx_places_take(thx_entry *e, const thx_entry *like, PyObject *changed);
-/* Numbers that are followed, for the time of a capture; the first one is number `first` of the tape's arguments. */
-int thx_places_put(const thx_entry *e, PyObject *tape, uint32_t first);
+/* For the time of a capture: floats that the tape follows, ints that the sizes do. */
+int thx_places_put(const thx_entry *e, PyObject *tape, PyObject *sizes);
 void thx_places_put_back(const thx_entry *e); /* keeps a pending exception */
 int thx_places_keep(thx_entry *e);            /* those that are `any` are free from here on */
 void thx_places_free(thx_entry *e);
+/* Is the program the same as that of `like`, whose floats were others, and has nothing looked at them? 1, 0, -1. */
+int thx_floats_unseen(const thx_entry *e, const thx_entry *like, PyObject *tape);
+PyObject *thx_tape_new(thx *x);
 /* The literals of a call, into their slots: what holds them, or NULL with an exception. */
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */

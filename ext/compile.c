@@ -68,6 +68,7 @@ typedef struct compile {
     PyObject *tape;     /* follows these */
     thx_entry *other;   /* the entry for the same call but for sizes, or NULL */
     PyObject *sizes;    /* follows these */
+    bool ints;          /* and follows ints alone */
     thx_leaves outputs; /* tensors in it */
     th_val *values;     /* values of outputs, then of writes */
     uint32_t nvalues;
@@ -298,13 +299,14 @@ static int capture(compile *k) {
     x->following = k->sizes;
     int built = build_fake_args(k);
     x->following = NULL;
-    if (built == 0 && (x->tape || k->sizes)) built = thx_places_put(k->e, x->tape ? x->tape : k->sizes, k->e->nfloats);
+    if (built == 0 && k->ints && !(x->tape = thx_tape_new(x))) built = -1;
+    if (built == 0 && (x->tape || k->sizes)) built = thx_places_put(k->e, x->tape, k->sizes);
     k->tape = x->tape;
     x->tape = NULL;
     k->r->tape = k->tape;
     if (k->sizes) {
         k->r->sizes = k->sizes;
-        k->r->like = k->other->captured;
+        k->r->like = k->ints ? NULL : k->other->captured;
         k->r->numbers = PyObject_GetAttrString(k->sizes, "values");
         Py_XDECREF(k->r->numbers); /* k->sizes holds it */
     }
@@ -600,7 +602,7 @@ static int run_passes(compile *k) {
     bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
     bool more = grad || k->c->transform;
-    const char *passes = k->x->passes ? k->x->passes : more ? functional : k->sizes ? sized : NULL;
+    const char *passes = k->x->passes ? k->x->passes : more ? functional : k->sizes && !k->ints ? sized : NULL;
     if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, k->x->verify, between_passes, k)) < 0) return -1;
     if (k->c->transform && transform(k, &grad) < 0) return -1;
     if (grad && differentiate(k) < 0) return -1;
@@ -622,7 +624,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     rc = rc == 0 ? make_guards(&k) : rc;
     if (rc == 0 && !c->cache && !call->seen && !c->transform) rc = thx_numbers_begin(c, k.e, &k.like);
     if (rc == 0 && follow && !k.like && !c->cache && !call->seen) {
-        rc = thx_sizes_begin(c, k.e, &k.other);
+        rc = thx_sizes_begin(c, k.e, &k.other, &k.ints);
         if (k.other && !(k.sizes = thx_sizes_new(x))) rc = -1;
     }
     *followed = k.sizes != NULL;
@@ -633,7 +635,9 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     if (rc == 0) rc = capture(&k);
     captured = now_ms();
     if (rc == 0) rc = run_passes(&k);
-    if (rc == 0 && k.sizes) rc = thx_sizes_end(x, k.e, k.other, k.r, k.sizes, c->dynamic > 1);
+    if (rc == 0 && k.sizes)
+        rc = k.ints ? thx_ints_end(x, k.e, k.other, k.sizes, k.tape)
+                    : thx_sizes_end(x, k.e, k.other, k.r, k.sizes, c->dynamic > 1);
     passed = now_ms();
     if (rc == 0) rc = lower(&k);
     if (rc == 0) {

@@ -50,7 +50,7 @@ int thx_describe_extent(thx_spec *s, PyObject *extent) {
 
 void thx_sizes_spoil(thx_recorder *r, const char *why) { /* keeps a pending exception */
     PyObject *type, *value, *trace;
-    if (!r->sizes) return;
+    if (!r->sizes || !r->like) return;
     PyErr_Fetch(&type, &value, &trace);
     PyObject *done = PyObject_CallMethod(r->sizes, "spoil", "s", why);
     Py_XDECREF(done);
@@ -192,6 +192,7 @@ static PyObject *answer_layout(thx_recorder *r, const char *name, th_val value, 
 }
 
 PyObject *thx_sizes_answer(thx_recorder *r, const thx_func *f, PyObject *args, PyObject *kwargs, PyObject *answer) {
+    if (!r->like) return answer; /* ints alone are followed */
     static const char *const told[] = {"size",    "shape",  "numel",         "nelement",
                                        "__len__", "stride", "is_contiguous", NULL};
     static const char *const others[] = {"is_same_size", "nbytes", "dim_order", NULL};

@@ -377,7 +377,7 @@ static bool number_may_change(thx_guards *g, PyObject *owner, PyObject *key, PyO
         if (PyTuple_GET_ITEM(place, 0) == owner && thx_same_value(PyTuple_GET_ITEM(place, 1), key ? key : none))
             return true;
     }
-    if (!g->changed || Py_TYPE(now) != g->changed_type || thx_same_value(old, now)) return false;
+    if (!g->changed || (g->changed_type && Py_TYPE(now) != g->changed_type) || thx_same_value(old, now)) return false;
     PyObject *place = PyTuple_Pack(3, owner, key ? key : none, old);
     *keep = place && PyList_Append(g->changed, place) == 0;
     PyErr_Clear();

@@ -14,8 +14,8 @@ void thx_guards_free(thx *x, thx_guards *g);
 void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */
 int thx_guards_check(thx *x, thx_guards *g);
-/* The same, but numbers of the type (float or int) under keys, in variables and globals may have changed: these are
- * appended to `changed` as (owner, key or None, value before). Nothing is taken over. */
+/* The same, but numbers of the type (float or int; NULL: either) under keys, in variables and globals may have changed:
+ * these are appended to `changed` as (owner, key or None, value before). Nothing is taken over. */
 int thx_guards_check_but(thx *x, thx_guards *g, PyTypeObject *type, PyObject *changed);
 /* From now on the number there may be any other of its type. */
 int thx_guards_free_number(thx_guards *g, PyObject *owner, PyObject *key);

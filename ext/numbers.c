@@ -8,8 +8,9 @@
  *     t0 = torch.Tensor.mul(g, -0.1)                    t0 = torch.Tensor.mul(g, -0.05)       ->  -a0
  *
  * Floats that the callable reads of attributes, dictionaries and variables go the same way: these hold Numbers while it
- * is captured. A number whose value was looked at (compared, rounded, printed) stays a constant. So do all where
- * gradients are computed: a backward that waits would have to keep the numbers of its forward.
+ * is captured. A number whose value was looked at (compared, rounded, printed) stays a constant; one that the program has
+ * no use for may be any. Where gradients are computed no number is a slot: a backward that waits would have to keep the
+ * numbers of its forward.
  */
 #include "callable.h"
 
@@ -46,7 +47,7 @@ static bool alike_calls(const thx_entry *a, const thx_entry *b, uint32_t *differ
     return same;
 }
 
-static PyObject *new_tape(thx *x) {
+PyObject *thx_tape_new(thx *x) {
     PyObject *module = PyImport_ImportModule("thunder._numbers"), *tape = NULL;
     if (module && !x->number_type) x->number_type = (PyTypeObject *)PyObject_GetAttrString(module, "Number");
     if (module && x->number_type) tape = PyObject_CallMethod(module, "Tape", NULL);
@@ -92,7 +93,7 @@ int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
     }
     e->nfloats = n;
     c->generalised++;
-    return (c->x->tape = new_tape(c->x)) ? 0 : -1;
+    return (c->x->tape = thx_tape_new(c->x)) ? 0 : -1;
 }
 
 /* ---- comparing two programs ---- */
@@ -275,19 +276,49 @@ static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *ans
     return thx_entry_place(x, e);
 }
 
+/* The programs are the same, literals included: what was not looked at may be any. */
+static int free_unused(thx_entry *e, PyObject *tape) {
+    PyObject *free = PyObject_CallMethod(tape, "unseen", NULL);
+    int rc = !free ? -1 : PySet_GET_SIZE(free) > 0;
+    if (rc == 1) {
+        for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], free);
+        if (free_places(e, free) < 0) rc = -1;
+    }
+    Py_XDECREF(free);
+    return rc;
+}
+
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape) {
     comparison k = {.count = 0};
-    bool same = !e->gradient && !like->gradient && !e->expected && !e->effects.count && same_writes(like, e) &&
+    bool gradient = e->gradient != NULL;
+    bool same = gradient == (like->gradient != NULL) && !e->expected && !e->effects.count && same_writes(like, e) &&
                 same_result(&like->result, &e->result) && same_roots(x, like, e) &&
-                same_program(&k, like->main.t, e->main.t) && k.count;
-    PyObject *answer = same ? ask_tape(e, like, tape, &k) : Py_NewRef(Py_None);
-    int rc = !answer ? -1 : answer == Py_None ? 0 : take_formula(x, e, &k, answer) < 0 ? -1 : 1;
+                (gradient ? same_program(&k, like->captured, e->captured) && !k.count
+                          : same_program(&k, like->main.t, e->main.t));
+    int rc = 0;
+    if (same && k.count) {
+        PyObject *answer = ask_tape(e, like, tape, &k);
+        rc = !answer ? -1 : answer == Py_None ? 0 : take_formula(x, e, &k, answer) < 0 ? -1 : 1;
+        Py_XDECREF(answer);
+    } else if (same) {
+        rc = free_unused(e, tape);
+    }
     if (rc == 0) {
         for (uint32_t i = 0; i < e->nargs; i++) forget_floats(&e->args[i]);
         thx_places_free(e);
     }
-    Py_XDECREF(answer);
     return rc;
+}
+
+int thx_floats_unseen(const thx_entry *e, const thx_entry *like, PyObject *tape) {
+    comparison k = {.count = 0};
+    if (!same_writes(like, e) || !same_result(&like->result, &e->result) ||
+        !same_program(&k, like->captured, e->captured) || k.count)
+        return 0;
+    PyObject *fixed = PyObject_GetAttrString(tape, "fixed");
+    int unseen = fixed ? PySet_GET_SIZE(fixed) == 0 : -1;
+    Py_XDECREF(fixed);
+    return unseen;
 }
 
 /* ---- running ---- */

@@ -36,13 +36,15 @@ int thx_places_take(thx_entry *e, const thx_entry *like, PyObject *changed) {
     return rc;
 }
 
-int thx_places_put(const thx_entry *e, PyObject *tape, uint32_t first) {
+int thx_places_put(const thx_entry *e, PyObject *tape, PyObject *sizes) {
     int rc = 0;
     for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) {
         thx_place *p = &e->places[i];
         PyObject *now = thx_number_at(p->owner, p->key);
-        p->followed = now ? PyObject_CallMethod(tape, "argument", "OI", now, (unsigned)(first + i)) : NULL;
-        rc = p->followed ? thx_set_number_at(p->owner, p->key, p->followed) : -1;
+        PyObject *follows = now && PyFloat_Check(now) ? tape : sizes;
+        p->followed =
+            now && follows ? PyObject_CallMethod(follows, "argument", "OI", now, (unsigned)(e->nfloats + i)) : NULL;
+        rc = p->followed ? thx_set_number_at(p->owner, p->key, p->followed) : PyErr_Occurred() ? -1 : 0;
     }
     return rc;
 }

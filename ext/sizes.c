@@ -90,16 +90,16 @@ static void fix_sizes_of(thx_spec *s) {
 
 /* Is it the same call but for sizes and ints? Then the sizes of b that differ are free, its ints are numbered, and it
  * knows the places of ints that are no arguments. 1, 0, -1. */
-static int alike_calls(thx *x, const thx_entry *a, thx_entry *b) {
-    bool same = !a->eager && !a->dead && !a->expected && !a->gradient && !a->formula && a->nargs == b->nargs &&
-                a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
+static int alike_calls(thx *x, const thx_entry *a, thx_entry *b, bool ints) {
+    bool same = !a->eager && !a->dead && (ints || !(a->formula || a->gradient || a->expected)) &&
+                a->nargs == b->nargs && a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
                 memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
     uint32_t differences = 0;
     for (uint32_t i = 0; i < a->nargs && same; i++)
-        same = thx_specs_alike(&a->args[i], &b->args[i], THX_ALIKE_SIZES, &differences);
+        same = thx_specs_alike(&a->args[i], &b->args[i], ints ? THX_ALIKE_INTS : THX_ALIKE_SIZES, &differences);
     if (!same) return PyErr_Occurred() ? -1 : 0;
     PyObject *changed = PyList_New(0);
-    int holds = changed ? thx_guards_check_but(x, a->guards, &PyLong_Type, changed) : -1;
+    int holds = changed ? thx_guards_check_but(x, a->guards, ints ? NULL : &PyLong_Type, changed) : -1;
     if (holds == 1 && !differences && !PyList_GET_SIZE(changed)) holds = 0;
     b->nfloats = 0;
     for (uint32_t i = 0; i < b->nargs && holds == 1; i++) holds = free_sizes(&a->args[i], &b->args[i], &b->nfloats);
@@ -113,20 +113,24 @@ static int alike_calls(thx *x, const thx_entry *a, thx_entry *b) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
-int thx_sizes_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
+int thx_sizes_begin(thx_callable_object *c, thx_entry *e, thx_entry **like, bool *ints) {
+    bool sizes = !c->claims && !c->transform;
     uint64_t changes = c->changes;
     *like = NULL;
-    thx_entry *a = c->dynamic && !c->claims && !c->transform && c->unfollowed < MAX_TRIES ? c->entries : NULL;
-    while (a && !*like && c->changes == changes) {
-        thx_entry *next = a->next;
-        a->running++; /* the caller lets go of the one that is found */
-        int alike = alike_calls(c->x, a, e);
-        if (alike == 1)
-            *like = a;
-        else
-            thx_entry_leave(c, a);
-        if (alike < 0) return -1;
-        a = next;
+    for (int pass = sizes ? 0 : 1; pass < 2 && !*like; pass++) {
+        thx_entry *a = c->dynamic && c->unfollowed < MAX_TRIES ? c->entries : NULL;
+        *ints = pass;
+        while (a && !*like && c->changes == changes) {
+            thx_entry *next = a->next;
+            a->running++; /* the caller lets go of the one that is found */
+            int alike = alike_calls(c->x, a, e, *ints);
+            if (alike == 1)
+                *like = a;
+            else
+                thx_entry_leave(c, a);
+            if (alike < 0) return -1;
+            a = next;
+        }
     }
     return 0;
 }
@@ -325,6 +329,34 @@ static void free_ints(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) free_ints(&s->kids[i]);
 }
 
+static bool holds_extent(const thx_spec *s) {
+    bool found = s->kind == THX_S_EXTENT;
+    for (uint32_t i = 0; i < s->nkids && !found; i++) found = holds_extent(&s->kids[i]);
+    return found;
+}
+
+static int free_all_ints(thx_entry *e) {
+    for (uint32_t i = 0; i < e->nargs; i++) free_ints(&e->args[i]);
+    for (uint32_t i = 0; i < e->nplaces; i++) e->places[i].any = true;
+    return thx_places_keep(e);
+}
+
+int thx_ints_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *sizes, PyObject *tape) {
+    PyObject *terms = PyObject_GetAttrString(sizes, "terms");
+    const th_trace *t = e->captured;
+    uint32_t floats = 0;
+    for (uint32_t i = 0; i < e->nplaces; i++) floats += PyFloat_CheckExact(e->places[i].value);
+    bool used =
+        !terms || PyList_GET_SIZE(terms) > (Py_ssize_t)(e->nfloats + e->nplaces - floats) || holds_extent(&e->result);
+    for (th_opref o = 1; o < t->nops && !used; o++)
+        used = th_node_has_extent(t, t->ops[o].args) || th_node_has_extent(t, t->ops[o].kwargs);
+    Py_XDECREF(terms);
+    if (!used && floats) used = thx_floats_unseen(e, like, tape) != 1;
+    if (!used) return free_all_ints(e);
+    if (!PyErr_Occurred()) PyErr_SetString(x->SizesChanged, "the program computes with a number that changes");
+    return -1;
+}
+
 int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes, bool trusting) {
     thx_sizes *z = read_sizes(r, sizes, trusting);
     th_slot *slots = z ? PyMem_Calloc(z->count + 1, sizeof *slots) : NULL;
@@ -349,9 +381,7 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
     PyMem_Free(slots);
     if (same) {
         e->main.literals.sizes = z;
-        for (uint32_t i = 0; i < e->nargs; i++) free_ints(&e->args[i]);
-        for (uint32_t i = 0; i < e->nplaces; i++) e->places[i].any = true;
-        return thx_places_keep(e);
+        return free_all_ints(e);
     }
     thx_sizes_free(z);
     const th_op *op = k.at ? &e->captured->ops[k.at] : NULL;

@@ -86,8 +86,12 @@ bool thx_dry_run(thx *x, thx_dry *dry, const thx_sizes *sizes, const th_typeref 
 /* ---- entries ---- */
 struct thx_entry;
 struct thx_callable_object;
-/* An entry for the same call but for sizes, which does not go away until thx_entry_leave; NULL: there is none. */
-int thx_sizes_begin(struct thx_callable_object *c, struct thx_entry *e, struct thx_entry **like);
+/* An entry for the same call but for sizes and ints, which does not go away until thx_entry_leave; NULL: there is none.
+ * *ints: they alone differ, in a program that could not be made for any sizes (it computes gradients, say): it is one
+ * for any of them if it has no use for them. */
+int thx_sizes_begin(struct thx_callable_object *c, struct thx_entry *e, struct thx_entry **like, bool *ints);
+/* After a capture that followed numbers alone: the program has no use for them. */
+int thx_ints_end(thx *x, struct thx_entry *e, const struct thx_entry *like, PyObject *sizes, PyObject *tape);
 /* After the capture of e: it serves calls of any sizes, or -1 with an exception when it is not the program of `like`.
  */
 int thx_sizes_end(thx *x, struct thx_entry *e, const struct thx_entry *like, const thx_recorder *r, PyObject *sizes,

@@ -528,3 +528,60 @@ def test_floats_of_arguments_and_attributes_change_together():
         module.scale = 1.0 + i
         torch.testing.assert_close(compiled(X, 0.5 * i), X * module.scale + 0.5 * i * module.scale)
     assert thunder.cache_misses(compiled) == 2
+
+
+# ---- numbers that a program with gradients has no use for, though code may read any attribute by name ----
+
+
+class Roundabout(nn.Module):
+    """Reads attributes by names that it makes up."""
+
+    def __init__(self, wanted=("weight",)):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.step = 0
+        self.loss = 0.0
+        self.wanted = wanted
+
+    def forward(self, x):
+        for name in self.wanted:
+            value = getattr(self, "".join(name))
+            x = x * value if not isinstance(value, int) or value < 4 else x + value
+        return x.sum()
+
+
+def train(module, call, steps):
+    losses = []
+    for i in range(steps):
+        module.step = i
+        loss = call(X)
+        module.zero_grad()
+        loss.backward()
+        module.loss = loss.item() + i
+        losses.append((loss.item(), module.weight.grad.clone()))
+    return losses
+
+
+@pytest.mark.parametrize("wanted", [("weight",), ("weight", "step"), ("weight", "loss"), ("step", "weight", "loss")])
+def test_numbers_beside_a_training_step(wanted):
+    module, twin = Roundabout(wanted), Roundabout(wanted)
+    compiled = thunder.jit(module, recompile_limit=100)
+    torch.testing.assert_close(train(module, compiled, 20), train(twin, twin, 20))
+    if wanted == ("weight",):
+        assert thunder.cache_misses(compiled) <= 3
+
+
+def test_an_int_argument_that_a_training_step_has_no_use_for():
+    weight = torch.ones(3, requires_grad=True)
+
+    def program(x, step, verbose=0):
+        if verbose > 1:
+            x = x + step
+        return (x * weight).sum()
+
+    compiled = thunder.jit(program)
+    for i in range(20):
+        (ours,) = torch.autograd.grad(compiled(X, i, verbose=2 * (i % 7 == 6)), weight)
+        (theirs,) = torch.autograd.grad(program(X, i, verbose=2 * (i % 7 == 6)), weight)
+        torch.testing.assert_close(ours, theirs)
+    assert thunder.cache_misses(compiled) <= 6

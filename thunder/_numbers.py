@@ -61,6 +61,10 @@ class Tape:
         terms = tuple(Ref(o._place) if isinstance(o, Number) else o for o in operands)
         return self._new(result, (name, *terms), origins)
 
+    def unseen(self) -> frozenset[int]:
+        """Arguments that nothing looked at."""
+        return frozenset(range(self.count)) - self.fixed
+
     def fix_all(self) -> None:
         """Something read numbers without asking them."""
         self.fixed |= set(range(self.count))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import thunder
+from tests.jit_checks import nothing_leaks  # noqa: F401
 
 SIZES = (4, 5, 6, 7, 9, 8, 16, 5, 1, 2, 3, 12, 0, 17, 33)
 

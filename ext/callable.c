@@ -571,16 +571,16 @@ static PyObject *callable_get(PyObject *self, PyObject *object, PyObject *type) 
 
 static PyObject *entry_stats(const thx_entry *e) {
     const thx_gradient *g = e->gradient;
-    return Py_BuildValue("{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:L,s:L,s:I,s:I,s:n,s:N}", "hits", e->hits,
-                         "capture_ms", e->capture_ms, "passes_ms", e->passes_ms, "lower_ms", e->lower_ms,
-                         "recorded_by_rule", e->nfast, "recorded_by_torch", e->nslow, "queries", e->nqueries,
-                         "evaluated", e->nevals, "operations", e->main.t ? e->main.t->nops - 1 : 0, "instructions",
-                         e->main.plan ? e->main.plan->ninstrs : 0, "shim_instructions", e->main.nshim,
-                         "builtin_instructions", e->main.nbuiltin, "saved_bytes", (long long)(g ? g->bytes_kept : 0),
-                         "saved_bytes_without_remat", (long long)(g ? g->bytes : 0), "backward_instructions",
-                         g ? g->backward.plan->ninstrs : 0, "catalogue_rules", g ? g->ncatalogue : 0, "values",
-                         e->expected ? PyTuple_GET_SIZE(e->expected) : (Py_ssize_t)0, "derived_rules",
-                         g ? Py_NewRef(g->derived) : PyTuple_New(0));
+    return Py_BuildValue(
+        "{s:K,s:d,s:d,s:d,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:L,s:L,s:I,s:I,s:n,s:O,s:N}", "hits", e->hits, "capture_ms",
+        e->capture_ms, "passes_ms", e->passes_ms, "lower_ms", e->lower_ms, "recorded_by_rule", e->nfast,
+        "recorded_by_torch", e->nslow, "queries", e->nqueries, "evaluated", e->nevals, "operations",
+        e->main.t ? e->main.t->nops - 1 : 0, "instructions", e->main.plan ? e->main.plan->ninstrs : 0,
+        "shim_instructions", e->main.nshim, "builtin_instructions", e->main.nbuiltin, "saved_bytes",
+        (long long)(g ? g->bytes_kept : 0), "saved_bytes_without_remat", (long long)(g ? g->bytes : 0),
+        "backward_instructions", g ? g->backward.plan->ninstrs : 0, "catalogue_rules", g ? g->ncatalogue : 0, "values",
+        e->expected ? PyTuple_GET_SIZE(e->expected) : (Py_ssize_t)0, "any_sizes",
+        e->main.literals.sizes ? Py_True : Py_False, "derived_rules", g ? Py_NewRef(g->derived) : PyTuple_New(0));
 }
 
 static PyObject *callable_stats(thx_callable_object *c, PyObject *unused) {

@@ -595,6 +595,7 @@ def test_sizes_that_recur_get_a_program_of_their_own():
     for n in (4, 5, 6, 7):
         compiled(*batch(n))
     assert thunder.cache_misses(compiled) == 2
+    assert [entry["any_sizes"] for entry in thunder.compile_stats(compiled).entries] == [True, False]
     for _ in range(40):
         for n in (6, 7):
             x = batch(n)[0]

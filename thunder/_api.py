@@ -329,9 +329,10 @@ class CompileStats:
             difference is what counts.
         entries: a dict for each compiled program, most recent first: ``hits``, times in milliseconds (``capture_ms``,
             ``passes_ms``, ``lower_ms``), ``operations``, ``instructions``, ``values`` (of tensors: how many it was
-            captured for), ``any_sizes`` (it serves calls of any sizes and ints that decide alike), and how operations were recorded. Of one that was differentiated: ``saved_bytes``,
-            ``catalogue_rules`` (how many operations had a derivative of ours) and ``derived_rules`` (the names of those
-            whose derivative was taken from torch's autograd).
+            captured for), ``any_sizes`` (it serves calls of any sizes and ints that decide alike), and how operations
+            were recorded. Of one that was differentiated: ``saved_bytes``, ``catalogue_rules`` (how many operations had
+            a derivative of ours) and ``derived_rules`` (the names of those whose derivative was taken from torch's
+            autograd).
     """
 
     def __init__(self, stats: dict[str, Any]) -> None:

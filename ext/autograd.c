@@ -424,7 +424,7 @@ static int run_program(thx *x, thx_forward *f) {
         uint32_t n = f->program->plan->nslots;
         f->slots = n <= THX_SLOTS_ON_STACK ? f->fixed : PyMem_Malloc(sizeof *f->slots * n);
         if (!f->slots) return PyErr_NoMemory(), -1;
-        int rc = f->fill(f->user, f->slots) < 0 ? -1 : thx_program_run(x, f->program, f->slots);
+        int rc = f->fill(f->user, f->slots) < 0 ? -1 : f->run(f->user, f->slots);
         if (rc == 0) return 0;
         thx_forward_fini(f);
         if (rc < 0) return -1;

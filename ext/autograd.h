@@ -44,6 +44,7 @@ typedef struct thx_forward {
     thx_program *program;
     thx_gradient *gradient;
     int (*fill)(void *user, th_slot *slots); /* the inputs */
+    int (*run)(void *user, th_slot *slots);  /* as thx_program_run */
     void *user;
     /* ---- */
     th_slot *slots; /* of the program; freed by the caller: thx_forward_fini */

@@ -149,8 +149,9 @@ static void refresh_roots(thx *x, thx_entry *e) { /* a bound tensor was replaced
 
 typedef struct filling {
     thx *x;
-    const thx_entry *e;
+    thx_entry *e;
     const thx_leaves *leaves;
+    thx_request *call;
 } filling;
 
 static int fill_roots(void *user, th_slot *slots) {
@@ -200,7 +201,7 @@ static int run_program(thx *x, thx_entry *e, th_slot *slots, thx_request *call) 
 
 static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     th_slot fixed[THX_SLOTS_ON_STACK], *slots;
-    filling f = {x, e, leaves};
+    filling f = {x, e, leaves, call};
     PyObject *result = NULL;
     for (int rc = 1; rc == 1;) {
         uint32_t n = e->main.plan->nslots;
@@ -234,10 +235,15 @@ static int under_grad_mode(thx *x, const thx_entry *e, thx_forward *run) {
     return rc;
 }
 
+static int run_filled(void *user, th_slot *slots) {
+    const filling *f = user;
+    return run_program(f->x, f->e, slots, f->call);
+}
+
 /* Under autograd: a node of ours in its graph runs the plan. */
-static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leaves) {
-    filling f = {x, e, leaves};
-    thx_forward run = {.program = &e->main, .gradient = e->gradient, .fill = fill_roots, .user = &f};
+static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
+    filling f = {x, e, leaves, call};
+    thx_forward run = {.program = &e->main, .gradient = e->gradient, .fill = fill_roots, .run = run_filled, .user = &f};
     if (under_grad_mode(x, e, &run) < 0) return NULL;
     PyObject *result = thx_entry_place(x, e) == 0 ? finish(x, e, leaves, run.slots) : NULL;
     thx_forward_fini(&run);
@@ -256,7 +262,7 @@ static PyObject *run_in_mode(thx *x, thx_entry *e, const thx_leaves *leaves, thx
     if (e->ambient.autocast && thx_autocast_off(x, &cast) < 0) return NULL;
     if (e->generation != thx_guards_generation(e->guards)) refresh_roots(x, e);
     PyObject *result = e->inference  ? run_in_inference_mode(x, e, leaves, call)
-                       : e->gradient ? run_differentiable(x, e, leaves)
+                       : e->gradient ? run_differentiable(x, e, leaves, call)
                                      : run_plain(x, e, leaves, call);
     if (e->ambient.autocast) thx_autocast_on(x, &cast);
     return result;

@@ -415,10 +415,11 @@ def test_threads_meet_different_values(fallback):
     assert not wrong
 
 
-def test_what_comes_before_a_known_value_runs_once():
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_what_comes_before_a_known_value_runs_once(grad):
     runs = []
 
-    @torch.library.custom_op("thunder_test_values::slow", mutates_args=())
+    @torch.library.custom_op(f"thunder_test_values::slow_{grad}", mutates_args=())
     def slow(x: torch.Tensor) -> torch.Tensor:
         runs.append(1)
         return x.sin()
@@ -427,23 +428,37 @@ def test_what_comes_before_a_known_value_runs_once():
     def _(x):
         return torch.empty_like(x)
 
+    slow.register_autograd(
+        lambda ctx, g: g * ctx.saved_tensors[0].cos(),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
     def program(x, y):
         a, b = slow(x), slow(y)
         both = a + b
         z = slow(both)
         if z.sum() > 0:
             if a.max() > 0.5:
-                return b * 2, both, z.view(-1)
+                return b * 2, both * 1, z.reshape(-1) * 3
             return z * 2 + a
-        return z - 1, x + 1
+        return z - 1, x * y
+
+    def gradients(fn, args):
+        given = [a.clone().requires_grad_(grad) for a in args]
+        results = fn(*given)
+        if not grad:
+            return results
+        total = sum(r.sum() * (i + 1) for i, r in enumerate(results if isinstance(results, tuple) else (results,)))
+        return results, torch.autograd.grad(total, given)
 
     compiled = thunder.jit(program)
     calls = [(grid() + 2, grid() + 2), (-grid() - 2, -grid() - 2), (grid() * 0 + 0.1, grid() * 0 + 0.1)]
-    for args in (*calls, *calls, *calls):
-        compiled(*args)  # what one program has let go of and another one needs is kept from then on
-    for args in (calls[0], calls[1], calls[2], calls[1], calls[0], calls[2], calls[2]):
-        runs.clear()
-        result = compiled(*args)
-        assert len(runs) == 3
-        torch.testing.assert_close(result, program(*args))
+    with torch.set_grad_enabled(grad):
+        for args in (*calls, *calls, *calls):
+            gradients(compiled, args)  # what one program has let go of and another one needs is kept from then on
+        for args in (calls[0], calls[1], calls[2], calls[1], calls[0], calls[2], calls[2]):
+            runs.clear()
+            found = gradients(compiled, args)
+            assert len(runs) == 3
+            torch.testing.assert_close(found, gradients(program, args))
     assert thunder.cache_misses(compiled) == 3

@@ -75,15 +75,16 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t tried;                /* the call that met another value in it */
     uint32_t *undo;                /* by undo: the root of a tensor that is written before the last of them is known */
     uint32_t nundo;
-    bool undo_random;   /* random numbers are drawn before */
-    bool draws;         /* random numbers */
-    bool writes_inputs; /* then it matters which arguments share storage, with each other or with bound tensors: */
-    uint32_t *sharing;  /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody; then,
-                           by leaf: how far its start lies from that one's; then: is it an inference tensor? */
-    int64_t *offsets;   /* by root: where it starts in its storage, where that matters; else NULL */
-    uint8_t eager;      /* THX_EAGER_*: not compiled, calls like this one run the original */
-    bool dead;          /* its guards failed for good */
-    bool dropped;       /* out of the callable's list: freed when the last run of it ends */
+    bool undo_random;     /* random numbers are drawn before */
+    bool draws;           /* random numbers */
+    bool writes_inputs;   /* then it matters which arguments share storage, with each other or with bound tensors: */
+    uint32_t *sharing;    /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody; then,
+                             by leaf: how far its start lies from that one's; then: is it an inference tensor? */
+    int64_t *offsets;     /* by root: where it starts in its storage, where that matters; else NULL */
+    bool ask_in_backward; /* Python code of the user's has part in the derivative: what it reads cannot be told */
+    uint8_t eager;        /* THX_EAGER_*: not compiled, calls like this one run the original */
+    bool dead;            /* its guards failed for good */
+    bool dropped;         /* out of the callable's list: freed when the last run of it ends */
     uint32_t running;
     uint64_t hits;
     double capture_ms, passes_ms, lower_ms;

@@ -268,6 +268,18 @@ static int refuse_two_places(compile *k) {
                              "the function compares objects with `is`", "pass a copy, or do not pass it");
 }
 
+/* Does the derivative hold what Python code of the user's said: of autograd functions, custom operators, hooks? */
+static bool asks_in_backward(const thx_recorder *r, const th_trace *t) {
+    bool asks = r->ties != NULL;
+    for (th_opref o = 1; o < t->nops && !asks; o++) {
+        const char *name = t->ops[o].callee_opaque ? "" : th_str_get(t->ctx, t->ops[o].callee);
+        bool torchs = strncmp(name, "torch.", 6) == 0 && !strstr(name, "autograd") &&
+                      (strncmp(name, "torch.ops.", 10) != 0 || strncmp(name, "torch.ops.aten.", 15) == 0);
+        asks = t->ops[o].kind == TH_OP_CALL && !torchs && !thx_mark_kind(t, &t->ops[o]);
+    }
+    return asks;
+}
+
 /* The code has run: what it says of sizes from here on does not count. Keeps a pending exception. */
 static int close_sizes(compile *k) {
     PyObject *type, *value, *trace;
@@ -635,6 +647,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     if (rc == 0) rc = capture(&k);
     captured = now_ms();
     if (rc == 0) rc = run_passes(&k);
+    if (rc == 0) k.e->ask_in_backward = k.e->gradient && asks_in_backward(k.r, k.e->captured);
     if (rc == 0 && k.sizes)
         rc = k.ints ? thx_ints_end(x, k.e, k.other, k.sizes, k.tape)
                     : thx_sizes_end(x, k.e, k.other, k.r, k.sizes, c->dynamic > 1);

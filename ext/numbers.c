@@ -8,9 +8,9 @@
  *     t0 = torch.Tensor.mul(g, -0.1)                    t0 = torch.Tensor.mul(g, -0.05)       ->  -a0
  *
  * Floats that the callable reads of attributes, dictionaries and variables go the same way: these hold Numbers while it
- * is captured. A number whose value was looked at (compared, rounded, printed) stays a constant; one that the program has
- * no use for may be any. Where gradients are computed no number is a slot: a backward that waits would have to keep the
- * numbers of its forward.
+ * is captured. A number whose value was looked at (compared, rounded, printed) stays a constant; one that the program
+ * has no use for may be any. Where gradients are computed no number is a slot: a backward that waits would have to keep
+ * the numbers of its forward.
  */
 #include "callable.h"
 
@@ -291,8 +291,8 @@ static int free_unused(thx_entry *e, PyObject *tape) {
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape) {
     comparison k = {.count = 0};
     bool gradient = e->gradient != NULL;
-    bool same = gradient == (like->gradient != NULL) && !e->expected && !e->effects.count && same_writes(like, e) &&
-                same_result(&like->result, &e->result) && same_roots(x, like, e) &&
+    bool same = gradient == (like->gradient != NULL) && !e->ask_in_backward && !e->expected && !e->effects.count &&
+                same_writes(like, e) && same_result(&like->result, &e->result) && same_roots(x, like, e) &&
                 (gradient ? same_program(&k, like->captured, e->captured) && !k.count
                           : same_program(&k, like->main.t, e->main.t));
     int rc = 0;

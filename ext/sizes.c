@@ -351,6 +351,7 @@ int thx_ints_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *sizes, P
     for (th_opref o = 1; o < t->nops && !used; o++)
         used = th_node_has_extent(t, t->ops[o].args) || th_node_has_extent(t, t->ops[o].kwargs);
     Py_XDECREF(terms);
+    used |= e->ask_in_backward;
     if (!used && floats) used = thx_floats_unseen(e, like, tape) != 1;
     if (!used) return free_all_ints(e);
     if (!PyErr_Occurred()) PyErr_SetString(x->SizesChanged, "the program computes with a number that changes");

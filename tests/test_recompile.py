@@ -585,3 +585,44 @@ def test_an_int_argument_that_a_training_step_has_no_use_for():
         (theirs,) = torch.autograd.grad(program(X, i, verbose=2 * (i % 7 == 6)), weight)
         torch.testing.assert_close(ours, theirs)
     assert thunder.cache_misses(compiled) <= 6
+
+
+class Surroundings:
+    factor = 1
+
+
+class ReadsBackwards(torch.autograd.Function):
+    """What its backward multiplies with is no argument."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * Surroundings.held.factor
+
+
+class ReadsBefore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = Surroundings.held.factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (ctx.factor * 2)
+
+
+@pytest.mark.parametrize("function", [ReadsBackwards, ReadsBefore])
+@pytest.mark.parametrize(
+    "values", [range(1, 7), [0.5, 1.5, 2.5, 3.5], [1, 2.0, 3, 4.5, 6]], ids=["int", "float", "both"]
+)
+def test_a_number_that_only_a_backward_of_the_users_reads(function, values):
+    Surroundings.held = Surroundings()
+    compiled = thunder.jit(lambda x: function.apply(x).sum())
+    for Surroundings.held.factor in values:
+        x = torch.ones(3, requires_grad=True)
+        (ours,) = torch.autograd.grad(compiled(x), x)
+        (theirs,) = torch.autograd.grad(function.apply(x).sum(), x)
+        assert torch.equal(ours, theirs)

@@ -395,7 +395,7 @@ bool thx_entry_is_untouched(const thx_entry *e) {
     th_opref until = e->main.failed ? e->main.failed : t->nops;
     uint8_t stays = TH_FX_STATE | (thx_entry_redraws(e) ? 0 : TH_FX_RANDOM);
     for (th_opref o = 1; o < until; o++)
-        if (t->ops[o].effects & stays) return false;
+        if (t->ops[o].effects & stays && !thx_mark_kind(t, &t->ops[o])) return false;
     return !writes_inputs(t, until) && (!e->gradient || e->gradient->nmutated < 2);
 }
 

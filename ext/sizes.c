@@ -372,6 +372,10 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
                       : e->gradient             ? "the program computes gradients"
                       : acts_outside(e->main.t) ? "the program acts outside of tensors"
                                                 : NULL;
+    /* Where a kernel fails, eager has changed Python state before and tensors in between: only what writes at its end,
+     * as functionalize makes it, can leave the rest to eager. */
+    if (!why && (e->effects.count || e->nwrites) && runs_once(e->main.t))
+        why = "the program writes to its inputs or draws random numbers, and changes Python state";
     bool same = !why && same_program(&k) && note_varying(z, like->captured, e->captured, e->main.t) == 0;
     if (same && runs_once(e->main.t)) {
         same = make_dry(x, z, r, &k, e->main.t) == 1;

@@ -266,6 +266,7 @@ static void lower_check(void *user, th_val *v) {
 
 int thx_lower_checks(thx_lowering *l, th_opref o) {
     variation s = {.l = l, .op = o};
-    if (l->literals->sizes && !thx_is_steady(l, o)) th_op_each_out((th_trace *)l->t, o, lower_check, &s);
+    if (l->x->abi.on && l->literals->sizes && !thx_is_steady(l, o)) /* nothing trusts what is stated otherwise */
+        th_op_each_out((th_trace *)l->t, o, lower_check, &s);
     return s.rc;
 }

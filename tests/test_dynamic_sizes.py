@@ -600,10 +600,11 @@ def test_sizes_that_recur_get_a_program_of_their_own():
         for n in (6, 7):
             x = batch(n)[0]
             torch.testing.assert_close(compiled(x), attention(x))
-    assert thunder.cache_misses(compiled) == 4
+    wanted = 4 if thunder._C.torch_abi()["handles"] else 2  # no program has kernels of our own without them
+    assert thunder.cache_misses(compiled) == wanted
     for n in range(8, 60):  # not for those that come once
         compiled(*batch(n))
-    assert thunder.cache_misses(compiled) == 4
+    assert thunder.cache_misses(compiled) == wanted
 
 
 def test_dynamic_true_takes_the_callers_word():

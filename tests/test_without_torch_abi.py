@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = sorted(path.name for path in Path(__file__).parent.glob("test_jit_*.py"))
+FILES = [*sorted(path.name for path in Path(__file__).parent.glob("test_jit_*.py")), "test_dynamic_sizes.py"]
 
 
 def test_the_same_tests_pass_without_torchs_c_abi() -> None:

@@ -103,7 +103,8 @@ static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const 
     PyObject *result = thx_entry_run(c, e, leaves, call);
     bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform &&
                  PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
-                 !PyErr_ExceptionMatches(c->x->ValueChanged) && !e->main.literals.sizes && thx_entry_is_untouched(e);
+                 !PyErr_ExceptionMatches(c->x->ValueChanged) &&
+                 (!e->main.literals.sizes || e->main.literals.sizes->dry) && thx_entry_is_untouched(e);
     thx_entry_leave(c, e);
     if (!again) return result;
     PyErr_Clear();
@@ -304,6 +305,17 @@ static void settle(thx_callable_object *c, const thx_request *call) {
         keep(c, after);
 }
 
+/* A program for any sizes could not run: the call goes on without it, and raises what is to be raised. */
+static bool is_misfit(thx_entry *e, uint64_t number) {
+    enum { MAX_MISFITS = 8 };
+    if (!e->main.literals.sizes || e->main.literals.sizes->dry || !PyErr_ExceptionMatches(PyExc_Exception))
+        return false;
+    PyErr_Clear();
+    e->tried = number;
+    if (++e->misfits >= MAX_MISFITS) e->dead = true;
+    return true;
+}
+
 static PyObject *miss(thx_callable_object *c, thx_request *call) {
     thx *x = c->x;
     thx_entry *e = NULL;
@@ -325,6 +337,7 @@ static PyObject *miss(thx_callable_object *c, thx_request *call) {
         result = run_first(c, e, call);
         if (result) break;
         int another = take_value(x, e, call);
+        if (another == 0 && is_misfit(e, 0)) another = call->exact = true;
         if (another == 1 && attempt == MAX_ATTEMPTS)
             another = refuse_values(x, e, call, "it is another one each time the same program runs") < 0 ? -1 : 1;
         thx_entry_free(x, e);
@@ -356,17 +369,6 @@ static void drop_dead(thx_callable_object *c) { /* keep at most 64 entries */
             p = &e->next;
         }
     }
-}
-
-/* A program for any sizes could not run: the call goes on without it, and raises what is to be raised. */
-static bool is_misfit(thx_entry *e, uint64_t number) {
-    enum { MAX_MISFITS = 8 };
-    if (!e->main.literals.sizes || e->main.literals.sizes->dry || !PyErr_ExceptionMatches(PyExc_Exception))
-        return false;
-    PyErr_Clear();
-    e->tried = number;
-    if (++e->misfits >= MAX_MISFITS) e->dead = true;
-    return true;
 }
 
 /* Of entries that serve a call, one for its very sizes goes first. */

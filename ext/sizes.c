@@ -88,6 +88,12 @@ static void fix_sizes_of(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) fix_sizes_of(&s->kids[i]);
 }
 
+/* They would find extents where ints are while these are followed. */
+static bool has_threads(void) {
+    PyThreadState *first = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(PyThreadState_Get()));
+    return first && PyThreadState_Next(first);
+}
+
 /* Is it the same call but for sizes and ints? Then the sizes of b that differ are free, its ints are numbered, and it
  * knows the places of ints that are no arguments. 1, 0, -1. */
 static int alike_calls(thx *x, const thx_entry *a, thx_entry *b) {
@@ -104,7 +110,7 @@ static int alike_calls(thx *x, const thx_entry *a, thx_entry *b) {
     b->nfloats = 0;
     for (uint32_t i = 0; i < b->nargs && holds == 1; i++) holds = free_sizes(&a->args[i], &b->args[i], &b->nfloats);
     if (holds == 1 && thx_places_take(b, a, changed) < 0) holds = -1;
-    if (holds == 1 && b->nfloats + b->nplaces > THX_MAX_NUMBERS) holds = 0;
+    if (holds == 1 && (b->nfloats + b->nplaces > THX_MAX_NUMBERS || (b->nplaces && has_threads()))) holds = 0;
     Py_XDECREF(changed);
     if (holds == 1 && !PyErr_Occurred()) return 1;
     for (uint32_t i = 0; i < b->nargs; i++) fix_sizes_of(&b->args[i]);

@@ -1153,3 +1153,33 @@ def test_a_size_in_a_cycle_that_nobody_holds_is_no_obstacle():
         return x * cycle[0]
 
     assert calls(function, rows, (4, 5, 6, 7, 9)) == 2
+
+
+def test_other_threads_find_ints_where_ints_are_followed():
+    class Stepping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step = 1
+
+        def forward(self, x):
+            return x * self.step + torch.zeros(self.step % 4 + 1).sum()
+
+    modules, wrong, done = [Stepping() for _ in range(20)], [], threading.Event()
+    now = modules[0]
+
+    def look():
+        while not done.is_set():
+            step = now.step
+            if type(step) is not int:
+                wrong.append(step)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    with torch.no_grad():
+        for now in modules:
+            compiled = thunder.jit(now)
+            for now.step in (1, 2, 3, 4, 5):
+                assert torch.equal(compiled(torch.ones(2)), torch.ones(2) * now.step)
+    done.set()
+    thread.join()
+    assert not wrong

@@ -98,13 +98,13 @@ void thx_entry_leave(thx_callable_object *c, thx_entry *e) {
 
 /* A kernel failed. What eager writes before that line is not written yet: eager does it, as long as nothing else has
  * changed; otherwise the error stays, which names the line. */
-static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call,
-                                    bool may_misfit) {
+static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     e->running++;
     PyObject *result = thx_entry_run(c, e, leaves, call);
     bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform &&
                  PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
-                 !PyErr_ExceptionMatches(c->x->ValueChanged) && !may_misfit && thx_entry_is_untouched(e);
+                 !PyErr_ExceptionMatches(c->x->ValueChanged) &&
+                 (!e->main.literals.sizes || e->main.literals.sizes->dry) && thx_entry_is_untouched(e);
     thx_entry_leave(c, e);
     if (!again) return result;
     PyErr_Clear();
@@ -203,7 +203,7 @@ static PyObject *run_first(thx_callable_object *c, thx_entry *e, thx_request *ca
     for (uint32_t i = 0; i < e->nargs && same == 1; i++)
         same = thx_spec_match(c->x, &e->args[i], call->args[i], &leaves);
     if (same == 1)
-        result = run_entry_or_raise(c, e, &leaves, call, false);
+        result = run_entry_or_raise(c, e, &leaves, call);
     else if (same == 0)
         PyErr_SetString(PyExc_RuntimeError, "an argument changed while the function was captured");
     thx_leaves_fini(&leaves);
@@ -305,6 +305,17 @@ static void settle(thx_callable_object *c, const thx_request *call) {
         keep(c, after);
 }
 
+/* A program for any sizes could not run: the call goes on without it, and raises what is to be raised. */
+static bool is_misfit(thx_entry *e, uint64_t number) {
+    enum { MAX_MISFITS = 8 };
+    if (!e->main.literals.sizes || e->main.literals.sizes->dry || !PyErr_ExceptionMatches(PyExc_Exception))
+        return false;
+    PyErr_Clear();
+    e->tried = number;
+    if (++e->misfits >= MAX_MISFITS) e->dead = true;
+    return true;
+}
+
 static PyObject *miss(thx_callable_object *c, thx_request *call) {
     thx *x = c->x;
     thx_entry *e = NULL;
@@ -326,6 +337,7 @@ static PyObject *miss(thx_callable_object *c, thx_request *call) {
         result = run_first(c, e, call);
         if (result) break;
         int another = take_value(x, e, call);
+        if (another == 0 && is_misfit(e, 0)) another = call->exact = true;
         if (another == 1 && attempt == MAX_ATTEMPTS)
             another = refuse_values(x, e, call, "it is another one each time the same program runs") < 0 ? -1 : 1;
         thx_entry_free(x, e);
@@ -357,18 +369,6 @@ static void drop_dead(thx_callable_object *c) { /* keep at most 64 entries */
             p = &e->next;
         }
     }
-}
-
-static bool may_misfit(const thx_entry *e) { return e->main.literals.sizes && !e->main.literals.sizes->dry; }
-
-/* A program for any sizes could not run: the call goes on without it, and raises what is to be raised. */
-static bool is_misfit(thx_entry *e, uint64_t number) {
-    enum { MAX_MISFITS = 8 };
-    if (!may_misfit(e) || !PyErr_ExceptionMatches(PyExc_Exception)) return false;
-    PyErr_Clear();
-    e->tried = number;
-    if (++e->misfits >= MAX_MISFITS) e->dead = true;
-    return true;
 }
 
 /* Of entries that serve a call, one for its very sizes goes first. */
@@ -418,7 +418,7 @@ static bool serve_by(thx_callable_object *c, thx_request *call, bool any_sizes, 
             c->changes++;
         }
         e->running++; /* it stays while its result is looked at */
-        *result = run_entry_or_raise(c, e, &leaves, call, may_misfit(e));
+        *result = run_entry_or_raise(c, e, &leaves, call);
         int another = *result ? 0 : take_value(x, e, call);
         if (another > 0) e->hits--, e->tried = number;
         if (!*result && another == 0 && is_misfit(e, number)) another = 1;

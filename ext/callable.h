@@ -23,6 +23,8 @@ typedef struct thx_place { /* a number that the callable can reach and that may 
     PyObject *owner, *key; /* owned; a dictionary and its key, or a variable of an enclosing function and None */
     PyObject *value;       /* owned: at the former capture; of a program that was made, at its own */
     PyObject *followed;    /* while captured: what stands there (owned) */
+    PyObject *before;      /* then: what stood there (owned) */
+    PyObject *rewritten;   /* the code wrote it, though it was what stood there (owned); or NULL */
     bool any;              /* it is a number of the program */
 } thx_place;
 

@@ -295,6 +295,14 @@ static int close_sizes(compile *k) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* Extents hold their Sizes. Some are left where no plain int is put in their place: in a partial, a slot, an array. */
+static int refuse_escaped(compile *k) {
+    if (Py_REFCNT(k->sizes) > 1) PyGC_Collect();
+    if (Py_REFCNT(k->sizes) == 1) return 0;
+    PyErr_SetString(k->x->SizesChanged, "the code keeps a size in an object that is not opened");
+    return -1;
+}
+
 static int capture(compile *k) {
     thx *x = k->x;
     PyObject *params = thx_guards_params(x, k->e->guards);
@@ -345,6 +353,10 @@ static int capture(compile *k) {
     Py_XDECREF(codes);
     int kept = thx_args_collect(&k->watched, rc < 0 ? NULL : &k->e->effects);
     int undone = thx_guards_restore(k->x, k->e->guards, rc < 0 ? NULL : on_change, k);
+    for (uint32_t i = 0; i < k->e->nplaces && rc == 0 && undone == 0; i++) {
+        const thx_place *p = &k->e->places[i];
+        if (p->rewritten) undone = on_change(k, p->owner, p->key, p->value, p->rewritten);
+    }
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
@@ -611,6 +623,7 @@ static int run_passes(compile *k) {
     if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0 || note_told(k) < 0) return -1;
     e->main.t = k->r->t;
     k->r->t = NULL;
+    if (k->sizes && !k->ints && thx_sizes_mark(k->x, e->main.t, k->other->captured) < 0) return -1;
     bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
     bool more = grad || k->c->transform;
@@ -688,13 +701,14 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     }
     if (k.like) thx_entry_leave(c, k.like);
     if (k.other) thx_entry_leave(c, k.other);
-    Py_XDECREF(k.sizes);
     Py_XDECREF(k.tape);
     Py_XDECREF(k.fake_args);
     Py_XDECREF(k.fake_kwargs);
     bool leaves = k.r && k.r->leaves; /* models that do this (wav2vec2) also draw which layers run: eager, as ever */
     Py_XDECREF((PyObject *)k.r);
     if (collecting) PyGC_Enable();
+    if (rc == 0 && k.sizes) rc = refuse_escaped(&k);
+    Py_XDECREF(k.sizes);
     if (rc < 0 && c->needs_transform && PyErr_ExceptionMatches(x->GradNeeded)) thx_refuse_original(c, NULL);
     if (rc < 0 && k.e->guards && !k.e->eager && !c->needs_transform) {
         if (PyErr_ExceptionMatches(x->GradNeeded) || (leaves && PyErr_ExceptionMatches(x->CaptureError)))

@@ -156,6 +156,19 @@ static PyObject *answer_changed(thx_recorder *r, const char *name, th_val value,
     return NULL;
 }
 
+/* What a query about a tensor tells is also told by an operation that gives its input back. Arguments are laid out as
+ * they were. */
+int thx_sizes_untouched(thx_recorder *r, const char *name, PyObject *kwargs, PyObject *tensor) {
+    thx_cell *cell = thx_recorder_known(r, tensor);
+    const char *dot = strrchr(name, '.');
+    bool layout = dot && strcmp(dot, ".contiguous") == 0,
+         formats = kwargs && PyDict_GetItemString(kwargs, "memory_format");
+    if (!cell || !(layout || formats) || cell->value >= r->like->nvalues || !r->t->values[cell->value].def) return 0;
+    if (r->t->values[cell->value].type == r->like->values[cell->value].type) return 0;
+    if (formats) thx_sizes_spoil(r, "a memory format is asked for");
+    return formats ? 0 : emit_mark(r, THX_LAYOUT_CALLEE, cell->value, NULL, 0);
+}
+
 static const char *last_name(thx_recorder *r, const thx_func *f, char *text, size_t size) {
     const char *callee = f->callee ? th_str_get(r->x->ctx, f->callee) : "", *dot;
     snprintf(text, size, "%s", callee);

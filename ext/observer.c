@@ -552,15 +552,13 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
         Py_XDECREF(fk);
         return result;
     }
-    if (c.def && c.def->meta) {
-        PyObject *result = fast(&c);
-        if (result || PyErr_Occurred()) {
-            r->nfast++;
-            return result;
-        }
-        if (check_result_fits(&c) < 0) return NULL;
-    }
-    return slow(&c);
+    uint32_t before = r->t->nops;
+    PyObject *result = c.def && c.def->meta ? fast(&c) : NULL;
+    if (result) r->nfast++;
+    if (!result && !PyErr_Occurred() && (!c.def || !c.def->meta || check_result_fits(&c) == 0)) result = slow(&c);
+    bool untouched = result && r->sizes && r->like && r->t->nops == before && thx_is_tensor(x, result) && c.callee;
+    if (untouched && thx_sizes_untouched(r, th_str_get(x->ctx, c.callee), kwargs, result) < 0) Py_CLEAR(result);
+    return result;
 }
 
 PyObject *thx_record_call(thx_recorder *r, PyObject *callee, PyObject *args, PyObject *kwargs) {

@@ -9,7 +9,7 @@ static int add_place(thx_entry *e, PyObject *owner, PyObject *key, PyObject *bef
     thx_place *places = PyMem_Realloc(e->places, sizeof *places * (e->nplaces + 1));
     if (!places) return PyErr_NoMemory(), -1;
     e->places = places;
-    places[e->nplaces++] = (thx_place){Py_NewRef(owner), Py_NewRef(key), Py_NewRef(before), NULL, false};
+    places[e->nplaces++] = (thx_place){Py_NewRef(owner), Py_NewRef(key), Py_NewRef(before), NULL, NULL, NULL, false};
     return 0;
 }
 
@@ -19,6 +19,8 @@ void thx_places_free(thx_entry *e) {
         Py_DECREF(e->places[i].key);
         Py_DECREF(e->places[i].value);
         Py_XDECREF(e->places[i].followed);
+        Py_XDECREF(e->places[i].before);
+        Py_XDECREF(e->places[i].rewritten);
     }
     PyMem_Free(e->places);
     e->places = NULL;
@@ -41,12 +43,19 @@ int thx_places_put(const thx_entry *e, PyObject *tape, PyObject *sizes) {
     for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) {
         thx_place *p = &e->places[i];
         PyObject *now = thx_number_at(p->owner, p->key);
+        p->before = Py_XNewRef(now);
         PyObject *follows = now && PyFloat_Check(now) ? tape : sizes;
         p->followed =
             now && follows ? PyObject_CallMethod(follows, "argument", "OI", now, (unsigned)(e->nfloats + i)) : NULL;
         rc = p->followed ? thx_set_number_at(p->owner, p->key, p->followed) : PyErr_Occurred() ? -1 : 0;
     }
     return rc;
+}
+
+/* The code wrote the very number that stood there, which would not be found as a change: for other numbers it is one.
+ */
+static bool is_rewritten(const thx_place *p, PyObject *now) {
+    return now && Py_TYPE(now) == Py_TYPE(p->before) && PyObject_RichCompareBool(p->before, now, Py_EQ) == 1;
 }
 
 /* Where the code has written something else, that stays: it is found as a change. */
@@ -56,15 +65,16 @@ void thx_places_put_back(const thx_entry *e) { /* keeps a pending exception */
     for (uint32_t i = 0; i < e->nplaces; i++) {
         thx_place *p = &e->places[i];
         PyObject *number = p->followed;
-        p->followed = NULL;
-        if (!number || thx_number_at(p->owner, p->key) != number) {
+        PyObject *now = thx_number_at(p->owner, p->key), *before = p->before;
+        if (number && now != number && is_rewritten(p, now)) p->rewritten = Py_NewRef(now);
+        p->followed = p->before = NULL;
+        if (!number || now != number) {
             Py_XDECREF(number);
+            Py_XDECREF(before);
             continue;
         }
-        PyObject *plain =
-            PyFloat_Check(number) ? PyFloat_FromDouble(PyFloat_AS_DOUBLE(number)) : thx_extent_plain(number);
-        if (plain) thx_set_number_at(p->owner, p->key, plain);
-        Py_XDECREF(plain);
+        if (before) thx_set_number_at(p->owner, p->key, before);
+        Py_XDECREF(before);
         Py_DECREF(number);
     }
     PyErr_Clear();

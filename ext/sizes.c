@@ -88,6 +88,12 @@ static void fix_sizes_of(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) fix_sizes_of(&s->kids[i]);
 }
 
+/* They would find extents where ints are while these are followed. */
+static bool has_threads(void) {
+    PyThreadState *first = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(PyThreadState_Get()));
+    return first && PyThreadState_Next(first);
+}
+
 /* Is it the same call but for sizes and ints? Then the sizes of b that differ are free, its ints are numbered, and it
  * knows the places of ints that are no arguments. 1, 0, -1. */
 static int alike_calls(thx *x, const thx_entry *a, thx_entry *b, bool ints) {
@@ -104,7 +110,7 @@ static int alike_calls(thx *x, const thx_entry *a, thx_entry *b, bool ints) {
     b->nfloats = 0;
     for (uint32_t i = 0; i < b->nargs && holds == 1; i++) holds = free_sizes(&a->args[i], &b->args[i], &b->nfloats);
     if (holds == 1 && thx_places_take(b, a, changed) < 0) holds = -1;
-    if (holds == 1 && b->nfloats + b->nplaces > THX_MAX_NUMBERS) holds = 0;
+    if (holds == 1 && (b->nfloats + b->nplaces > THX_MAX_NUMBERS || (b->nplaces && has_threads()))) holds = 0;
     Py_XDECREF(changed);
     if (holds == 1 && !PyErr_Occurred()) return 1;
     for (uint32_t i = 0; i < b->nargs; i++) fix_sizes_of(&b->args[i]);
@@ -173,16 +179,9 @@ static bool same_op(const comparison *k, const th_op *a, const th_op *b) {
 }
 
 static bool same_mark(const comparison *k, const th_op *op, int kind) {
-    const th_type *type = th_type_get(k->a->ctx, k->a->values[thx_mark_argument(k->b, op, 0)->u.ref].type);
-    int64_t d = thx_mark_argument(k->b, op, 1)->u.i;
-    if (kind == 1)
-        return thx_term_follow(k->sizes, (uint32_t)thx_mark_argument(k->b, op, 2)->u.i, type->shape[d], k->slots);
-    bool same = true;
-    for (uint32_t i = 0; i < type->ndim && same; i++) {
-        int64_t size = thx_mark_argument(k->b, op, 1 + i)->u.i;
-        same = size < 0 || size == type->shape[i];
-    }
-    return same;
+    th_val v = thx_mark_argument(k->b, op, 0)->u.ref;
+    return v < k->a->nvalues &&
+           thx_mark_holds(k->b, op, kind, th_type_get(k->a->ctx, k->a->values[v].type), k->sizes, k->slots);
 }
 
 static void put_former(const comparison *k, uint32_t number, PyObject *value) {
@@ -220,6 +219,12 @@ static bool same_program(comparison *k) {
 }
 
 /* ---- an entry for any sizes ---- */
+
+typedef struct differing {
+    const th_trace *a;
+    th_trace *b;
+    bool found;
+} differing;
 
 static int read_operand(PyObject *o, bool *of, int64_t *value) {
     *of = PyTuple_Check(o);
@@ -301,6 +306,49 @@ static int make_dry(thx *x, thx_sizes *z, const thx_recorder *r, const compariso
     PyMem_Free(types);
     PyMem_Free(slots);
     return fits < 0 && !PyErr_Occurred() ? (PyErr_NoMemory(), -1) : fits;
+}
+
+static void find_other(void *user, th_val *v) {
+    differing *d = user;
+    const th_typeref now = th_type_set_grad(d->b->ctx, d->b->values[*v].type, false);
+    d->found |= *v >= d->a->nvalues || th_type_set_grad(d->a->ctx, d->a->values[*v].type, false) != now;
+}
+
+static void find_written(void *user, th_val *v) {
+    differing *d = user;
+    d->found |= th__is_written(d->b, *v, d->b->nops);
+}
+
+/* Sizes decide whether these give a view or a copy. */
+static bool may_copy(const th_trace *t, const th_op *op) {
+    static const char *const known[] = {"reshape", "reshape_as",  "contiguous",   "flatten",       "ravel",
+                                        "to",      "sum_to_size", "matrix_power", "cartesian_prod"};
+    const char *callee = op->callee_opaque ? "" : th_str_get(t->ctx, op->callee), *dot = strrchr(callee, '.');
+    bool found = false;
+    for (size_t i = 0; dot && i < sizeof known / sizeof *known && !found; i++) found = strcmp(dot + 1, known[i]) == 0;
+    return found;
+}
+
+static bool writes_to_some_view(th_trace *t) {
+    differing d = {NULL, t, false};
+    for (th_opref o = 1; o < t->nops && !d.found; o++) {
+        if (!(t->ops[o].marks & TH_MARK_SIZED) || !may_copy(t, &t->ops[o])) continue;
+        th_op_each_use(t, o, find_written, &d);
+        th_op_each_out(t, o, find_written, &d);
+    }
+    return d.found;
+}
+
+int thx_sizes_mark(thx *x, th_trace *t, const th_trace *like) {
+    for (th_opref o = 1; o < t->nops; o++) {
+        differing d = {like, t, th_node_has_extent(t, t->ops[o].args) || th_node_has_extent(t, t->ops[o].kwargs)};
+        th_op_each_use(t, o, find_other, &d);
+        th_op_each_out(t, o, find_other, &d);
+        if (d.found && t->ops[o].kind == TH_OP_CALL && !thx_mark_kind(t, &t->ops[o])) t->ops[o].marks |= TH_MARK_SIZED;
+    }
+    if (!writes_to_some_view(t)) return 0;
+    PyErr_SetString(x->SizesChanged, "the program writes to what is a view for some sizes, and a copy for others");
+    return -1;
 }
 
 void thx_sizes_free(const thx_sizes *z) {

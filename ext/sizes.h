@@ -37,6 +37,8 @@ bool thx_holds_extent(thx *x, PyObject *tuple);
 int thx_describe_extent(thx_spec *spec, PyObject *extent);
 /* What a query about a tensor is answered: sizes that change are extents. Takes `answer`. */
 PyObject *thx_sizes_answer(thx_recorder *r, const thx_func *f, PyObject *args, PyObject *kwargs, PyObject *answer);
+/* The operation `name` gave its input back and was not recorded: would it for other sizes? */
+int thx_sizes_untouched(thx_recorder *r, const char *name, PyObject *kwargs, PyObject *tensor);
 void thx_sizes_spoil(thx_recorder *r, const char *why); /* the program holds for these sizes alone */
 
 /* ---- sizes_run.c ---- */
@@ -59,9 +61,17 @@ enum { /* thunder._sizes.OPERATIONS */
 };
 #define THX_EXTENT_CALLEE "thunder._kernels.extent"
 #define THX_FIXED_CALLEE  "thunder._kernels.expect_sizes"
-/* 0: no mark, 1: where a size becomes known, 2: sizes that may not change. */
+#define THX_LAYOUT_CALLEE "thunder._kernels.expect_contiguous"
+enum { /* marks: where a size becomes known, sizes that may not change, a tensor that is contiguous */
+       THX_MARK_SIZE = 1,
+       THX_MARK_FIXED,
+       THX_MARK_LAYOUT
+};
 int thx_mark_kind(const th_trace *t, const th_op *op);
 const th_node_data *thx_mark_argument(const th_trace *t, const th_op *op, uint32_t i);
+/* Does a mark hold for a tensor of this type? A size becomes known: so does what follows from it. */
+bool thx_mark_holds(const th_trace *t, const th_op *op, int kind, const th_type *type, const thx_sizes *z,
+                    th_slot *slots);
 /* Numbers lie in the handles of slots, by place. */
 static inline int64_t thx_in_slot(const th_slot *slots, uint32_t i) { return (intptr_t)slots[i].handle; }
 static inline void thx_into_slot(th_slot *slots, uint32_t i, int64_t value) {
@@ -92,6 +102,9 @@ struct thx_callable_object;
 int thx_sizes_begin(struct thx_callable_object *c, struct thx_entry *e, struct thx_entry **like, bool *ints);
 /* After a capture that followed numbers alone: the program has no use for them. */
 int thx_ints_end(thx *x, struct thx_entry *e, const struct thx_entry *like, PyObject *sizes, PyObject *tape);
+/* Before the passes: operations that sizes change are marked. like: the capture with other sizes. -1 with SizesChanged.
+ */
+int thx_sizes_mark(thx *x, th_trace *t, const th_trace *like);
 /* After the capture of e: it serves calls of any sizes, or -1 with an exception when it is not the program of `like`.
  */
 int thx_sizes_end(thx *x, struct thx_entry *e, const struct thx_entry *like, const thx_recorder *r, PyObject *sizes,

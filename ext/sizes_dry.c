@@ -65,10 +65,13 @@ static void take_out(void *user, th_val *v) {
         return;
     }
     th_typeref type = th_type_set_grad(t->ctx, o->rule->outs[o->at++].type, false);
-    if (o->z->varies[*v])
+    const th_type *now = th_type_get(t->ctx, type), *said = th_type_get(t->ctx, o->d->said[*v]);
+    if (o->z->varies[*v]) {
         t->values[*v].type = type;
-    else
+        o->fits &= now->kind == said->kind && now->ndim == said->ndim && now->dtype == said->dtype;
+    } else {
         o->fits &= type == o->d->said[*v];
+    }
 }
 
 static bool run_op(thx *x, thx_dry *d, const thx_sizes *z, th_opref o, const th_slot *slots) {
@@ -111,15 +114,7 @@ static bool is_unsteady(const thx_dry *d, const thx_sizes *z, th_opref o) {
 
 static bool mark_holds(const thx_dry *d, const thx_sizes *z, const th_op *op, int kind, th_slot *slots) {
     const th_type *type = th_type_get(d->t->ctx, d->t->values[thx_mark_argument(d->t, op, 0)->u.ref].type);
-    if (kind == 1)
-        return thx_term_follow(z, (uint32_t)thx_mark_argument(d->t, op, 2)->u.i,
-                               type->shape[thx_mark_argument(d->t, op, 1)->u.i], slots);
-    bool same = true;
-    for (uint32_t i = 0; i < type->ndim && same; i++) {
-        int64_t size = thx_mark_argument(d->t, op, 1 + i)->u.i;
-        same = size < 0 || size == type->shape[i];
-    }
-    return same;
+    return thx_mark_holds(d->t, op, kind, type, z, slots);
 }
 
 bool thx_dry_run(thx *x, thx_dry *d, const thx_sizes *z, const th_typeref *inputs, th_slot *slots) {

@@ -14,7 +14,10 @@
 int thx_mark_kind(const th_trace *t, const th_op *op) {
     if (op->kind != TH_OP_CALL || op->callee_opaque || !(op->effects & TH_FX_STATE)) return 0;
     const char *callee = th_str_get(t->ctx, op->callee);
-    return strcmp(callee, THX_EXTENT_CALLEE) == 0 ? 1 : strcmp(callee, THX_FIXED_CALLEE) == 0 ? 2 : 0;
+    return strcmp(callee, THX_EXTENT_CALLEE) == 0   ? THX_MARK_SIZE
+           : strcmp(callee, THX_FIXED_CALLEE) == 0  ? THX_MARK_FIXED
+           : strcmp(callee, THX_LAYOUT_CALLEE) == 0 ? THX_MARK_LAYOUT
+                                                    : 0;
 }
 
 const th_node_data *thx_mark_argument(const th_trace *t, const th_op *op, uint32_t i) {
@@ -23,6 +26,7 @@ const th_node_data *thx_mark_argument(const th_trace *t, const th_op *op, uint32
 
 /* ---- computing ---- */
 
+static bool divides(int64_t a, int64_t b) { return b != 0 && (b != -1 || a != INT64_MIN); }
 static int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
 /* A term that is no size, of those before. False: it has no value, or is a condition that does not hold. */
@@ -35,10 +39,10 @@ bool thx_term_compute(const thx_sizes *z, uint32_t i, th_slot *slots) {
     case THX_T_ADD: fails = __builtin_add_overflow(a, b, &out); break;
     case THX_T_SUB: fails = __builtin_sub_overflow(a, b, &out); break;
     case THX_T_MUL: fails = __builtin_mul_overflow(a, b, &out); break;
-    case THX_T_FLOORDIV: fails = b == 0 || (out = floor_divide(a, b), false); break;
-    case THX_T_MOD: fails = b == 0 || (out = a - floor_divide(a, b) * b, false); break;
-    case THX_T_NEG: out = -a; break;
-    case THX_T_ABS: out = a < 0 ? -a : a; break;
+    case THX_T_FLOORDIV: fails = !divides(a, b) || (out = floor_divide(a, b), false); break;
+    case THX_T_MOD: fails = !divides(a, b) || (out = a - floor_divide(a, b) * b, false); break;
+    case THX_T_NEG: fails = __builtin_sub_overflow(0, a, &out); break;
+    case THX_T_ABS: fails = a < 0 ? __builtin_sub_overflow(0, a, &out) : (out = a, false); break;
     case THX_T_LT: out = a < b; break;
     case THX_T_LE: out = a <= b; break;
     case THX_T_GT: out = a > b; break;
@@ -58,6 +62,31 @@ bool thx_term_follow(const thx_sizes *z, uint32_t i, int64_t size, th_slot *slot
     return holds;
 }
 
+/* Would `contiguous` give the tensor itself? Strides of sizes 1 do not matter. */
+static bool is_contiguous(const th_type *t) {
+    int64_t stride = 1, n = th_type_numel(t);
+    bool fits = true;
+    for (uint32_t d = t->ndim; d-- > 0 && n && fits;) {
+        fits = t->shape[d] == 1 || t->stride[d] == stride;
+        stride *= t->shape[d];
+    }
+    return fits;
+}
+
+bool thx_mark_holds(const th_trace *t, const th_op *op, int kind, const th_type *type, const thx_sizes *z,
+                    th_slot *slots) {
+    if (kind == THX_MARK_LAYOUT) return is_contiguous(type);
+    int64_t d = thx_mark_argument(t, op, 1)->u.i;
+    if (kind == THX_MARK_SIZE)
+        return d < type->ndim && thx_term_follow(z, (uint32_t)thx_mark_argument(t, op, 2)->u.i, type->shape[d], slots);
+    bool same = t->nodes[op->args].count == type->ndim + 1u;
+    for (uint32_t i = 0; i < type->ndim && same; i++) {
+        int64_t size = thx_mark_argument(t, op, 1 + i)->u.i;
+        same = size < 0 || size == type->shape[i];
+    }
+    return same;
+}
+
 static int64_t size_of(thx *x, th_slot *slot, uint32_t d) { /* -1: it has no such dimension */
     int64_t ndim = 0, *sizes = NULL;
     if (x->abi.on) {
@@ -71,6 +100,17 @@ static int64_t size_of(thx *x, th_slot *slot, uint32_t d) { /* -1: it has no suc
     PyErr_Clear();
     Py_XDECREF(size);
     return value;
+}
+
+static int64_t rank_of(thx *x, th_slot *slot) { /* -1: it is no tensor */
+    int64_t ndim = -1;
+    if (x->abi.on) return x->abi.aoti_torch_get_dim(thx_slot_handle(x, slot), &ndim) ? -1 : ndim;
+    PyObject *object = thx_slot_object(x, slot);
+    PyObject *answer = object ? PyObject_CallMethod(object, "dim", NULL) : NULL;
+    if (answer) ndim = PyLong_AsLongLong(answer);
+    PyErr_Clear();
+    Py_XDECREF(answer);
+    return ndim;
 }
 
 static bool int_argument(const thx_entry *e, const thx_term *term, const thx_leaves *leaves, int64_t *value) {
@@ -175,7 +215,7 @@ typedef struct size_data {
     thx_instr_data head;
     const thx_sizes *sizes; /* borrowed: the entry's */
     uint32_t slot, first, ndim;
-    int64_t numbers[]; /* ndim 0: dimension, place; otherwise sizes, of which -1 may be any */
+    int64_t numbers[]; /* of a size: dimension, place; of fixed ones: those, of which -1 may be any */
 } size_data;
 
 static int changed(const thx *x) {
@@ -193,10 +233,19 @@ static int run_size(th_frame *f, const th_instr *instr) {
 
 static int run_fixed(th_frame *f, const th_instr *instr) {
     const size_data *s = instr->data;
-    bool same = true;
+    bool same = rank_of(f->user, &f->slots[s->slot]) == s->ndim;
     for (uint32_t d = 0; d < s->ndim && same; d++)
         same = s->numbers[d] < 0 || size_of(f->user, &f->slots[s->slot], d) == s->numbers[d];
     return same ? 0 : changed(f->user);
+}
+
+static int run_layout(th_frame *f, const th_instr *instr) {
+    const size_data *s = instr->data;
+    PyObject *object = thx_slot_object(f->user, &f->slots[s->slot]);
+    PyObject *contiguous = object ? PyObject_CallMethod(object, "is_contiguous", NULL) : NULL;
+    if (!contiguous) return -1;
+    Py_DECREF(contiguous);
+    return contiguous == Py_True ? 0 : changed(f->user);
 }
 
 int thx_lower_size(thx_lowering *l, th_opref o) {
@@ -210,9 +259,10 @@ int thx_lower_size(thx_lowering *l, th_opref o) {
     s->sizes = l->literals->sizes;
     s->slot = thx_slot_for(l, thx_mark_argument(l->t, op, 0)->u.ref);
     s->first = thx_extent_slot(l, 1);
-    s->ndim = kind == 2 ? n : 0;
+    s->ndim = n;
     for (uint32_t i = 0; i < n; i++) s->numbers[i] = thx_mark_argument(l->t, op, 1 + i)->u.i;
-    return thx_check(l->x, th_plan_add(l->plan, kind == 1 ? run_size : run_fixed, s, o)) < 0 ? -1 : 1;
+    th_instr_fn run = kind == THX_MARK_SIZE ? run_size : kind == THX_MARK_FIXED ? run_fixed : run_layout;
+    return thx_check(l->x, th_plan_add(l->plan, run, s, o)) < 0 ? -1 : 1;
 }
 
 /* What does not vary is lowered as in any program, by what the trace states: where it comes from something that varies,
@@ -242,31 +292,50 @@ typedef struct check_data {
     thx_instr_data head;
     uint32_t slot;
     th_typeref type;
+    bool loose; /* sizes may be any */
 } check_data;
 
 static int run_check(th_frame *f, const th_instr *instr) {
     const check_data *c = instr->data;
     thx *x = f->user;
-    return thx_as_predicted(x, &f->slots[c->slot], th_type_get(x->ctx, c->type)) ? 0 : changed(x);
+    const th_type *t = th_type_get(x->ctx, c->type);
+    th_slot *slot = &f->slots[c->slot];
+    int32_t dtype = -1;
+    bool tensor = (slot->handle || slot->object) && t->kind == TH_TYPE_TENSOR, same = true;
+    if (tensor && (c->loose || th_type_numel(t) == 0)) {
+        same = rank_of(x, slot) == t->ndim;
+        if (x->abi.on)
+            same = same && !x->abi.aoti_torch_get_dtype(thx_slot_handle(x, slot), &dtype) &&
+                   dtype == x->abi.scalar_types[t->dtype];
+        for (uint32_t d = 0; d < t->ndim && same && !c->loose; d++) same = size_of(x, slot, d) == t->shape[d];
+    }
+    return same && (c->loose || !x->abi.on || thx_as_predicted(x, slot, t)) ? 0 : changed(x);
 }
 
 static void lower_check(void *user, th_val *v) {
     variation *s = user;
     thx_lowering *l = (thx_lowering *)s->l;
-    if (s->rc < 0 || l->literals->sizes->varies[*v] || l->slots[*v] == UINT32_MAX) return;
+    bool varies = l->literals->sizes->varies[*v];
+    if (s->rc < 0 || (varies && !s->found) || l->slots[*v] == UINT32_MAX) return;
     check_data *c = PyMem_Malloc(sizeof *c);
     if (!c) {
         PyErr_NoMemory();
         s->rc = -1;
         return;
     }
-    *c = (check_data){{PyMem_Free}, l->slots[*v], l->t->values[*v].type};
+    *c = (check_data){{PyMem_Free}, l->slots[*v], l->t->values[*v].type, varies};
     s->rc = thx_check(l->x, th_plan_add(l->plan, run_check, c, s->op));
 }
 
+/* Sizes of 1, and ints, may decide how many dimensions a result has. */
+static bool may_change_rank(const th_trace *t, const th_op *op) {
+    const char *callee = op->callee_opaque ? "" : th_str_get(t->ctx, op->callee);
+    return strstr(callee, "squeeze") || strstr(callee, "cov") || strstr(callee, "corrcoef") ||
+           th_node_has_extent(t, op->args) || (op->kwargs && th_node_has_extent(t, op->kwargs));
+}
+
 int thx_lower_checks(thx_lowering *l, th_opref o) {
-    variation s = {.l = l, .op = o};
-    if (l->x->abi.on && l->literals->sizes && !thx_is_steady(l, o)) /* nothing trusts what is stated otherwise */
-        th_op_each_out((th_trace *)l->t, o, lower_check, &s);
+    variation s = {.l = l, .op = o, .found = may_change_rank(l->t, &l->t->ops[o])};
+    if (l->literals->sizes && !thx_is_steady(l, o)) th_op_each_out((th_trace *)l->t, o, lower_check, &s);
     return s.rc;
 }

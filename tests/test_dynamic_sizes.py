@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import decimal
+import enum
+import fractions
 import functools
+import gc
 import json
 import math
 import threading
+import types
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -868,3 +874,321 @@ def test_ints_of_globals_and_enclosing_functions():
         assert after == before + 2
         assert torch.equal(got, torch.ones(3) * EPOCH + after)
     assert thunder.cache_misses(compiled) <= 3
+
+
+# ---- found by the generator and by thought ----
+
+
+def ints(*values, shape=(4,)):
+    return lambda: [(torch.randn(*shape), value) for value in values]
+
+
+def alike(function, inputs, **options):
+    """As eager does, call by call: results, errors, what is written to arguments. How often it was captured."""
+    compiled = thunder.jit(function, **{"fallback": "eager"} | options)
+    for given in inputs:
+        ours, theirs = ([a.clone() if isinstance(a, torch.Tensor) else a for a in given] for _ in range(2))
+        try:
+            want = function(*theirs)
+        except Exception as error:
+            with pytest.raises(type(error)):
+                compiled(*ours)
+        else:
+            got = compiled(*ours)
+            torch.testing.assert_close(got, want)
+            assert _types(got) == _types(want)
+            assert _strides(got) == _strides(want)
+        torch.testing.assert_close(ours, theirs)
+    return thunder.cache_misses(compiled)
+
+
+def _strides(result):
+    if isinstance(result, (tuple, list)):
+        return [_strides(item) for item in result]
+    return result.stride() if isinstance(result, torch.Tensor) and min(result.shape, default=2) > 1 else None
+
+
+class Number(enum.IntEnum):
+    SIX = 6
+
+
+class Whole(int):
+    pass
+
+
+def of_another_class(x):
+    n = x.shape[0]
+    return x + (n == Number.SIX) + 2 * (Number.SIX == n) + 4 * (n in (Whole(5),)) + 8 * (n > Whole(6)) + (n + Whole(1))  # noqa: SIM300
+
+
+def beside_numpy(x):
+    n = x.shape[0]
+    return x + bool(n == np.int64(6)) + bool(np.int64(5) > n), (n * np.ones(2)).sum(), np.prod(x.shape)
+
+
+def beside_fractions(x):
+    n = x.shape[0]
+    return x + (n == fractions.Fraction(6)) + (decimal.Decimal(6) == n) + complex(n).real + n * 1j.imag
+
+
+def parts_of_an_int(x):
+    n = x.shape[0]
+    return x + n.real + n.imag + n.numerator + n.denominator + n.bit_count() + hasattr(n, "real"), n.numerator
+
+
+def beyond_64_bits(x):
+    n = x.shape[0]
+    return x + (n < 2**70) + min(n, 10**30) + n % 2**70, n * 2**62 * 0
+
+
+def dims_of_a_squeezed_part(x):
+    y = x[: x.shape[0] - 1].squeeze()
+    return y * y.dim(), y.ndim, len(y.shape)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [of_another_class, beside_numpy, beside_fractions, parts_of_an_int, beyond_64_bits, dims_of_a_squeezed_part],
+    ids=lambda f: f.__name__,
+)
+def test_ints_of_every_kind(function):
+    alike(function, [rows(n) for n in (4, 5, 6, 7, 2, 3, 9, 4, 16)])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, n: -n, lambda x, n: abs(n), lambda x, n: n // -1, lambda x, n: n % -1, lambda x, n: n * n - n],
+    ids=["neg", "abs", "floordiv", "mod", "mul"],
+)
+def test_the_largest_ints(function):
+    alike(function, ints(3, 4, -(2**63), 5, 2**63 - 1, 1 - 2**63, 2**63, 2**70, -(2**64), 6)())
+
+
+def test_results_whose_dtype_a_size_decides():
+    def function(x, z):
+        y = x + z[: z.shape[0] - 1].squeeze()  # a tensor of no dimensions does not promote
+        return y, y * (2 if y.dtype == torch.float32 else 3)
+
+    alike(function, [(torch.randn(n - 1), torch.randn(n, dtype=torch.float64)) for n in (4, 5, 6, 2, 3)])
+
+
+def dead_index(x, y, n):
+    x[5]
+    return x + 1
+
+
+def dead_view(x, y, n):
+    x.view(-1, 2)
+    return x + 1
+
+
+def dead_sum(x, y, n):
+    x + y
+    return x.sum()
+
+
+def dead_write(x, y, n):
+    x.clone()[n] = 1
+    return x + 1
+
+
+def dead_reduction(x, y, n):
+    x.sum(n)
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    "function", [dead_index, dead_view, dead_sum, dead_write, dead_reduction], ids=lambda f: f.__name__
+)
+def test_what_nobody_uses_raises_all_the_same(function):
+    sizes = [(8, 8, 0), (10, 10, -1), (12, 12, 0), (6, 7, 0), (5, 5, 3), (4, 4, 0), (14, 14, 9), (8, 2, 0)]
+    alike(function, [(torch.randn(a), torch.randn(b), n) for a, b, n in sizes])
+
+
+def written_if_contiguous(x, n):
+    x.contiguous().add_(1)
+    return x.shape[0]
+
+
+def written_if_flat(x, n):
+    before = x.sum()
+    y = x.reshape(-1)
+    y.add_(1)
+    z = y[: x.shape[1]]
+    return (z if z.shape[0] + n > 12 else z * 2), before, x.sum()
+
+
+def written_part_of_a_copy(x, n):
+    t = x.clone()
+    t[:, :n].reshape(-1).add_(1)
+    t[:, :3].contiguous().mul_(2)
+    return t
+
+
+@pytest.mark.parametrize(
+    "function", [written_if_contiguous, written_if_flat, written_part_of_a_copy], ids=lambda f: f.__name__
+)
+def test_writes_to_what_is_a_view_for_some_sizes(function):
+    compiled = thunder.jit(function)
+    for n, k in ((5, 1), (6, 2), (7, 3), (8, 1), (8, 9), (4, 2), (3, 3), (8, 8)):
+        ours, theirs = torch.ones(4, 8), torch.ones(4, 8)
+        torch.testing.assert_close(compiled(ours[:, :n], k), function(theirs[:, :n], k))
+        assert torch.equal(ours, theirs)
+
+
+def test_what_is_contiguous_for_some_sizes():
+    def function(x, n):
+        y = x[:, :n].contiguous()
+        return y, x[:, :n].contiguous().t(), x[:, :n].reshape(-1)
+
+    pairs = ((8, 100), (9, 101), (7, 5), (5, 9), (6, 6), (4, 2), (10, 3), (11, 200))
+    assert alike(function, [(torch.randn(3, a), n) for a, n in pairs]) <= 5
+
+
+def test_a_part_that_was_empty_before():
+    def function(x):
+        y = x[9:]
+        return y.sum() + 1, y * 2
+
+    alike(function, [(torch.ones(n, 3, dtype=torch.uint8),) for n in (4, 5, 7, 12, 9, 10)])
+
+
+@pytest.mark.parametrize(
+    ("make", "look"),
+    [
+        (lambda n: functools.partial(torch.zeros, n), lambda kept: (kept().shape, type(kept.args[0]))),
+        (lambda n: lambda: n, lambda kept: (kept(), type(kept()))),
+        (lambda n: lambda k=n: k, lambda kept: (kept(), type(kept()))),
+        (lambda n: np.array([n, 1]), lambda kept: (kept.dtype, kept.tolist())),
+        (lambda n: ValueError(n), lambda kept: (kept.args, type(kept.args[0]))),
+        (lambda n: types.MappingProxyType({"n": n}), lambda kept: type(kept["n"])),
+        (lambda n: [n].append, lambda kept: type(kept.__self__[0])),
+        (lambda n: property(lambda self: n), lambda kept: type(kept.fget(None))),
+    ],
+    ids=["partial", "closure", "default", "array", "exception", "proxy", "method", "property"],
+)
+def test_a_size_kept_in_an_object_is_an_int(make, look):
+    ours, theirs = types.SimpleNamespace(), types.SimpleNamespace()
+
+    def program(holder):
+        def function(x):
+            holder.kept = make(x.shape[0])
+            return x * 2
+
+        return function
+
+    compiled, eager = thunder.jit(program(ours), fallback="eager"), program(theirs)
+    for n in (4, 5, 6, 7, 5, 9):
+        compiled(*rows(n))
+        eager(*rows(n))
+        assert repr(look(ours.kept)) == repr(look(theirs.kept))
+
+
+def test_a_number_is_written_where_the_same_one_was():
+    ours, theirs = (types.SimpleNamespace(length=2, rate=0.5) for _ in range(2))
+
+    def program(state):
+        def function(x, n):
+            state.rate = n / 8
+            state.length = n
+            return x * len(str(n))
+
+        return function
+
+    compiled, eager = thunder.jit(program(ours), fallback="eager"), program(theirs)
+    for n in (6, 12, 6, 12, 7, 8, 7, 6, 6, 12):
+        compiled(torch.ones(2), n)
+        eager(torch.ones(2), n)
+        assert ours == theirs
+
+
+def test_programs_for_any_sizes_go_away_with_their_callable():
+    def live():
+        gc.collect()
+        return sum(type(o).__name__ in ("Extent", "Sizes") for o in gc.get_objects())
+
+    before = live()
+    compiled = thunder.jit(attention)
+    for n in (4, 5, 6, 7):
+        compiled(*batch(n))
+    assert live() == before
+    watch = weakref.ref(compiled)
+    del compiled
+    gc.collect()
+    assert watch() is None
+
+
+def test_a_kernel_that_fails_after_writes_to_state():
+    ours, theirs = types.SimpleNamespace(count=0), types.SimpleNamespace(count=0)
+
+    def program(state):
+        def function(x, i):
+            state.count += 1
+            y = x[:, i]
+            x.mul_(2)
+            return y
+
+        return function
+
+    compiled, eager = thunder.jit(program(ours)), program(theirs)
+    for n, i in ((4, 1), (5, 2), (6, 3), (6, 7), (7, 7), (4, 3), (4, -5), (9, 8)):
+        x, twin = torch.ones(2, n), torch.ones(2, n)
+        try:
+            want = eager(twin, i)
+        except IndexError:
+            with pytest.raises(IndexError):
+                compiled(x, i)
+        else:
+            assert torch.equal(compiled(x, i), want)
+        assert torch.equal(x, twin)
+        assert ours == theirs
+
+
+def test_an_error_in_the_first_run_that_the_code_catches():
+    def function(x, i):
+        try:
+            y = torch.zeros(x.shape[0], x.shape[1]).scatter(1, torch.zeros(x.shape[0], 1, dtype=torch.long), i)
+        except RuntimeError:
+            y = x
+        return x + y.shape[0]
+
+    alike(function, [(torch.ones(n, m), i) for n, m, i in ((3, 6, 5), (4, 6, 5), (8, 0, 10), (9, 0, 11), (5, 6, 3))])
+
+
+def test_a_size_in_a_cycle_that_nobody_holds_is_no_obstacle():
+    def function(x):
+        cycle = [x.shape[0]]
+        cycle.append(cycle)
+        return x * cycle[0]
+
+    assert calls(function, rows, (4, 5, 6, 7, 9)) == 2
+
+
+def test_other_threads_find_ints_where_ints_are_followed():
+    class Stepping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step = 1
+
+        def forward(self, x):
+            return x * self.step + torch.zeros(self.step % 4 + 1).sum()
+
+    modules, wrong, done = [Stepping() for _ in range(20)], [], threading.Event()
+    now = modules[0]
+
+    def look():
+        while not done.is_set():
+            step = now.step
+            if type(step) is not int:
+                wrong.append(step)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    with torch.no_grad():
+        for now in modules:
+            compiled = thunder.jit(now)
+            for now.step in (1, 2, 3, 4, 5):
+                assert torch.equal(compiled(torch.ones(2)), torch.ones(2) * now.step)
+    done.set()
+    thread.join()
+    assert not wrong

@@ -76,6 +76,16 @@ def expect_sizes(tensor: torch.Tensor, *sizes: int) -> None:
         raise ValueError(f"sizes {sizes} are expected, not {tuple(found)}")
 
 
+def expect_contiguous(tensor: torch.Tensor) -> None:
+    """A mark in programs for any sizes: ``tensor`` has to be contiguous.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError("a contiguous tensor is expected")
+
+
 # ---- hooks of captured code ----
 
 

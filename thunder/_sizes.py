@@ -105,13 +105,21 @@ class Sizes:
         """A result of arithmetic."""
         if not self.open:
             return result
-        return Extent(self, self._place(name, _operand(a), _operand(b), result, False))
+        return Extent(self, self._place(name, self._operand(a), self._operand(b), result, False))
 
     def decided(self, name: str, result: bool, a: Any, b: Any) -> bool:
         """What a comparison said."""
         if self.open:
-            self._place(name, _operand(a), _operand(b), int(result), True)
+            self._place(name, self._operand(a), self._operand(b), int(result), True)
         return result
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, Extent):
+            return (value.place,)
+        if abs(value) >= 1 << 63:
+            self.spoil("an int is too large")
+            raise Unfollowed
+        return int(value)
 
     def pin(self, extent: Extent) -> int:
         """Fix a number to its value."""
@@ -141,10 +149,6 @@ def _asks_for_ints(code: CodeType) -> bool:
     return {"type", "int"} <= read
 
 
-def _operand(value: Any) -> Any:
-    return (value.place,) if isinstance(value, Extent) else int(value)
-
-
 class Extent(torch.SymInt):
     """An int of ``Sizes``. It is a ``SymInt`` so that ``torch.Size`` holds it."""
 
@@ -172,6 +176,9 @@ class Extent(torch.SymInt):
         return self
 
     __pos__ = __trunc__ = __floor__ = __ceil__ = __copy__ = conjugate = _same
+    real = numerator = property(_same)
+    imag = 0
+    denominator = 1
 
     def __deepcopy__(self, memo: Any) -> Extent:
         return self
@@ -193,6 +200,11 @@ def _whole(other: Any) -> bool:
     return type(other) in (int, bool, Extent)
 
 
+def _foreign(other: Any) -> bool:
+    """It would look at a size without asking it, or take it for no int; not so torch, and what is no number."""
+    return not isinstance(other, (torch.Tensor, torch.SymInt, str, tuple, list, dict, type(None)))
+
+
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Extent) else value
 
@@ -201,17 +213,13 @@ def _tracked(name: str) -> None:
     function = getattr(operator, name)
 
     def forward(self: Extent, other: Any) -> Any:
-        if type(other) is float:
-            return function(self.sizes.pin(self), other)
         if not _whole(other):
-            return NotImplemented
+            return function(self.sizes.pin(self), other) if _foreign(other) else NotImplemented
         return self.sizes.computed(name, function(self.value, _plain(other)), self, other)
 
     def backward(self: Extent, other: Any) -> Any:
-        if type(other) is float:
-            return function(other, self.sizes.pin(self))
         if not _whole(other):
-            return NotImplemented
+            return function(other, self.sizes.pin(self)) if _foreign(other) else NotImplemented
         return self.sizes.computed(name, function(_plain(other), self.value), other, self)
 
     setattr(Extent, f"__{name}__", forward)
@@ -222,10 +230,8 @@ def _compared(name: str) -> None:
     function = getattr(operator, name)
 
     def compare(self: Extent, other: Any) -> Any:
-        if type(other) is float:
-            return function(self.sizes.pin(self), other)
         if not _whole(other):
-            return NotImplemented
+            return function(self.sizes.pin(self), other) if _foreign(other) else NotImplemented
         return self.sizes.decided(name, function(self.value, _plain(other)), self, other)
 
     setattr(Extent, f"__{name}__", compare)
@@ -244,7 +250,8 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
     _tracked(_name)
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _compared(_name)
-_CONVERT = "__index__ __int__ __float__ __round__ __str__ __repr__ __format__ bit_length to_bytes as_integer_ratio"
+_CONVERT = "__index__ __int__ __float__ __round__ __str__ __repr__ __format__"
+_METHODS = "bit_length bit_count to_bytes as_integer_ratio"
 _ARITHMETIC = "truediv rtruediv pow rpow divmod rdivmod and rand or ror xor rxor lshift rlshift rshift rrshift invert"
-for _name in (*_CONVERT.split(), *(f"__{_short}__" for _short in _ARITHMETIC.split())):
+for _name in (*_CONVERT.split(), *_METHODS.split(), *(f"__{_short}__" for _short in _ARITHMETIC.split())):
     _pinned(_name)

@@ -128,10 +128,11 @@ enum {                   /* effects of one operation */
        TH_FX_STATE = 4,  /* touches state outside the trace: never removed, merged or moved; text: "effect" */
 };
 
-enum {                        /* marks of one operation: what a derivative does with it */
+enum {                        /* marks of one operation: what a derivative and other passes do with it */
        TH_MARK_NO_GRAD = 1,   /* ran while gradients were off: its results require none */
        TH_MARK_LATE = 4,      /* in a rule: ran backwards */
        TH_MARK_RECOMPUTE = 2, /* inside torch.utils.checkpoint: run again in the backward pass, not saved */
+       TH_MARK_SIZED = 8,     /* may meet other sizes than stated, and fail for them: stays, also when it is dead */
 };
 
 typedef enum th_op_kind { TH_OP_CALL = 1, TH_OP_DEL } th_op_kind;

@@ -147,8 +147,10 @@ static void print_effects(th__text *out, const th_trace *t, const th_op *op, con
     static const struct {
         uint8_t bit;
         const char *text;
-    } words[] = {{TH_FX_RANDOM, "random"}, {TH_FX_STATE, "effect"}},
-      marks[] = {{TH_MARK_NO_GRAD, "no_grad"}, {TH_MARK_RECOMPUTE, "recompute"}, {TH_MARK_LATE, "late"}};
+    } words[] = {{TH_FX_RANDOM, "random"}, {TH_FX_STATE, "effect"}}, marks[] = {{TH_MARK_NO_GRAD, "no_grad"},
+                                                                                {TH_MARK_RECOMPUTE, "recompute"},
+                                                                                {TH_MARK_LATE, "late"},
+                                                                                {TH_MARK_SIZED, "sized"}};
     for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
         if (!(op->marks & marks[i].bit)) continue;
         th__text_z(out, separator);

@@ -6,9 +6,10 @@
  *     return x
  *
  * An operation stays when a value of its outs is used later, when it draws random numbers (the generator's stream must
- * stay eager's), when it touches outside state, when its name says that it changes its argument's metadata, or when it
- * writes a group that can still be seen: one with an input, one of something that is no tensor, one with a member that
- * is used after the write. One pass backwards decides all of it.
+ * stay eager's), when it may fail for other sizes than stated (sized), when it touches outside state, when its name
+ * says that it changes its argument's metadata, or when it writes a group that can still be seen: one with an input,
+ * one of something that is no tensor, one with a member that is used after the write. One pass backwards decides all of
+ * it.
  */
 #include "passes/pass.h"
 
@@ -39,7 +40,7 @@ static bool write_is_seen(const liveness *l, th_val v) {
 
 static bool stays(liveness *l, th_opref op) {
     const th_op *data = &l->t->ops[op];
-    if (data->effects & (TH_FX_RANDOM | TH_FX_STATE)) return true;
+    if (data->effects & (TH_FX_RANDOM | TH_FX_STATE) || data->marks & TH_MARK_SIZED) return true;
     if (data->nwrites == 0 && th__op_named_in_place(l->t, data)) return true; /* t_, unsqueeze_: they change metadata */
     for (uint32_t i = 0; i < data->nwrites; i++) {
         if (write_is_seen(l, l->t->kids[data->writes + i])) return true;

@@ -5,20 +5,20 @@
  *
  * Only operations for which torch returns the very same tensor object are in the table, so what the trace returns keeps
  * its identity. An operation that makes an equal copy (clone, x + 0) or a new view (x.view(x.shape)) is none of them. A
- * value whose group is written anywhere is left alone.
+ * value whose group is written anywhere is left alone, and so is a layout where sizes may be others than stated.
  */
 #include "passes/pass.h"
 
 #include <string.h>
 
-typedef enum same_when { SAME_TYPE = 1, DROPOUT, TO } same_when;
+typedef enum same_when { SAME_TYPE = 1, SAME_LAYOUT, DROPOUT, TO } same_when;
 
 static const struct {
     const char *name;
     same_when when;
 } known[] = {
     {"torch.Tensor.to", TO},
-    {"torch.Tensor.contiguous", SAME_TYPE},
+    {"torch.Tensor.contiguous", SAME_LAYOUT},
     {"torch.Tensor.type_as", SAME_TYPE},
     {"torch.Tensor.type", SAME_TYPE},
     {"torch.Tensor.float", SAME_TYPE},
@@ -61,7 +61,9 @@ static bool may_copy(const th_trace *t, const th_op *op) {
 }
 
 static bool returns_input(const th_trace *t, const th_op *op, same_when when) {
-    if (when == TO) return !may_copy(t, op);
+    bool sized = op->marks & TH_MARK_SIZED;
+    if (when == TO) return !may_copy(t, op) && !(sized && th__op_arg(t, op, UINT32_MAX, "memory_format"));
+    if (when == SAME_LAYOUT) return !sized;
     if (when != DROPOUT) return true;
     bool functional = !th__op_is(t, op, "torch.dropout");
     th_node p = th__op_arg(t, op, 1, "p"), training = th__op_arg(t, op, 2, functional ? "training" : "train");

@@ -1,0 +1,69 @@
+"""Generated programs whose behaviour depends on sizes and ints do as eager does, whatever sizes come.
+
+The quick tier runs 200 programs, the same ones each time; ``pytest -m slow`` runs 5,000. A difference that is there
+without following sizes as well (an operation that nobody uses, and whose kernel would raise) is not one of sizes.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import thunder
+from tests.soundness.generator_sizes import Writer
+from tests.soundness.harness import check_source
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    """Programs with gradients have one size only."""
+    with torch.no_grad():
+        yield
+
+
+def check_programs(seeds: range) -> tuple[int, list[Any]]:
+    """How many differ without following sizes as well, and all compiled callables."""
+    others, made = 0, []
+    for seed in seeds:
+        source = Writer(random.Random(seed)).program()
+        found, compiled = check_source(source)
+        made.append(compiled)
+        if found:
+            assert check_source(source, dynamic=False)[0], f"{found}\n\nseed {seed}\n{source}"
+            others += 1
+    return others, made
+
+
+def test_generated_program_with_sizes():
+    others, made = check_programs(range(200))
+    stats = [thunder.compile_stats(compiled) for compiled in made]
+    assert others <= 6
+    assert sum(s.cache_hits for s in stats) > sum(s.calls for s in stats) / 8  # sizes change at most calls
+    assert sum(s.fallbacks for s in stats) < sum(s.calls for s in stats) / 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_generated_program_with_sizes_of_five_thousand(part):
+    seeds = range(1000 + 500 * part, 1500 + 500 * part)
+    assert check_programs(seeds)[0] <= len(seeds) / 33
+
+
+def test_generated_programs_find_a_compiler_that_does_not_look_at_sizes():
+    """With the caller's word that sizes decide nothing, which is not true of these."""
+    found = [check_source(Writer(random.Random(seed)).program(), dynamic=True)[0] for seed in range(30)]
+    exact = [check_source(Writer(random.Random(seed)).program(), dynamic=False)[0] for seed in range(30)]
+    assert sum(map(bool, found)) > sum(map(bool, exact))
+
+
+def test_writers_given_equal_choices_write_equal_programs_of_sizes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(200):
+            source = Writer(random.Random(seed)).program()
+            assert source == Writer(random.Random(seed)).program()
+            compile(source, "<program>", "exec")

@@ -88,10 +88,18 @@ static void fix_sizes_of(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) fix_sizes_of(&s->kids[i]);
 }
 
-/* They would find extents where ints are while these are followed. */
+/* They would find extents where ints are while these are followed. Torch's own threads, which wait for work, run no
+ * Python code. */
 static bool has_threads(void) {
-    PyThreadState *first = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(PyThreadState_Get()));
-    return first && PyThreadState_Next(first);
+    PyThreadState *mine = PyThreadState_Get();
+    PyThreadState *state = PyInterpreterState_ThreadHead(PyThreadState_GetInterpreter(mine));
+    bool found = false;
+    for (; state && !found; state = PyThreadState_Next(state)) {
+        PyFrameObject *frame = state == mine ? NULL : PyThreadState_GetFrame(state);
+        found = frame != NULL;
+        Py_XDECREF(frame);
+    }
+    return found;
 }
 
 /* Is it the same call but for sizes and ints? Then the sizes of b that differ are free, its ints are numbered, and it

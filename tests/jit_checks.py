@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +44,33 @@ def no_grad(nothing_leaks: None) -> Iterator[None]:
     """Tests run where compiled code is used: without gradients."""
     with torch.no_grad():
         yield
+
+
+def is_only_thread() -> bool:
+    """No other thread runs Python code, as earlier tests may leave some."""
+    return len(sys._current_frames()) == 1
+
+
+def run_alone(*tests: str) -> None:
+    """Runs tests in a process of their own, which has one thread."""
+    env = {**os.environ, "THUNDER_TEST_ALONE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *tests],
+        cwd=Path(__file__).parent.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def assert_captured_at_most(compiled: Any, count: int) -> None:
+    """Where other threads are left, ints of attributes are not followed: then a process of its own tells (run_alone)."""
+    if os.environ.get("THUNDER_TEST_ALONE"):
+        assert is_only_thread()
+    if is_only_thread():
+        assert thunder.cache_misses(compiled) <= count
 
 
 def assert_same(eager: Any, ours: Any) -> None:

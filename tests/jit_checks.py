@@ -66,7 +66,7 @@ def run_alone(*tests: str) -> None:
 
 
 def assert_captured_at_most(compiled: Any, count: int) -> None:
-    """Where other threads are left, ints of attributes are not followed: then a process of its own tells (run_alone)."""
+    """Where threads are left, ints of attributes are not followed: then a process of its own tells (run_alone)."""
     if os.environ.get("THUNDER_TEST_ALONE"):
         assert is_only_thread()
     if is_only_thread():

@@ -42,3 +42,16 @@ bool thx_specs_alike(const thx_spec *a, const thx_spec *b, int but_for, uint32_t
         if (!thx_specs_alike(&a->kids[i], &b->kids[i], but_for, differences)) return false;
     return true;
 }
+
+static bool same_names(PyObject *a, PyObject *b) {
+    return a == b || (a && b && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
+}
+
+bool thx_calls_alike(const thx_entry *a, const thx_entry *b, int but_for, uint32_t *differences) {
+    bool same = a->nargs == b->nargs && a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
+                memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
+    *differences = 0;
+    for (uint32_t i = 0; i < a->nargs && same; i++)
+        same = thx_specs_alike(&a->args[i], &b->args[i], but_for, differences);
+    return same;
+}

@@ -141,6 +141,8 @@ void thx_find_sharing(thx *x, const thx_guards *guards, const thx_leaves *leaves
 enum { THX_ALIKE_NUMBERS, THX_ALIKE_SIZES, THX_ALIKE_INTS };
 /* The same but for values of the floats that b numbers, for sizes and ints, or for ints; adds to *differences. */
 bool thx_specs_alike(const thx_spec *a, const thx_spec *b, int but_for, uint32_t *differences);
+/* The same call but for these; *differences: how many there are. */
+bool thx_calls_alike(const thx_entry *a, const thx_entry *b, int but_for, uint32_t *differences);
 bool thx_same_object(PyObject *a, PyObject *b, bool by_identity);
 
 /* numbers.c. Before a capture: is there an entry for the same call but for values of floats? Then these are followed,

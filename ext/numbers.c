@@ -33,18 +33,9 @@ static void forget_floats(thx_spec *s) {
     for (uint32_t i = 0; i < s->nkids; i++) forget_floats(&s->kids[i]);
 }
 
-static bool same_names(PyObject *a, PyObject *b) {
-    return a == b || (a && b && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
-}
-
 static bool alike_calls(const thx_entry *a, const thx_entry *b, uint32_t *differences) {
-    bool same = !a->eager && !a->dead && !a->expected && !a->effects.count && a->nargs == b->nargs &&
-                a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
-                memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
-    *differences = 0;
-    for (uint32_t i = 0; i < a->nargs && same; i++)
-        same = thx_specs_alike(&a->args[i], &b->args[i], THX_ALIKE_NUMBERS, differences);
-    return same;
+    return !a->eager && !a->dead && !a->expected && !a->effects.count &&
+           thx_calls_alike(a, b, THX_ALIKE_NUMBERS, differences);
 }
 
 PyObject *thx_tape_new(thx *x) {

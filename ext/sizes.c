@@ -29,10 +29,6 @@ enum { MAX_TRIES = 4 };
 
 /* ---- a former call ---- */
 
-static bool same_names(PyObject *a, PyObject *b) {
-    return a == b || (a && b && PyObject_RichCompareBool(a, b, Py_EQ) == 1);
-}
-
 /* The dimensions of a tensor from the innermost on, and which of their strides follow from the sizes, here and there.
  */
 static bool free_tensor(const thx_spec *a, thx_spec *b) {
@@ -105,12 +101,9 @@ static bool has_threads(void) {
 /* Is it the same call but for sizes and ints? Then the sizes of b that differ are free, its ints are numbered, and it
  * knows the places of ints that are no arguments. 1, 0, -1. */
 static int alike_calls(thx *x, const thx_entry *a, thx_entry *b, bool ints) {
-    bool same = !a->eager && !a->dead && (ints || !(a->formula || a->gradient || a->expected)) &&
-                a->nargs == b->nargs && a->npositional == b->npositional && same_names(a->kwnames, b->kwnames) &&
-                memcmp(&a->ambient, &b->ambient, sizeof a->ambient) == 0;
     uint32_t differences = 0;
-    for (uint32_t i = 0; i < a->nargs && same; i++)
-        same = thx_specs_alike(&a->args[i], &b->args[i], ints ? THX_ALIKE_INTS : THX_ALIKE_SIZES, &differences);
+    bool same = !a->eager && !a->dead && (ints || !(a->formula || a->gradient || a->expected)) &&
+                thx_calls_alike(a, b, ints ? THX_ALIKE_INTS : THX_ALIKE_SIZES, &differences);
     if (!same) return PyErr_Occurred() ? -1 : 0;
     PyObject *changed = PyList_New(0);
     int holds = changed ? thx_guards_check_but(x, a->guards, ints ? NULL : &PyLong_Type, changed) : -1;

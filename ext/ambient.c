@@ -36,25 +36,38 @@ static int read_autocast(thx *x, thx_ambient *a) {
     return 0;
 }
 
-/* 1: modes of the user are active, nothing may be assumed; 0: read; -1 error. */
-int thx_ambient_read(thx *x, thx_ambient *a) {
-    memset(a, 0, sizeof *a);
-    if (thx_under_functorch(x)) return 1;
+static int read_by_python(thx *x, thx_ambient *a) {
     long functions = call_long(x->f_stack_len), dispatches = call_long(x->d_stack_len);
     int grad = thx_grad_mode(x);
     int inference = call_flag(x->inference), autocast = call_flag(x->any_autocast);
     PyObject *dtype = PyObject_CallNoArgs(x->default_dtype);
-    if (functions < 0 || dispatches < 0 || grad < 0 || inference < 0 || autocast < 0 || !dtype) {
-        Py_XDECREF(dtype);
-        return -1;
-    }
+    Py_XDECREF(dtype);
+    if (functions < 0 || dispatches < 0 || grad < 0 || inference < 0 || autocast < 0 || !dtype) return -1;
     a->grad = grad;
     a->inference = inference;
     a->autocast = autocast;
     a->default_dtype = dtype;
-    Py_DECREF(dtype);
-    if (autocast && read_autocast(x, a) < 0) return -1;
     return functions > 0 || dispatches > 0;
+}
+
+static int read_by_abi(thx *x, thx_ambient *a) {
+    const thx_abi *abi = &x->abi;
+    a->grad = abi->aoti_torch_grad_mode_is_enabled();
+    int inference = abi->keys_included(abi->view_keys) ? 0 : call_flag(x->inference);
+    int autocast = abi->keys_excluded(abi->autocast_keys) ? 0 : call_flag(x->any_autocast);
+    if (inference < 0 || autocast < 0) return -1;
+    a->inference = inference;
+    a->autocast = autocast;
+    a->default_dtype = x->dtype_objects[abi->dtypes[abi->default_dtype() & 63]];
+    return abi->function_modes() > 0 || abi->dispatch_modes() > 0;
+}
+
+int thx_ambient_read(thx *x, thx_ambient *a) {
+    memset(a, 0, sizeof *a);
+    if (thx_under_functorch(x)) return 1;
+    int modes = x->abi.state ? read_by_abi(x, a) : read_by_python(x, a);
+    if (modes == 0 && a->autocast && read_autocast(x, a) < 0) return -1;
+    return modes;
 }
 
 /* ---- autocast ---- */

@@ -134,6 +134,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
     PyMem_Free(g->tied.items);
     PyMem_Free(g->bounds.items);
     PyMem_Free(g->live);
+    PyMem_Free(g->pieces);
     Py_XDECREF(g->roots);
     Py_XDECREF(g->codes);
     Py_XDECREF(g->names);
@@ -235,7 +236,19 @@ static int read_bound(thx *x, PyObject *tensor, bound *b) {
     return 0;
 }
 
-static bool bound_holds(thx *x, PyObject *tensor, const bound *b) {
+static bool grad_holds(thx *x, PyObject *tensor, const bound *b) {
+    int grad = x->abi.on ? thx_requires_grad(&x->abi, tensor) : -1;
+    if (grad < 0) { /* not to be told from the outside: ask */
+        PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
+        PyErr_Clear();
+        Py_XDECREF(flag);
+        grad = flag == Py_True;
+    }
+    return grad == b->requires_grad;
+}
+
+/* Without what the piece of memory says. */
+static bool bound_answers(thx *x, PyObject *tensor, const bound *b) {
     const thx_abi *abi = &x->abi;
     if (!abi->on) {
         bound now = {0};
@@ -257,23 +270,29 @@ static bool bound_holds(thx *x, PyObject *tensor, const bound *b) {
     int64_t *want = b->dims;
     for (int64_t i = 0; i < ndim; i++)
         if (sizes[i] != want[i] || strides[i] != want[ndim + i]) return false;
-    int grad = thx_requires_grad(abi, tensor);
-    if (grad < 0) { /* not to be told from the outside: ask */
-        PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
-        PyErr_Clear();
-        Py_XDECREF(flag);
-        grad = flag == Py_True;
-    }
-    return grad == b->requires_grad;
+    return grad_holds(x, tensor, b);
+}
+
+static bool bound_holds(thx *x, thx_guards *g, uint32_t i) {
+    bound *b = &g->bounds.items[i];
+    PyObject *tensor = g->live[i];
+    char *piece = g->pieces + (size_t)i * THX_LAYOUT_BYTES;
+    if (b->in_piece && thx_layout_is(&x->abi, tensor, piece)) return grad_holds(x, tensor, b);
+    if (!bound_answers(x, tensor, b)) return false;
+    b->in_piece = thx_layout_read(&x->abi, tensor, piece);
+    return true;
 }
 
 int thx_guards_bind(thx *x, thx_guards *g, PyObject *tensor, PyObject *dict, PyObject *key) {
     if (RESERVE(g->bounds) < 0) return -1;
     PyObject **live = PyMem_Realloc(g->live, sizeof *live * (g->bounds.count + 1));
-    if (!live) return PyErr_NoMemory(), -1;
-    g->live = live;
+    if (live) g->live = live;
+    char *pieces = PyMem_Realloc(g->pieces, (size_t)THX_LAYOUT_BYTES * (g->bounds.count + 1));
+    if (pieces) g->pieces = pieces;
+    if (!live || !pieces) return PyErr_NoMemory(), -1;
     bound b = {.dict = NULL};
     if (read_bound(x, tensor, &b) < 0) return -1;
+    b.in_piece = thx_layout_read(&x->abi, tensor, pieces + (size_t)g->bounds.count * THX_LAYOUT_BYTES);
     b.dict = Py_XNewRef(dict);
     b.key = Py_XNewRef(key);
     live[g->bounds.count] = Py_NewRef(tensor);
@@ -322,15 +341,22 @@ bool thx_watch_cell_holds(const watch_cell *c) {
 }
 
 bool thx_watch_object_holds(const watch_object *o) {
-    if (Py_TYPE(o->object) != o->type) return false;
-    PyObject **dict = o->dict ? _PyObject_GetDictPtr(o->object) : NULL;
-    return !dict || *dict == o->dict;
+    return Py_TYPE(o->object) == o->type && (!o->dict || *o->place == o->dict);
+}
+
+/* The elements in their places, as a copy has them; else they may be the same still. */
+static bool same_table(const PySetObject *a, const PySetObject *b) {
+    if (a->used != b->used || a->mask != b->mask) return false;
+    for (Py_ssize_t i = 0; i <= a->mask; i++)
+        if (a->table[i].key != b->table[i].key) return false;
+    return true;
 }
 
 bool thx_watch_sequence_holds(const watch_sequence *w) {
-    if (PyAnySet_Check(w->object)) {
-        Py_ssize_t n = PySet_GET_SIZE(w->object);
-        return n == PySet_GET_SIZE(w->copy) && (!n || PyObject_RichCompareBool(w->object, w->copy, Py_EQ) == 1);
+    if (w->is_set) {
+        const PySetObject *now = (PySetObject *)w->object, *copy = (PySetObject *)w->copy;
+        if (now->used != copy->used) return false;
+        return !now->used || same_table(now, copy) || PyObject_RichCompareBool(w->object, w->copy, Py_EQ) == 1;
     }
     Py_ssize_t n = PySequence_Fast_GET_SIZE(w->object);
     if (n != PyTuple_GET_SIZE(w->copy)) return false;
@@ -355,8 +381,9 @@ static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObjec
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         bound *b = &g->bounds.items[i];
         if (g->live[i] != old) continue;
-        if (b->dict != dict || !thx_same_value(b->key, key) || !bound_holds(x, now, b)) return false;
+        if (b->dict != dict || !thx_same_value(b->key, key) || !bound_answers(x, now, b)) return false;
         Py_SETREF(g->live[i], Py_NewRef(now));
+        b->in_piece = false;
         found = true;
     }
     for (uint32_t i = 0; found && i < g->tensors.count; i++)
@@ -558,13 +585,14 @@ int thx_guards_check(thx *x, thx_guards *g) {
         if (!g->changed) g->events = events;
     }
 #endif
-    for (uint32_t i = 0; i < g->objects.count; i++)
+    for (uint32_t i = 0; i < g->objects.count; i++) {
         if (!thx_watch_object_holds(&g->objects.items[i])) {
             snprintf(g->reason, sizeof g->reason, "an object of type %.100s changed its class or its __dict__",
                      g->objects.items[i].type->tp_name);
             keep_cause(g, g->objects.items[i].object, NULL, NULL, NULL);
             return 0;
         }
+    }
     for (uint32_t i = 0; i < g->others.count; i++)
         if (!object_holds(x, g, &g->others.items[i])) return 0;
     for (uint32_t i = 0; i < g->cells.count; i++)
@@ -580,21 +608,23 @@ int thx_guards_check(thx *x, thx_guards *g) {
             keep_cause(g, g->cells.items[i].cell, NULL, g->cells.items[i].value, PyCell_GET(g->cells.items[i].cell));
             return 0;
         }
-    for (uint32_t i = 0; i < g->sequences.count; i++)
+    for (uint32_t i = 0; i < g->sequences.count; i++) {
         if (!g->sequences.items[i].ignored && !thx_watch_sequence_holds(&g->sequences.items[i])) {
             if ((g->sequences.items[i].ignored = !thx_relevant_owner(x, g, g->sequences.items[i].object))) continue;
             snprintf(g->reason, sizeof g->reason, "a list or set of the module changed");
             keep_cause(g, g->sequences.items[i].object, NULL, NULL, NULL);
             return 0;
         }
-    for (uint32_t i = 0; i < g->bounds.count; i++)
-        if (!bound_holds(x, g->live[i], &g->bounds.items[i])) {
+    }
+    for (uint32_t i = 0; i < g->bounds.count; i++) {
+        if (!bound_holds(x, g, i)) {
             snprintf(g->reason, sizeof g->reason,
                      "a parameter or buffer changed its shape, strides, dtype, device or "
                      "requires_grad");
             if (g->bounds.items[i].dict) keep_cause(g, g->bounds.items[i].dict, g->bounds.items[i].key, NULL, NULL);
             return 0;
         }
+    }
     return 1;
 }
 

@@ -136,7 +136,7 @@ static int walk_sequence(walker *w, PyObject *o, int depth) {
     if (PyTuple_Check(o))
         Py_DECREF(copy);
     else
-        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy, false};
+        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy, false, PyAnySet_Check(o)};
     if (PyAnySet_Check(o)) return 0;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); i++)
         if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0) return -1;
@@ -492,8 +492,9 @@ static int walk_object(walker *w, PyObject *o, int depth) {
     rc = RESERVE(g->objects);
     PyObject **place = _PyObject_GetDictPtr(o);
     if (rc == 0) {
-        g->objects.items[g->objects.count++] = (watch_object){
-            Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o)), place && *place == dict ? dict : NULL};
+        g->objects.items[g->objects.count++] =
+            (watch_object){Py_NewRef(o), (PyTypeObject *)Py_NewRef((PyObject *)Py_TYPE(o)),
+                           place && *place == dict ? dict : NULL, place};
         int fresh = first_visit(w, dict);
         bool module = fresh == 1 && PyObject_TypeCheck(o, w->x->NnModule);
         rc = fresh != 1 ? fresh : module ? walk_module_dict(w, dict, depth) : walk_attributes(w, dict, depth);

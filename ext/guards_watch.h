@@ -25,13 +25,14 @@ typedef struct watch_stamp { /* what a check compares first: small and side by s
 
 typedef struct watch_sequence { /* list, deque-like or set: length, then elements by identity (sets by equality) */
     PyObject *object, *copy;
-    bool ignored;
+    bool ignored, is_set;
 } watch_sequence;
 
 typedef struct watch_object {
     PyObject *object;
     PyTypeObject *type;
-    PyObject *dict; /* of its attributes (borrowed: it is watched too); NULL: it answers __dict__ in its own way */
+    PyObject *dict;   /* of its attributes (borrowed: it is watched too); NULL: it answers __dict__ in its own way */
+    PyObject **place; /* in the object, where it holds that dictionary: the same as long as its type is */
 } watch_object;
 
 typedef struct watch_cell { /* a variable of an enclosing function */
@@ -67,6 +68,7 @@ typedef struct bound {
     int32_t dtype, device_type, device_index;
     int64_t ndim, *dims;
     bool requires_grad;
+    bool in_piece; /* the piece of the same place says all but requires_grad, see thx_layout_read */
 } bound;
 
 #define VEC(type)            \
@@ -89,6 +91,7 @@ struct thx_guards {
     VEC(bound) bounds;
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
     PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
+    char *pieces;                    /* parallel to bounds too, THX_LAYOUT_BYTES each */
     PyObject *changed;               /* while checking: see thx_guards_check_but (borrowed); or NULL */
     PyTypeObject *changed_type;      /* then */
     PyObject *any;                   /* owned: list of (owner, key or None) of numbers that may be any; or NULL */

@@ -225,11 +225,12 @@ static int load_errors(thx *x) {
 static PyObject *torch_abi(PyObject *module, PyObject *unused) {
     (void)unused;
     thx *x = PyModule_GetState(module);
-    return Py_BuildValue("{s:O,s:O,s:O,s:O,s:O,s:K,s:O}", "handles", x->abi.on ? Py_True : Py_False, "dispatcher",
-                         x->abi.dispatcher ? Py_True : Py_False, "shims", x->abi.shims ? Py_True : Py_False, "wrap",
-                         x->abi.wrap ? Py_True : Py_False, "requires_grad",
-                         x->abi.autograd_meta >= 0 ? Py_True : Py_False, "version", (unsigned long long)x->abi.version,
-                         "off", x->abi.report);
+    return Py_BuildValue(
+        "{s:O,s:O,s:O,s:O,s:O,s:O,s:O,s:K,s:O}", "handles", x->abi.on ? Py_True : Py_False, "dispatcher",
+        x->abi.dispatcher ? Py_True : Py_False, "shims", x->abi.shims ? Py_True : Py_False, "wrap",
+        x->abi.wrap ? Py_True : Py_False, "requires_grad", x->abi.autograd_meta >= 0 ? Py_True : Py_False, "layout",
+        x->abi.on && x->abi.layout >= 0 ? Py_True : Py_False, "state", x->abi.state ? Py_True : Py_False, "version",
+        (unsigned long long)x->abi.version, "off", x->abi.report);
 }
 
 static PyObject *passes(PyObject *module, PyObject *unused) {

@@ -437,6 +437,7 @@ static bool autocast_on(thx *x) {
 }
 
 bool thx_under_functorch(thx *x) {
+    if (x->abi.state) return thx_functorch_at_work(&x->abi);
     PyObject *level = PyObject_CallNoArgs(x->functorch_level);
     PyErr_Clear();
     Py_XDECREF(level);

@@ -12,6 +12,7 @@
 #include <Python.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "base/dylib.h"
 #include "thunder/base.h"
@@ -70,8 +71,18 @@ typedef struct thx_abi {
     size_t borrow;            /* offset of the TensorImpl pointer in a torch.Tensor object */
     int autograd_meta;        /* byte offset of the autograd metadata pointer in TensorImpl; -1: unknown */
     int requires_grad;        /* byte offset of the flag behind that pointer */
+    int grad_fn;              /* byte offset of the pointer to what made the tensor, there too; -1: unknown */
+    void *meta_class;         /* the first word there, for tensors that are no views */
     int keys;                 /* byte offset of the dispatch keys in TensorImpl; -1: unknown */
     uint64_t lazy;            /* the keys of lazily conjugated and of negated tensors */
+    int layout, layout_bytes; /* the piece of TensorImpl from the number of dimensions to the keys; -1: none */
+    bool state;               /* the following, of the thread, passed the self-test */
+    int64_t (*function_modes)(void), (*dispatch_modes)(void);
+    int8_t (*default_dtype)(void);
+    bool (*keys_excluded)(uint64_t), (*keys_included)(uint64_t); /* all of them? */
+    uint64_t autocast_keys;                                      /* all excluded: autocast is off */
+    uint64_t view_keys;                                          /* included: no inference mode */
+    void *const *(*functorch_layers)(void);
     PyObject *(*wrap)(th_h);  /* new reference to a torch.Tensor of a handle, which stays owned by the caller */
     PyObject *steal;          /* torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, the road without `wrap` */
     int32_t scalar_types[64]; /* th_dtype -> torch's number; -1 unknown */
@@ -91,13 +102,30 @@ static inline th_h thx_borrow(const thx_abi *abi, PyObject *tensor) { return (ch
 /* Turn an owned handle into a tensor object; the handle is consumed either way. */
 PyObject *thx_wrap(const thx_abi *abi, th_h handle);
 
-/* requires_grad by the calibrated byte; -1 when it has to be asked of Python. */
+/* requires_grad by the calibrated bytes; -1 when it has to be asked of Python. */
 static inline int thx_requires_grad(const thx_abi *abi, PyObject *tensor) {
     if (abi->autograd_meta < 0) return -1;
     const char *impl = *(char **)thx_borrow(abi, tensor);
     const char *meta = *(char **)(impl + abi->autograd_meta);
     if (!meta) return 0;
-    return meta[abi->requires_grad] ? 1 : -1; /* 0 there may still be an intermediate with a grad_fn */
+    if (meta[abi->requires_grad]) return 1;
+    if (abi->grad_fn < 0 || *(void **)meta != abi->meta_class) return -1; /* it may be the result of an operation */
+    return *(void **)(meta + abi->grad_fn) != NULL;
+}
+
+static inline bool thx_functorch_at_work(const thx_abi *abi) { /* begin and end of a std::vector */
+    void *const *layers = abi->functorch_layers();
+    return layers[0] != layers[1];
+}
+
+/* Copy the piece of a tensor's memory that holds its sizes, strides, dtype, device and keys; false where there is no
+ * such piece: of more than five dimensions, of sizes that are symbols, or without calibration. */
+enum { THX_LAYOUT_BYTES = 160 };
+bool thx_layout_read(const thx_abi *abi, PyObject *tensor, char *piece);
+
+/* Is the piece what was read then? Else it may be still: ask. */
+static inline bool thx_layout_is(const thx_abi *abi, PyObject *tensor, const char *piece) {
+    return memcmp(*(char **)thx_borrow(abi, tensor) + abi->layout, piece, (size_t)abi->layout_bytes) == 0;
 }
 
 /* Does it show other values than its memory holds, conjugated or negated ones? */

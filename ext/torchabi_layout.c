@@ -1,0 +1,330 @@
+/* Where torch's tensors keep what is read of them at every call. See torchabi_layout.h. */
+#include "torchabi_layout.h"
+
+#include <malloc.h>
+#include <string.h>
+
+int thx_abi_note(thx_abi *abi, const char *feature, const char *why) {
+    PyObject *text = PyUnicode_FromString(why);
+    int rc = text ? PyDict_SetItemString(abi->report, feature, text) : -1;
+    Py_XDECREF(text);
+    return rc;
+}
+
+PyObject *thx_abi_call(PyObject *torch, const char *function, const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    PyObject *args = Py_VaBuildValue(format, list);
+    va_end(list);
+    PyObject *callable = args ? PyObject_GetAttrString(torch, function) : NULL;
+    PyObject *result = callable ? PyObject_CallObject(callable, args) : NULL;
+    Py_XDECREF(callable);
+    Py_XDECREF(args);
+    return result;
+}
+
+/* The place in a tensor object that holds its TensorImpl pointer, against torch's official handle. */
+int thx_abi_find_impl(thx_abi *abi, PyObject *torch) {
+    PyObject *aoti = PyObject_GetAttrString(torch, "_C");
+    PyObject *module = aoti ? PyObject_GetAttrString(aoti, "_aoti") : NULL;
+    PyObject *official = module ? PyObject_GetAttrString(module, "unsafe_alloc_void_ptrs_from_tensors") : NULL;
+    abi->steal = module ? PyObject_GetAttrString(module, "alloc_tensors_by_stealing_from_void_ptrs") : NULL;
+    Py_XDECREF(module);
+    Py_XDECREF(aoti);
+    if (!official || !abi->steal) {
+        PyErr_Clear();
+        Py_XDECREF(official);
+        return thx_abi_note(abi, "borrow", "torch._C._aoti has no handle functions");
+    }
+    size_t found = 0;
+    for (int round = 0; round < 3; round++) {
+        PyObject *tensor = thx_abi_call(torch, "zeros", "(i)", 3 + round);
+        PyObject *list = tensor ? PyList_New(1) : NULL;
+        if (!list) {
+            Py_XDECREF(tensor);
+            Py_DECREF(official);
+            return -1;
+        }
+        PyList_SET_ITEM(list, 0, Py_NewRef(tensor));
+        PyObject *capsules = PyObject_CallOneArg(official, list);
+        Py_DECREF(list);
+        PyObject *capsule = capsules ? PySequence_GetItem(capsules, 0) : NULL;
+        void *handle = capsule ? PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)) : NULL;
+        size_t place = 0, hits = 0;
+        if (handle) {
+            void *impl = *(void **)handle;
+            size_t size = (size_t)Py_TYPE(tensor)->tp_basicsize;
+            for (size_t at = sizeof(PyObject); at + sizeof(void *) <= size; at += sizeof(void *))
+                if (*(void **)((char *)tensor + at) == impl) place = at, hits++;
+            if (abi->aoti_torch_delete_tensor_object) abi->aoti_torch_delete_tensor_object(handle);
+        }
+        Py_XDECREF(capsule);
+        Py_XDECREF(capsules);
+        Py_DECREF(tensor);
+        PyErr_Clear();
+        if (hits != 1 || (round && place != found)) {
+            Py_DECREF(official);
+            return thx_abi_note(abi, "borrow", "no unique place for the TensorImpl pointer");
+        }
+        found = place;
+    }
+    Py_DECREF(official);
+    abi->borrow = found;
+    return 0;
+}
+
+/* Where the requires_grad byte lies: compare a plain tensor, one that requires grad, and that one switched off. */
+static int find_requires_grad(thx_abi *abi, PyObject *torch) {
+    enum { IMPL_BYTES = 160, META_BYTES = 224 }; /* the first is at least that long, the second may end before */
+    abi->autograd_meta = -1;
+    int meta_at = -1, flag_at = -1;
+    for (int round = 0; round < 3; round++) {
+        PyObject *plain = thx_abi_call(torch, "zeros", "(i)", 2 + round);
+        PyObject *grad = thx_abi_call(torch, "zeros", "(i)", 2 + round);
+        PyObject *on = grad ? PyObject_CallMethod(grad, "requires_grad_", "O", Py_True) : NULL;
+        int meta = -1, flag = -1;
+        if (plain && on) {
+            char *a = *(char **)thx_borrow(abi, plain), *b = *(char **)thx_borrow(abi, grad);
+            for (int at = 8; at < IMPL_BYTES && meta < 0; at += 8)
+                if (*(void **)(a + at) == NULL && *(void **)(b + at) != NULL) meta = at;
+        }
+        if (meta >= 0) {
+            char before[META_BYTES], *m = *(char **)(*(char **)thx_borrow(abi, grad) + meta);
+            int length = (int)malloc_usable_size(m);
+            if (length > META_BYTES) length = META_BYTES;
+            memcpy(before, m, (size_t)length);
+            PyObject *off = PyObject_CallMethod(grad, "requires_grad_", "O", Py_False);
+            int flips = 0;
+            for (int at = 0; off && at < length; at++)
+                if (before[at] == 1 && m[at] == 0) flag = at, flips++;
+            if (flips != 1) flag = -1;
+            Py_XDECREF(off);
+        }
+        Py_XDECREF(on);
+        Py_XDECREF(grad);
+        Py_XDECREF(plain);
+        PyErr_Clear();
+        if (flag < 0 || (round && (meta != meta_at || flag != flag_at)))
+            return thx_abi_note(abi, "requires_grad", "no unique byte");
+        meta_at = meta;
+        flag_at = flag;
+    }
+    abi->autograd_meta = meta_at;
+    abi->requires_grad = flag_at;
+    return 0;
+}
+
+static void **meta_of(const thx_abi *abi, PyObject *tensor) {
+    return *(void ***)(*(char **)thx_borrow(abi, tensor) + abi->autograd_meta);
+}
+
+/* Autograd's data of an intermediate result against that of a leaf: the pointer that the leaf lacks is to the operation
+ * that made the result. Views have data of another class, told by its first word; they may have to ask their base. */
+static int find_grad_fn(thx_abi *abi, PyObject *torch) {
+    enum { META_WORDS = 28 };
+    abi->grad_fn = -1;
+    bool may[META_WORDS];
+    for (int i = 0; i < META_WORDS; i++) may[i] = i > 0;
+    PyObject *before = NULL;
+    for (int round = 0; round < 8; round++) {
+        PyObject *leaf = thx_abi_call(torch, "zeros", "(i)", 2 + round), *made = NULL, *view = NULL;
+        Py_CLEAR(before); /* its memory is next in use, with what nobody cleared */
+        PyObject *on = leaf ? PyObject_CallMethod(leaf, "requires_grad_", "O", Py_True) : NULL;
+        if (on) made = PyObject_CallMethod(leaf, "mul", "i", 2);
+        if (on) view = PyObject_CallMethod(leaf, "view", "ii", 2 + round, 1);
+        void **a = on ? meta_of(abi, leaf) : NULL, **b = made ? meta_of(abi, made) : NULL;
+        void **c = view ? meta_of(abi, view) : NULL;
+        bool fits = a && b && c && *a == *b && *a != *c && (!round || *a == abi->meta_class);
+        if (fits) {
+            size_t words = malloc_usable_size(a) / 8, others = malloc_usable_size(b) / 8;
+            for (size_t i = 0; i < META_WORDS; i++) may[i] = may[i] && i < words && i < others && !a[i] && b[i];
+            abi->meta_class = *a;
+        }
+        Py_XDECREF(view);
+        Py_XDECREF(on);
+        Py_XDECREF(leaf);
+        PyErr_Clear();
+        before = made;
+        if (fits) continue;
+        Py_XDECREF(before);
+        return thx_abi_note(abi, "grad_fn", "no class of its own for views");
+    }
+    Py_XDECREF(before);
+    int first = 0, last = META_WORDS - 1;
+    while (first < META_WORDS && !may[first]) first++;
+    while (last > first && !may[last]) last--;
+    if (first > last || last > first + 1) return thx_abi_note(abi, "grad_fn", "no unique word");
+    abi->grad_fn = 8 * first; /* a std::shared_ptr has two words, which are null together */
+    return 0;
+}
+
+/* The words of two TensorImpls that differ in one bit: by place, that bit; else 0. */
+static void one_bit_apart(const thx_abi *abi, PyObject *x, PyObject *y, uint64_t *bits, int n) {
+    const uint64_t *a = *(uint64_t **)thx_borrow(abi, x), *b = *(uint64_t **)thx_borrow(abi, y);
+    size_t length = malloc_usable_size((void *)a), other = malloc_usable_size((void *)b);
+    if (other < length) length = other;
+    for (int i = 1; i < n && (size_t)i < length / 8; i++) {
+        uint64_t differ = a[i] ^ b[i];
+        bits[i] = differ & (differ - 1) ? 0 : differ;
+    }
+}
+
+/* Where the keys lie that say that a tensor shows other values than its memory holds: compare views with and without.
+ */
+static int find_lazy(thx_abi *abi, PyObject *torch) {
+    enum { WORDS = 32, ROUNDS = 3 };
+    uint64_t found[2][WORDS] = {{0}};
+    abi->keys = -1;
+    PyObject *dtype = PyObject_GetAttrString(torch, "complex64");
+    for (int round = 0; round < ROUNDS; round++) {
+        PyObject *base = thx_abi_call(torch, "zeros", "(i)", 2 + round), *z = NULL, *conj = NULL, *parts[2] = {NULL};
+        if (base && dtype) z = PyObject_CallMethod(base, "to", "O", dtype);
+        PyObject *plain = z ? PyObject_CallMethod(z, "view", "i", 2 + round) : NULL;
+        conj = z ? PyObject_CallMethod(z, "conj", NULL) : NULL;
+        if (plain && conj) {
+            parts[0] = PyObject_GetAttrString(plain, "imag");
+            parts[1] = PyObject_GetAttrString(conj, "imag");
+        }
+        uint64_t now[2][WORDS] = {{0}};
+        if (parts[0] && parts[1]) {
+            one_bit_apart(abi, plain, conj, now[0], WORDS);
+            one_bit_apart(abi, parts[0], parts[1], now[1], WORDS);
+        }
+        for (int i = 0; i < WORDS; i++)
+            for (int k = 0; k < 2; k++) found[k][i] = round && found[k][i] != now[k][i] ? 0 : now[k][i];
+        Py_XDECREF(parts[0]);
+        Py_XDECREF(parts[1]);
+        Py_XDECREF(conj);
+        Py_XDECREF(plain);
+        Py_XDECREF(z);
+        Py_XDECREF(base);
+        PyErr_Clear();
+    }
+    Py_XDECREF(dtype);
+    PyErr_Clear();
+    int places = 0;
+    for (int i = 0; i < WORDS; i++) {
+        if (!found[0][i] || !found[1][i] || found[0][i] == found[1][i]) continue;
+        abi->keys = 8 * i;
+        abi->lazy = found[0][i] | found[1][i];
+        places++;
+    }
+    if (places == 1) return 0;
+    abi->keys = -1;
+    return thx_abi_note(abi, "lazy", "no unique word");
+}
+
+/* ---- what describes a tensor, in one piece ---- */
+
+enum { INLINE_DIMS = 5 }; /* more lie elsewhere */
+
+static const char *impl_of(const thx_abi *abi, PyObject *tensor) { return *(char **)thx_borrow(abi, tensor); }
+
+static PyObject *like(PyObject *torch, const char *dtype, const char *device) {
+    PyObject *plain = thx_abi_call(torch, "zeros", "((ii))", 3, 4), *options = PyDict_New(), *result = NULL;
+    PyObject *kind = PyObject_GetAttrString(torch, dtype), *method = NULL, *args = PyTuple_New(0);
+    if (plain && options && kind && args && PyDict_SetItemString(options, "dtype", kind) == 0) {
+        PyObject *name = PyUnicode_FromString(device);
+        method =
+            name && PyDict_SetItemString(options, "device", name) == 0 ? PyObject_GetAttrString(plain, "to") : NULL;
+        Py_XDECREF(name);
+        result = method ? PyObject_Call(method, args, options) : NULL;
+    }
+    Py_XDECREF(method);
+    Py_XDECREF(args);
+    Py_XDECREF(kind);
+    Py_XDECREF(options);
+    Py_XDECREF(plain);
+    return result;
+}
+
+/* From the number of dimensions, before the sizes, to the dispatch keys: sizes, strides, dtype, device lie between. */
+static bool place_layout(thx_abi *abi, PyObject *torch) {
+    int at = -1;
+    for (int n = 1; n <= INLINE_DIMS; n++) {
+        PyObject *shape = PyTuple_New(n);
+        for (int i = 0; shape && i < n; i++) PyTuple_SET_ITEM(shape, i, PyLong_FromLong(2 + i));
+        PyObject *x = shape ? thx_abi_call(torch, "zeros", "(O)", shape) : NULL;
+        Py_XDECREF(shape);
+        if (!x) return false;
+        const char *impl = impl_of(abi, x);
+        int64_t *sizes = NULL, *strides = NULL;
+        bool read = !abi->aoti_torch_get_sizes(thx_borrow(abi, x), &sizes) &&
+                    !abi->aoti_torch_get_strides(thx_borrow(abi, x), &strides);
+        ptrdiff_t place = read ? (const char *)sizes - impl : -1;
+        bool fits = place >= 16 && place < abi->keys && strides == sizes + INLINE_DIMS && (n == 1 || place == at);
+        fits = fits && *(const int64_t *)(impl + place - 8) == n;
+        Py_DECREF(x);
+        if (!fits) return false;
+        at = (int)place;
+    }
+    abi->layout = at - 8;
+    abi->layout_bytes = abi->keys + 8 - abi->layout;
+    return abi->layout_bytes > 8 * (2 * INLINE_DIMS + 1) && abi->layout_bytes <= THX_LAYOUT_BYTES &&
+           abi->layout_bytes % 8 == 0;
+}
+
+/* The first byte and the last one that differ; -1 where none does, or a tensor is missing. Consumes y. */
+static int differs(const thx_abi *abi, PyObject *x, PyObject *y, int *last) {
+    int first = -1;
+    for (int i = 0; x && y && i < abi->layout_bytes; i++)
+        if (impl_of(abi, x)[abi->layout + i] != impl_of(abi, y)[abi->layout + i]) {
+            if (first < 0) first = i;
+            *last = i;
+        }
+    PyErr_Clear();
+    Py_XDECREF(y);
+    return first;
+}
+
+static bool tell_apart(const thx_abi *abi, PyObject *torch) {
+    PyObject *x = like(torch, "float32", "cpu"), *base = thx_abi_call(torch, "ones", "((iii))", 2, 3, 4), *same = NULL;
+    int last = -1, edge = abi->layout_bytes - 1;
+    bool ok = x && base;
+    /* what does not matter: the object, its storage and values, autograd's data, a version */
+    if (ok) same = thx_abi_call(torch, "ones", "((ii))", 3, 4);
+    if (same) Py_XDECREF(PyObject_CallMethod(same, "requires_grad_", "O", Py_True));
+    ok = ok && same && differs(abi, x, Py_NewRef(same), &last) < 0;
+    if (same) Py_XDECREF(PyObject_CallMethod(same, "requires_grad_", "O", Py_False));
+    if (same) Py_XDECREF(PyObject_CallMethod(same, "add_", "i", 1));
+    ok = ok && differs(abi, x, same, &last) < 0 && !PyErr_Occurred();
+    /* what does */
+    ok = ok && differs(abi, x, PyObject_CallMethod(x, "view", "iii", 3, 4, 1), &last) == 0;
+    ok = ok && differs(abi, x, PyObject_CallMethod(x, "view", "ii", 4, 3), &last) >= 0;
+    ok = ok && differs(abi, x, PyObject_CallMethod(x, "as_strided", "(ii)(ii)", 3, 4, 0, 1), &last) >= 0;
+    ok = ok && differs(abi, x, PyObject_GetAttrString(x, "mT"), &last) >= 0;
+    ok = ok && differs(abi, x, PyObject_CallMethod(x, "_neg_view", NULL), &last) >= 0;
+    ok = ok && differs(abi, x, like(torch, "int32", "cpu"), &last) > 0 && last <= edge;
+    ok = ok && differs(abi, x, like(torch, "float32", "meta"), &last) > 0;
+    Py_XDECREF(base);
+    Py_XDECREF(x);
+    PyErr_Clear();
+    return ok;
+}
+
+/* Every description of a tensor in one piece of memory, so that comparing the piece compares them all. */
+static int find_layout(thx_abi *abi, PyObject *torch) {
+    abi->layout = -1;
+    bool found = abi->keys > 0 && place_layout(abi, torch) && tell_apart(abi, torch);
+    PyErr_Clear();
+    if (found) return 0;
+    abi->layout = -1;
+    return thx_abi_note(abi, "layout", "sizes, strides, dtype and device do not lie in one place");
+}
+
+int thx_abi_find_layout(thx_abi *abi, PyObject *torch) {
+    if (find_lazy(abi, torch) < 0 || find_layout(abi, torch) < 0 || find_requires_grad(abi, torch) < 0) return -1;
+    return abi->autograd_meta < 0 ? 0 : find_grad_fn(abi, torch);
+}
+
+bool thx_layout_read(const thx_abi *abi, PyObject *tensor, char *piece) {
+    if (!abi->on || abi->layout < 0) return false;
+    const char *impl = impl_of(abi, tensor);
+    int64_t *sizes = NULL, *strides = NULL;
+    if (abi->aoti_torch_get_sizes(thx_borrow(abi, tensor), &sizes) ||
+        abi->aoti_torch_get_strides(thx_borrow(abi, tensor), &strides))
+        return false;
+    if ((const char *)sizes != impl + abi->layout + 8 || strides != sizes + INLINE_DIMS) return false;
+    memcpy(piece, impl + abi->layout, (size_t)abi->layout_bytes);
+    return true;
+}

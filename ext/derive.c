@@ -179,6 +179,25 @@ static int run_forward(derivation *d) {
     return rc;
 }
 
+/* A gradient that shows other values than its memory holds is one that the next rule, derived for plain ones, does not
+ * expect: make it plain here. */
+static int make_plain(derivation *d) {
+    static const char *const methods[] = {"resolve_conj", "resolve_neg"};
+    Py_ssize_t n = PyTuple_GET_SIZE(d->grads);
+    PyObject *plain = PyTuple_New(n);
+    for (Py_ssize_t i = 0; plain && i < n; i++) {
+        PyObject *grad = Py_NewRef(PyTuple_GET_ITEM(d->grads, i));
+        for (int k = 0; k < 2 && grad && grad != Py_None && thx_is_lazy(&d->x->abi, grad); k++)
+            Py_SETREF(grad, PyObject_CallMethod(grad, methods[k], NULL));
+        if (!grad)
+            Py_CLEAR(plain);
+        else
+            PyTuple_SET_ITEM(plain, i, grad);
+    }
+    Py_SETREF(d->grads, plain);
+    return plain ? 0 : -1;
+}
+
 static int run_backward(derivation *d, uint64_t *out_grad) {
     const th_rule_request *q = d->q;
     d->roots = PyList_New(0);
@@ -199,7 +218,7 @@ static int run_backward(derivation *d, uint64_t *out_grad) {
     if (args && kwargs) d->grads = PyObject_Call(d->x->autograd_grad, args, kwargs);
     Py_XDECREF(args);
     Py_XDECREF(kwargs);
-    return d->grads ? 0 : -1;
+    return !d->grads ? -1 : PyTuple_Check(d->grads) ? make_plain(d) : 0;
 }
 
 static th_node value_node(derivation *d, PyObject *tensor) {

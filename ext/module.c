@@ -124,6 +124,8 @@ static int load_functions(thx *x) {
         {&x->is_multithreading, x->torch_c, "_is_multithreading_enabled"},
         {&x->set_multithreading, x->torch_c, "_set_multithreading_enabled"},
         {&x->random_tag, x->torch, "Tag.nondeterministic_seeded"},
+        {&x->to_copy, x->torch, "ops.aten._to_copy.default"},
+        {&x->tensor_to, (PyObject *)x->Tensor, "to"},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
         if (!(*wanted[i].place = get_path(wanted[i].root, wanted[i].path))) return -1;
@@ -385,9 +387,10 @@ static int module_exec(PyObject *module) {
     x->watch_counts = PyDict_New();
     x->empty_set = PyFrozenSet_New(NULL);
     x->callables = PyDict_New();
+    x->casts = PyDict_New();
     x->ctx = th_ctx_new(NULL, NULL);
     x->verify = th_env_flag("THUNDER_VERIFY", false);
-    if (!x->ctx || !x->callables || !x->watch_counts || !x->empty_set) return PyErr_NoMemory(), -1;
+    if (!x->ctx || !x->callables || !x->casts || !x->watch_counts || !x->empty_set) return PyErr_NoMemory(), -1;
     if (thx_check(x, th_catalog_new(x->ctx, &x->catalog)) < 0) return -1;
     x->torch = PyImport_ImportModule("torch");
     x->torch_c = x->torch ? PyObject_GetAttrString(x->torch, "_C") : NULL;

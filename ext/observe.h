@@ -19,6 +19,7 @@ typedef struct thx_recording {
 PyObject *thx_fakeify(thx_recorder *r, PyObject *object); /* real tensors in it become their fakes */
 uint32_t thx_alias_group(th_trace *t, th_val v);          /* of a value, made when it has none */
 PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);
+PyObject *thx_call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs);
 int thx_call_emit(thx_recording *c, th_node outs, bool outs_list, uint8_t effects, const th_val *writes,
                   uint32_t nwrites);
 

@@ -3,10 +3,9 @@
  * Layer 1 sits on torch's function-mode stack and sees each API-level call (torch.relu, F.linear, Tensor.view,
  * operators, properties) whole. Its results come from our own meta rule, or from torch's fake kernels when there is
  * none. Layer 2 is the fakes' __torch_dispatch__: it sees ATen operations that layer 1 was not asked about: TorchScript
- * code, legacy constructors, code under functorch, and everything under autocast (where the ATen level holds the
- * casts).
+ * code, legacy constructors, code under functorch, and what autocast casts inside of (autocast.c).
  */
-#include "observe.h"
+#include "autocast.h"
 #include "sizes.h"
 
 #include <string.h>
@@ -268,7 +267,7 @@ static PyObject *fast(thx_recording *c) {
 
 /* ---- torch's fake kernels ---- */
 
-static PyObject *call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
+PyObject *thx_call_under_fake_mode(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     PyObject *mode = thx_fake_mode(x), *entered = mode ? PyObject_CallMethodNoArgs(mode, x->n.enter) : NULL;
     if (!entered) return NULL;
@@ -415,7 +414,7 @@ static PyObject *slow(thx_recording *c) {
     for (uint32_t i = 0; i < count; i++) versions[i] = version_of(r->x, r->inputs[i]);
     r->saw_random = false;
     r->schema_writes = 0;
-    PyObject *result = call_under_fake_mode(r, c->func, args, kwargs);
+    PyObject *result = thx_call_under_fake_mode(r, c->func, args, kwargs);
     r->nslow++;
     if (!result)
         thx_sizes_spoil(r, "an operation was recorded in parts"), result = thx_call_otherwise(c);
@@ -430,6 +429,7 @@ static PyObject *slow(thx_recording *c) {
 /* ---- layer 1 ---- */
 
 static bool autocast_on(thx *x) {
+    if (x->abi.state && x->abi.keys_excluded(x->abi.autocast_keys)) return false;
     PyObject *on = PyObject_CallNoArgs(x->any_autocast);
     PyErr_Clear();
     Py_XDECREF(on);
@@ -538,20 +538,22 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     if (f->kind == THX_FUNC_REFUSE || f->kind == THX_FUNC_ASK)
         return thx_asks_of_intermediate(r, f, args) ? PyObject_Call(func, args, kwargs) : refuse_call(r, f);
     if (thx_note_grad(r, c.callee, c.def, &c.note) < 0) return NULL;
-    if (f->in_parts && c.note.grad) {
-        PyObject *result = thx_call_in_parts(&c);
-        if (result || PyErr_Occurred()) return result;
-    }
     r->writes_part = is_basic_setitem(&c);
     if (c.note.grad && has_out(&c)) return thx_doubt(r, "out= does not support automatic differentiation"), NULL;
-    if (r->ninputs && autocast_on(x)) { /* layer 2 sees the casts */
-        PyObject *fa = thx_fakeify(r, args), *fk = fa && kwargs ? thx_fakeify(r, kwargs) : NULL;
-        PyObject *result = !fa || (kwargs && !fk) ? NULL
-                           : c.note.grad          ? call_below_autograd(r, func, fa, fk)
-                                                  : PyObject_Call(func, fa, fk);
+    if (r->ninputs && autocast_on(x)) {
+        thx_autocast_road road;
+        PyObject *result = thx_record_under_autocast(&c, &road);
+        if (result || road == THX_BY_RULE || PyErr_Occurred()) return result;
+        PyObject *fa = thx_fakeify(r, args), *fk = fa && kwargs ? thx_fakeify(r, kwargs) : NULL; /* by layer 2 */
+        if (fa && (fk || !kwargs))
+            result = c.note.grad && road == THX_WHOLE ? call_below_autograd(r, func, fa, fk) : PyObject_Call(func, fa, fk);
         Py_XDECREF(fa);
         Py_XDECREF(fk);
         return result;
+    }
+    if (f->in_parts && c.note.grad) {
+        PyObject *made = thx_call_in_parts(&c);
+        if (made || PyErr_Occurred()) return made;
     }
     uint32_t before = r->t->nops;
     PyObject *result = c.def && c.def->meta ? fast(&c) : NULL;
@@ -685,7 +687,12 @@ PyObject *thx_watch_dispatch(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     if (r->deriving && !r->depth) /* tensors that autograd makes out of nothing come by here only */
         return record_overload(r, a[0], a[2], kwargs && PyDict_GET_SIZE(kwargs) ? kwargs : NULL);
     note_writes(r, a[0], a[2], kwargs);
-    return PyObject_Call(a[0], a[2], kwargs);
+    PyObject *result = PyObject_Call(a[0], a[2], kwargs);
+    if (!r->heard || !result || Py_TYPE(result) == r->x->Device) return result; /* not what asks for a device */
+    PyObject *none = Py_None, *kernel = PyTuple_Pack(4, a[0], a[2], kwargs ? kwargs : none, result);
+    if (!kernel || PyList_Append(r->heard, kernel) < 0) Py_CLEAR(result);
+    Py_XDECREF(kernel);
+    return result;
 }
 
 static PyObject *record_overload(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {

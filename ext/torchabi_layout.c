@@ -264,42 +264,63 @@ static bool place_layout(thx_abi *abi, PyObject *torch) {
            abi->layout_bytes % 8 == 0;
 }
 
-/* The first byte and the last one that differ; -1 where none does, or a tensor is missing. Consumes y. */
-static int differs(const thx_abi *abi, PyObject *x, PyObject *y, int *last) {
-    int first = -1;
-    for (int i = 0; x && y && i < abi->layout_bytes; i++)
-        if (impl_of(abi, x)[abi->layout + i] != impl_of(abi, y)[abi->layout + i]) {
-            if (first < 0) first = i;
-            *last = i;
-        }
+enum { SAMPLES = 4 };
+
+/* A byte that all samples of one kind share, and all of the other kind share with another value. What nobody wrote lies
+ * between the fields, and differs as it likes. Consumes the samples. */
+static bool separates(const thx_abi *abi, PyObject *const *one, PyObject *const *other) {
+    bool found = false, all = true;
+    for (int k = 0; k < SAMPLES; k++) all = all && one[k] && other[k];
+    for (int i = 0; all && i < abi->layout_bytes && !found; i++) {
+        char a = impl_of(abi, one[0])[abi->layout + i], b = impl_of(abi, other[0])[abi->layout + i];
+        found = a != b;
+        for (int k = 1; k < SAMPLES && found; k++)
+            found = impl_of(abi, one[k])[abi->layout + i] == a && impl_of(abi, other[k])[abi->layout + i] == b;
+    }
+    for (int k = 0; k < SAMPLES; k++) {
+        Py_XDECREF(one[k]);
+        Py_XDECREF(other[k]);
+    }
     PyErr_Clear();
-    Py_XDECREF(y);
-    return first;
+    return found;
 }
 
-static bool tell_apart(const thx_abi *abi, PyObject *torch) {
-    PyObject *x = like(torch, "float32", "cpu"), *base = thx_abi_call(torch, "ones", "((iii))", 2, 3, 4), *same = NULL;
-    int last = -1, edge = abi->layout_bytes - 1;
-    bool ok = x && base;
-    /* what does not matter: the object, its storage and values, autograd's data, a version */
-    if (ok) same = thx_abi_call(torch, "ones", "((ii))", 3, 4);
-    if (same) Py_XDECREF(PyObject_CallMethod(same, "requires_grad_", "O", Py_True));
-    ok = ok && same && differs(abi, x, Py_NewRef(same), &last) < 0;
-    if (same) Py_XDECREF(PyObject_CallMethod(same, "requires_grad_", "O", Py_False));
-    if (same) Py_XDECREF(PyObject_CallMethod(same, "add_", "i", 1));
-    ok = ok && differs(abi, x, same, &last) < 0 && !PyErr_Occurred();
-    /* what does */
-    ok = ok && differs(abi, x, PyObject_CallMethod(x, "view", "iii", 3, 4, 1), &last) == 0;
-    ok = ok && differs(abi, x, PyObject_CallMethod(x, "view", "ii", 4, 3), &last) >= 0;
-    ok = ok && differs(abi, x, PyObject_CallMethod(x, "as_strided", "(ii)(ii)", 3, 4, 0, 1), &last) >= 0;
-    ok = ok && differs(abi, x, PyObject_GetAttrString(x, "mT"), &last) >= 0;
-    ok = ok && differs(abi, x, PyObject_CallMethod(x, "_neg_view", NULL), &last) >= 0;
-    ok = ok && differs(abi, x, like(torch, "int32", "cpu"), &last) > 0 && last <= edge;
-    ok = ok && differs(abi, x, like(torch, "float32", "meta"), &last) > 0;
-    Py_XDECREF(base);
+static bool separates_kinds(const thx_abi *abi, PyObject *torch, const char *dtype, const char *device, bool negated) {
+    PyObject *one[SAMPLES], *other[SAMPLES];
+    for (int k = 0; k < SAMPLES; k++) {
+        one[k] = like(torch, "float32", "cpu");
+        other[k] = like(torch, dtype, device);
+        if (negated && other[k]) Py_SETREF(other[k], PyObject_CallMethod(other[k], "_neg_view", NULL));
+    }
+    return separates(abi, one, other);
+}
+
+/* Does the piece of one tensor change with a call of a method of it? */
+static bool changes(const thx_abi *abi, PyObject *x, const char *method, PyObject *argument) { /* NULL: none */
+    char before[THX_LAYOUT_BYTES];
+    bool read = thx_layout_read(abi, x, before);
+    PyObject *done = read ? PyObject_CallMethod(x, method, argument ? "O" : NULL, argument) : NULL;
+    bool changed = done && !thx_layout_is(abi, x, before);
+    Py_XDECREF(done);
+    if (PyErr_Occurred()) changed = !changed; /* an answer that nobody wants */
+    return changed;
+}
+
+static bool tell_apart(thx_abi *abi, PyObject *torch) {
+    PyObject *x = like(torch, "float32", "cpu");
+    bool on = abi->on;
+    abi->on = true; /* for thx_layout_read */
+    PyObject *two = PyLong_FromLong(2), *yes = Py_True, *no = Py_False;
+    bool ok = x && two && !changes(abi, x, "requires_grad_", yes) && !changes(abi, x, "requires_grad_", no) &&
+              !changes(abi, x, "add_", two) && !changes(abi, x, "zero_", NULL) && changes(abi, x, "t_", NULL) &&
+              changes(abi, x, "unsqueeze_", two) && changes(abi, x, "squeeze_", NULL) &&
+              changes(abi, x, "resize_", two);
+    Py_XDECREF(two);
+    abi->on = on;
     Py_XDECREF(x);
     PyErr_Clear();
-    return ok;
+    return ok && separates_kinds(abi, torch, "int32", "cpu", false) &&
+           separates_kinds(abi, torch, "float32", "meta", false) && separates_kinds(abi, torch, "float32", "cpu", true);
 }
 
 /* Every description of a tensor in one piece of memory, so that comparing the piece compares them all. */

@@ -43,6 +43,7 @@ int thx_region_init(thx *x, PyObject *module);
 
 /* ---- claim.c: let the executors of a callable claim the operations of a trace, in place ---- */
 int thx_claim(thx *x, PyObject *claims, th_trace *t, const char *kind);
+int thx_claims_settle(PyObject *claims); /* before the program runs: wait for what is built of its units */
 /* Before a program is differentiated: operators that bring their derivative along take the place of what they
  * implement. */
 int thx_claim_operators(thx *x, PyObject *claims, th_trace *t);

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import thunder
 from tests.test_executors import blocks, check, units
+from thunder.executors import torchcompile
 from thunder.executors.torchcompile import TorchCompileExecutor, torchcompile_executor
 
 pytestmark = pytest.mark.filterwarnings("error::thunder.ThunderWarning")
@@ -100,6 +103,84 @@ def test_layers_of_a_transformer_are_built_once():
                 built = len(executor._built)
         assert len(executor._built) == built <= 4
     assert len(units(compiled)) >= 8
+
+
+def attention_between(x, w):
+    """Two different regions."""
+    y = F.layer_norm(F.gelu(x @ w), (x.shape[-1],))
+    z = F.scaled_dot_product_attention(y, y, y)
+    return torch.sigmoid(z * 2) + z.relu()
+
+
+def test_the_next_region_is_built_while_compilers_work(monkeypatch):
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.utils import fresh_cache
+
+    generated, both, in_time = [], threading.Event(), []
+    generate, submit = TorchCompileExecutor._generate, AsyncCompile.submit.__func__
+
+    def generating(self, region, *, checked):
+        generated.append(region)
+        if len(generated) == 2:
+            both.set()
+        return generate(self, region, checked=checked)
+
+    def compiling(task):  # a compiler that is not done before the second region has its turn
+        in_time.append(both.wait(60))
+        task()
+
+    monkeypatch.setattr(TorchCompileExecutor, "_generate", generating)
+    monkeypatch.setattr(AsyncCompile, "submit", classmethod(lambda cls, task: submit(cls, lambda: compiling(task))))
+    arguments = torch.randn(2, 8, 16), torch.randn(16, 16)
+    executor = TorchCompileExecutor("torchcompile_beside")
+    with fresh_cache(), config.patch(compile_threads=2):
+        compiled = thunder.jit(attention_between, executors=[executor], tier="block")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(*arguments), attention_between(*arguments))
+    assert [u.state for u in units(compiled)] == ["trusted", "trusted"]
+    assert in_time and all(in_time)
+
+
+def no_checks_made(monkeypatch):
+    """Inductor has not asked a compiler for instructions yet: the list of what it asks from here on."""
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    asked = []
+    instructions = torchcompile._Instructions()
+    instructions.doubt()
+    instructions.doubted = False
+    monkeypatch.setattr(torchcompile, "_instructions", instructions)
+    monkeypatch.setattr(VecISA, "check_build", lambda self, code: asked.append(code) or True)
+    VecISA._VecISA__bool__impl.cache_clear() if hasattr(VecISA, "_VecISA__bool__impl") else None
+    return asked, VecISA._avx_code
+
+
+def test_headers_of_torch_are_not_compiled_to_find_instructions(monkeypatch):
+    asked, headers = no_checks_made(monkeypatch)
+    check(blocks(1), (torch.randn(5, 16),), [TorchCompileExecutor("torchcompile_assuming")], tier="block")
+    assert headers not in asked
+
+
+def test_inductor_finds_instructions_once_a_kernel_does_not_compile(monkeypatch):
+    from torch._inductor.exc import CppCompileError
+
+    asked, headers = no_checks_made(monkeypatch)
+    real, checks = torchcompile._compile, []
+
+    def fails(*_):
+        raise CppCompileError(["g++"], "unknown option")
+
+    def compile_(trace, options, checked):
+        checks.append(checked)
+        compiled, compilers = real(trace, options, checked)
+        return compiled, compilers if checked else [fails]
+
+    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    compiled = check(blocks(1), (torch.randn(6, 16),), [TorchCompileExecutor("torchcompile_doubting")], tier="block")
+    assert {u.state for u in units(compiled)} == {"trusted"}
+    assert headers in asked
+    assert True in checks and torchcompile._instructions.doubted
 
 
 def test_results_have_eagers_strides():

@@ -8,8 +8,10 @@ rounds after each.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -68,13 +70,33 @@ class TorchCompileExecutor(FusionExecutor):
                 return f"Inductor generates no code for {proxy.device.type}"
         return True
 
-    def fuse(self, region: Any) -> Callable:
-        """Generate code for a region: seconds."""
+    def fuse(self, region: Any) -> Callable | Future:
+        """Generate code for a region: seconds. C++ compilers that work on it then need neither us nor each other."""
+        try:
+            compiled, compilers = self._generate(region, checked=_instructions.doubted)
+        except _compile_error():
+            compiled, compilers = self._generate(region, checked=True)
+        if not compilers:
+            return _caller(compiled)
+        return _beside(functools.partial(self._join, region, compiled, compilers))
+
+    def _generate(self, region: Any, *, checked: bool) -> tuple[Any, list[Callable[[], None]]]:
         with self._lock:
-            return _compile(region.trace, self.options)
+            return _compile(region.trace, self.options, checked)
+
+    def _join(self, region: Any, compiled: Any, compilers: list[Callable[[], None]]) -> Callable:
+        try:
+            for wait in compilers:
+                wait()
+        except _compile_error():
+            compiled, compilers = self._generate(region, checked=True)
+            for wait in compilers:
+                wait()
+        return _caller(compiled)
 
 
-def _compile(trace: Any, options: dict[str, Any]) -> Callable:
+def _compile(trace: Any, options: dict[str, Any], checked: bool) -> tuple[Any, list[Callable[[], None]]]:
+    """(what Inductor makes of a region, what has to be waited for before it runs)."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
@@ -82,9 +104,89 @@ def _compile(trace: Any, options: dict[str, Any]) -> Callable:
 
     with torch.no_grad(), no_modes():
         mode, graph, fakes = aten_graph(trace)
-        with mode, tracing(TracingContext(mode)), config.patch({**_known(config), **options}):
+        settings = {**_known(config), **({} if checked else _instructions.assumed(config)), **options}
+        if checked:
+            _instructions.doubt()
+        with mode, tracing(TracingContext(mode)), config.patch(settings), _compilers_beside(graph) as compilers:
             compiled = compile_fx_inner(joint_graph_passes(graph), fakes)
-    return _caller(compiled)
+    return compiled, compilers
+
+
+def _compile_error() -> type[Exception]:
+    from torch._inductor.exc import CppCompileError
+
+    return CppCompileError
+
+
+class _Instructions:
+    """Which vector instructions a C++ compiler knows. Inductor compiles a file of torch's headers for each kind before
+    it generates anything, which takes longer than the kernels. What the processor has is taken for granted here until
+    a kernel does not compile: then Inductor finds out.
+
+    Attributes:
+        doubted: one did not.
+    """
+
+    def __init__(self) -> None:
+        self.doubted = False
+
+    def assumed(self, config: Any) -> dict[str, Any]:
+        """Settings for a build."""
+        return {"cpp.vec_isa_ok": True} if getattr(config.cpp, "vec_isa_ok", False) is None else {}
+
+    def doubt(self) -> None:
+        """Forget what was taken for granted."""
+        if self.doubted:
+            return
+        from torch._inductor import cpu_vec_isa
+
+        self.doubted = True
+        kinds = [type(isa).__bool__ for isa in getattr(cpu_vec_isa, "supported_vec_isa_list", [])]
+        for known in (getattr(cpu_vec_isa, "valid_vec_isa_list", None), *kinds):
+            if hasattr(known, "cache_clear"):
+                known.cache_clear()
+
+
+_instructions = _Instructions()
+
+
+@contextlib.contextmanager
+def _compilers_beside(graph: torch.fx.GraphModule) -> Iterator[list[Callable[[], None]]]:
+    """Inductor starts a C++ compiler for each kernel and waits for all of them. Within, it does not wait: what it would
+    have done is in the list. Code for other devices is kept with what its compilers made, so it waits."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    waits: list[Callable[[], None]] = []
+    values = [n.meta["val"] for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if any(v.device.type != "cpu" for v in values):
+        yield waits
+        return
+    wait, here = AsyncCompile.wait, threading.get_ident()
+
+    def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() != here:
+            return wait(self, scope)
+        waits.append(functools.partial(wait, self, scope))
+
+    AsyncCompile.wait = later
+    try:
+        yield waits
+    finally:
+        AsyncCompile.wait = wait
+
+
+def _beside(work: Callable[[], Any]) -> Future:
+    """Its result, from a thread of its own."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="thunder-compile", daemon=True).start()
+    return future
 
 
 def _known(config: Any) -> dict[str, Any]:

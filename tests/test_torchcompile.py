@@ -120,11 +120,11 @@ def test_the_next_region_is_built_while_compilers_work(monkeypatch):
     generated, both, in_time = [], threading.Event(), []
     generate, submit = TorchCompileExecutor._generate, AsyncCompile.submit.__func__
 
-    def generating(self, region, *, checked):
+    def generating(self, region, ways):
         generated.append(region)
         if len(generated) == 2:
             both.set()
-        return generate(self, region, checked=checked)
+        return generate(self, region, ways)
 
     def compiling(task):  # a compiler that is not done before the second region has its turn
         in_time.append(both.wait(60))
@@ -140,6 +140,61 @@ def test_the_next_region_is_built_while_compilers_work(monkeypatch):
             torch.testing.assert_close(compiled(*arguments), attention_between(*arguments))
     assert [u.state for u in units(compiled)] == ["trusted", "trusted"]
     assert in_time and all(in_time)
+
+
+def test_plans_call_generated_code_with_their_handles():
+    """No Python of Inductor's runs between the kernels of a region, nor around them."""
+    import sys
+
+    compiled = check(blocks(2), (torch.randn(4, 16),), ["torchcompile"], tier="block")
+    assert {type(u.implementation) for u in units(compiled)} == {thunder._C.HandleCall}
+    frames = []
+    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        with torch.no_grad():
+            compiled(torch.randn(4, 16))
+    finally:
+        sys.setprofile(None)
+    assert not [f for f in frames if "inductor" in f or "torchcompile" in f]
+
+
+def test_generated_code_that_fails_raises():
+    call = thunder._C.HandleCall(lambda handles: (_ for _ in ()).throw(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match="no"):
+        call(torch.randn(2))
+    with pytest.raises(TypeError, match="argument 0 is no tensor"):
+        call(3)
+    with pytest.raises(TypeError, match="no list"):
+        thunder._C.HandleCall(lambda handles: None)(torch.randn(2))
+    same = torch.randn(2, requires_grad=True)
+    (back,) = thunder._C.HandleCall(lambda handles: handles)(same)
+    assert back is same
+
+
+def test_what_the_cpp_wrapper_cannot_do_python_calls(monkeypatch):
+    real, ways = torchcompile._compile, []
+
+    def compile_(trace, options, way):
+        ways.append(way)
+        if way.cpp:
+            raise NotImplementedError("not in C++")
+        return real(trace, options, way)
+
+    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    compiled = check(blocks(1), (torch.randn(7, 16),), [TorchCompileExecutor("torchcompile_python")], tier="block")
+    assert {u.state for u in units(compiled)} == {"trusted"}
+    assert {way.cpp for way in ways} == {True, False} and not torchcompile._instructions.doubted
+
+
+def test_handles_that_a_call_is_given_go_with_it():
+    x = torch.randn(4, 16)
+    compiled = check(blocks(1), (x,), ["torchcompile"], tier="block")
+    counts = []
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(x)
+            counts.append(torch._C._storage_Use_Count(x.untyped_storage()._cdata))
+    assert len(set(counts)) == 1
 
 
 def no_checks_made(monkeypatch):
@@ -171,10 +226,10 @@ def test_inductor_finds_instructions_once_a_kernel_does_not_compile(monkeypatch)
     def fails(*_):
         raise CppCompileError(["g++"], "unknown option")
 
-    def compile_(trace, options, checked):
-        checks.append(checked)
-        compiled, compilers = real(trace, options, checked)
-        return compiled, compilers if checked else [fails]
+    def compile_(trace, options, way):
+        checks.append(way.checked)
+        compiled, compilers = real(trace, options, way)
+        return compiled, compilers if way.checked else [fails]
 
     monkeypatch.setattr(torchcompile, "_compile", compile_)
     compiled = check(blocks(1), (torch.randn(6, 16),), [TorchCompileExecutor("torchcompile_doubting")], tier="block")

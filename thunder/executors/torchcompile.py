@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,30 +72,56 @@ class TorchCompileExecutor(FusionExecutor):
 
     def fuse(self, region: Any) -> Callable | Future:
         """Generate code for a region: seconds. C++ compilers that work on it then need neither us nor each other."""
-        try:
-            compiled, compilers = self._generate(region, checked=_instructions.doubted)
-        except _compile_error():
-            compiled, compilers = self._generate(region, checked=True)
+        ways = _ways(region.trace, self.options)
+        compiled, compilers = self._generate(region, ways)
         if not compilers:
             return _caller(compiled)
-        return _beside(functools.partial(self._join, region, compiled, compilers))
+        return _beside(functools.partial(self._join, region, ways, compiled, compilers))
 
-    def _generate(self, region: Any, *, checked: bool) -> tuple[Any, list[Callable[[], None]]]:
-        with self._lock:
-            return _compile(region.trace, self.options, checked)
+    def _generate(self, region: Any, ways: list[_Way]) -> tuple[Any, list[Callable[[], None]]]:
+        """What comes of the first way that works; it and those that did not are taken off the list."""
+        while True:
+            way = ways.pop(0)
+            try:
+                with self._lock:
+                    return _compile(region.trace, self.options, way)
+            except Exception:
+                if not ways:
+                    raise
 
-    def _join(self, region: Any, compiled: Any, compilers: list[Callable[[], None]]) -> Callable:
-        try:
-            for wait in compilers:
-                wait()
-        except _compile_error():
-            compiled, compilers = self._generate(region, checked=True)
-            for wait in compilers:
-                wait()
-        return _caller(compiled)
+    def _join(self, region: Any, ways: list[_Way], compiled: Any, compilers: list[Callable[[], None]]) -> Callable:
+        while True:
+            try:
+                for wait in compilers:
+                    wait()
+                return _caller(compiled)
+            except _compile_error():
+                if not ways:
+                    raise
+                compiled, compilers = self._generate(region, ways)
 
 
-def _compile(trace: Any, options: dict[str, Any], checked: bool) -> tuple[Any, list[Callable[[], None]]]:
+class _Way(NamedTuple):
+    """How a region is built.
+
+    Attributes:
+        cpp: what calls its kernels is C++ as well, which our plan calls with its handles.
+        checked: Inductor finds out which instructions the compiler knows.
+    """
+
+    cpp: bool
+    checked: bool
+
+
+def _ways(trace: Any, options: dict[str, Any]) -> list[_Way]:
+    """Those to try, in order."""
+    on_cpu = all(p.device.type == "cpu" for p in (*trace.inputs, *trace.output))
+    cpp = options.get("cpp_wrapper", on_cpu and _C.torch_abi()["handles"])
+    checks = [True] if _instructions.doubted else [False, True]
+    return [*([_Way(True, checks[0])] if cpp else []), *(_Way(False, checked) for checked in checks)]
+
+
+def _compile(trace: Any, options: dict[str, Any], way: _Way) -> tuple[Any, list[Callable[[], None]]]:
     """(what Inductor makes of a region, what has to be waited for before it runs)."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -104,11 +130,11 @@ def _compile(trace: Any, options: dict[str, Any], checked: bool) -> tuple[Any, l
 
     with torch.no_grad(), no_modes():
         mode, graph, fakes = aten_graph(trace)
-        settings = {**_known(config), **({} if checked else _instructions.assumed(config)), **options}
-        if checked:
+        settings = {**_known(config), **({} if way.checked else _instructions.assumed(config)), **options}
+        if way.checked:
             _instructions.doubt()
         with mode, tracing(TracingContext(mode)), config.patch(settings), _compilers_beside(graph) as compilers:
-            compiled = compile_fx_inner(joint_graph_passes(graph), fakes)
+            compiled = compile_fx_inner(joint_graph_passes(graph), fakes, cpp_wrapper=way.cpp)
     return compiled, compilers
 
 
@@ -155,24 +181,54 @@ def _compilers_beside(graph: torch.fx.GraphModule) -> Iterator[list[Callable[[],
     """Inductor starts a C++ compiler for each kernel and waits for all of them. Within, it does not wait: what it would
     have done is in the list. Code for other devices is kept with what its compilers made, so it waits."""
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CppWrapperCodeCache
 
     waits: list[Callable[[], None]] = []
     values = [n.meta["val"] for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if any(v.device.type != "cpu" for v in values):
         yield waits
         return
-    wait, here = AsyncCompile.wait, threading.get_ident()
+    wait, load, here = AsyncCompile.wait, CppWrapperCodeCache.__dict__.get("load_pybinding"), threading.get_ident()
+    load_now = CppWrapperCodeCache.load_pybinding
 
-    def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+    def wait_later(self: AsyncCompile, scope: dict[str, Any]) -> None:
         if threading.get_ident() != here:
             return wait(self, scope)
         waits.append(functools.partial(wait, self, scope))
 
-    AsyncCompile.wait = later
+    def load_later(cls: type, *args: Any, **kwargs: Any) -> Callable:
+        if threading.get_ident() != here:
+            return load_now(*args, **kwargs)
+        loaded = _Loaded(cls.load_pybinding_async(*args, submit_fn=AsyncCompile.submit, **kwargs))
+        waits.append(loaded.wait)
+        return loaded
+
+    AsyncCompile.wait = wait_later
+    CppWrapperCodeCache.load_pybinding = classmethod(load_later)
     try:
         yield waits
     finally:
         AsyncCompile.wait = wait
+        if load is None:
+            del CppWrapperCodeCache.load_pybinding
+        else:
+            CppWrapperCodeCache.load_pybinding = load
+
+
+class _Loaded:
+    """The function of a C++ wrapper: there once its compiler was waited for."""
+
+    def __init__(self, load: Callable[[], Callable]) -> None:
+        self._load = load
+        self.function: Callable | None = None
+
+    def wait(self) -> None:
+        if self.function is None:
+            self.function = self._load()
+
+    def __call__(self, handles: list[Any]) -> list[Any]:
+        self.wait()
+        return self.function(handles)
 
 
 def _beside(work: Callable[[], Any]) -> Future:
@@ -196,11 +252,25 @@ def _known(config: Any) -> dict[str, Any]:
 
 def _caller(compiled: Any) -> Callable:
     call = getattr(compiled, "current_callable", None) or compiled
+    function = _function_of_handles(call)
+    if function is not None:
+        return _C.HandleCall(function)
 
     def run(*tensors: torch.Tensor) -> Any:
         return call([*tensors])
 
     return run
+
+
+def _function_of_handles(call: Any) -> Callable | None:
+    """The C++ below the Python that Inductor puts around it, where that only makes handles and tensors of each other:
+    constants of the graph and results that are numbers make it another."""
+    code, scope = getattr(call, "__code__", None), getattr(call, "__globals__", {})
+    names = ("args", "input_tensors", "input_handles", "output_handles", "output_tensors")
+    if code is None or code.co_varnames != names or "item" in code.co_names:
+        return None
+    function = scope.get("inductor_entry")
+    return function.function if isinstance(function, _Loaded) else function
 
 
 @contextlib.contextmanager

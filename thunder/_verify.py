@@ -67,7 +67,7 @@ def judge(
 
 def body_of(trace: Any) -> Any:
     """A region as a Python function of its inputs, of any dtype and under any mode: its text is a program."""
-    return _function(trace, str(trace))
+    return function_of(trace, str(trace))
 
 
 _NARROW = (
@@ -81,10 +81,11 @@ def _exact_body_of(trace: Any) -> Any:
     text = str(trace)
     for pattern, wide in _NARROW:
         text = pattern.sub(wide, text)
-    return _function(trace, text)
+    return function_of(trace, text)
 
 
-def _function(trace: Any, text: str) -> Any:
+def function_of(trace: Any, text: str) -> Any:
+    """A region whose text is ``text``."""
     names = trace.namespace()
     exec(text, names)
     return names["region"]

@@ -127,7 +127,8 @@ def cold_seconds(how: str, layers: int, train: bool, device: str) -> float:
 def cold_rows(device: str, layers: int, rounds: int) -> None:
     """First calls, taking turns."""
     for train in (True, False):
-        seconds = [[cold_seconds(how, layers, train, device) for how in ("block", "torch.compile")] for _ in range(rounds)]
+        pair = ("block", "torch.compile")
+        seconds = [[cold_seconds(how, layers, train, device) for how in pair] for _ in range(rounds)]
         ratios = sorted(ours / theirs for ours, theirs in seconds)
         what = "step" if train else "forward"
         detail = ", ".join(f"{ours:.1f} s / {theirs:.1f} s" for ours, theirs in seconds)

@@ -1,6 +1,7 @@
 """`python bench/torchcompile.py`: the torchcompile executor beside torch.compile.
 
-cold         first training step, each in a fresh process with an empty cache of Inductor's
+cold         first training step and first forward, each in a fresh process with an empty cache of Inductor's, together
+             with the making of what is called: torch.compile() imports Inductor there
 background   first call with tier="background", against the first call with the torch executor alone
 steady       training step and forward at moderate width, taking turns in one run
 host         a tiny program: the time is what surrounds the kernels
@@ -101,8 +102,8 @@ def cold(how: str, layers: int, train: bool, device: str) -> None:
     """In a process of its own: the seconds that the first step takes."""
     torch.set_num_threads(2)
     model, arguments = gpt(layers, 256, 128, device)
-    call = compiled(model, how)
     start = time.perf_counter()
+    call = compiled(model, how)
     with contextlib.nullcontext() if train else torch.no_grad():
         step(model, call, arguments) if train else call(*arguments)
     synchronise(device)
@@ -123,11 +124,16 @@ def cold_seconds(how: str, layers: int, train: bool, device: str) -> float:
         return float(run.stdout.splitlines()[-1])
 
 
-def cold_rows(device: str, layers: int) -> None:
-    """First calls."""
-    ours, theirs = (cold_seconds(how, layers, True, device) for how in ("block", "torch.compile"))
-    seconds = f"({ours:.1f} s, {theirs:.1f} s)"
-    print(f"cold first step, GPT of {layers} layers   {ours / theirs:6.3f} x torch.compile {seconds}")
+def cold_rows(device: str, layers: int, rounds: int) -> None:
+    """First calls, taking turns."""
+    for train in (True, False):
+        pair = ("block", "torch.compile")
+        seconds = [[cold_seconds(how, layers, train, device) for how in pair] for _ in range(rounds)]
+        ratios = sorted(ours / theirs for ours, theirs in seconds)
+        what = "step" if train else "forward"
+        detail = ", ".join(f"{ours:.1f} s / {theirs:.1f} s" for ours, theirs in seconds)
+        row = f"{statistics.median(ratios):6.3f} x torch.compile ({ratios[0]:.3f}..{ratios[-1]:.3f}; {detail})"
+        print(f"cold first {what}, GPT of {layers} layers   {row}")
     first = {how: [cold_seconds(how, layers, False, device) for _ in range(5)] for how in ("background", "torch")}
     ours, theirs = (statistics.median(first[how]) for how in ("background", "torch"))
     spread = ", ".join(f"{how} {min(t) * 1e3:.1f}..{max(t) * 1e3:.1f} ms" for how, t in first.items())
@@ -167,6 +173,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=4.0, help="per row")
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3, help="of cold first calls")
     parser.add_argument("--skip-cold", action="store_true")
     parser.add_argument("--cold", help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
@@ -177,7 +184,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if not options.skip_cold:
-        cold_rows(options.device, options.layers)
+        cold_rows(options.device, options.layers, options.rounds)
     wide = 256 if options.device == "cpu" else 1024
     turns(f"GPT, 4 layers, {wide} wide", *gpt(4, wide, 128, options.device), options)
     turns(f"BERT, 4 layers, {wide} wide", *bert(4, wide, 128, options.device), options)

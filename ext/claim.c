@@ -9,6 +9,7 @@
  *     ask_operator(i, known, name, args, kwargs) -> None, or of the operator that takes the place of the call (dotted
  *                 name, how many results it has beside those of the call: its backward needs them)
  *     bind(i, region, kind) -> name of the unit, or None: declined after all
+ *     settle()    before a program whose units are all bound runs
  *     judge       see thx_region_new
  *
  * The key of an operator is its catalogue name, or the dotted name where the catalogue has none; "*" stands for all.
@@ -176,6 +177,12 @@ int thx_claim(thx *x, PyObject *claims, th_trace *t, const char *kind) {
     if (rc == 0) rc = thx_check(x, th_pipeline_run(t, "lifetime", &fuel, x->verify, NULL, NULL));
     asking_fini(&a);
     return rc;
+}
+
+int thx_claims_settle(PyObject *claims) {
+    PyObject *done = claims ? PyObject_CallMethod(claims, "settle", NULL) : Py_NewRef(Py_None);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
 }
 
 enum { MOST_SAVED = 8 };

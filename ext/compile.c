@@ -467,7 +467,8 @@ static int lower(compile *k) {
     e->writes_inputs = e->main.once =
         writes_inputs(e->main.t, e->main.t->nops) || (e->gradient && e->gradient->nmutated);
     if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||
-        thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0)
+        thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0 ||
+        thx_claims_settle(k->c->claims) < 0)
         return -1;
     return bind_roots(k) < 0 || note_offsets(k) < 0 ? -1 : note_undo(k);
 }

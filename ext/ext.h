@@ -57,7 +57,7 @@ typedef struct thx {
     PyTypeObject *Tensor, *TensorBase, *Parameter, *FakeTensor, *Size, *Dtype, *Device, *Layout, *MemoryFormat,
         *NnModule, *NumpyGeneric, *MethodWrapper;
     PyTypeObject *Callable, *Trace, *Proxy, *Symbol, *TraceCallable, *Observer, *Recorder, *Gradient, *Pending, *GradFn,
-        *Region, *NativeOperator, *NativeKernel, *CudaKernel;
+        *Region, *NativeOperator, *NativeKernel, *HandleCall, *CudaKernel;
     PyObject *CaptureError, *Unsupported; /* exceptions, from thunder._errors */
     PyObject *GradNeeded;                 /* internal: a capture that needs gradients */
     PyObject *ValueChanged;               /* internal: a run met another value than its program was made for */

@@ -213,8 +213,10 @@ static int run_implementation(th_frame *f, const unit_data *d) {
     /* Generated code does not look at what it reads. */
     if (d->region->fused && x->abi.on && lay_out(f, d, 0, d->nins) < 0) return -1;
     PyObject *implementation = Py_NewRef(d->region->implementation);
-    int rc = Py_TYPE(implementation) == x->NativeKernel && x->abi.on
-                 ? run_native(f, d, (const thx_native_kernel *)implementation)
+    PyTypeObject *type = x->abi.on ? Py_TYPE(implementation) : NULL;
+    int rc = type == x->NativeKernel ? run_native(f, d, (const thx_native_kernel *)implementation)
+             : type == x->HandleCall && d->region->fused
+                 ? thx_handles_run(x, implementation, f->slots, d->slots, d->nins, d->slots + d->nins, d->nouts)
                  : thx_call_run(f, d->call, implementation);
     Py_DECREF(implementation);
     return rc == 0 && x->abi.on ? lay_out(f, d, d->nins, d->nins + d->nouts) : rc;

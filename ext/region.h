@@ -41,8 +41,16 @@ thx_region *thx_region_new(thx *x, PyObject *executor, th_trace *body, bool fuse
 int thx_lower_region(thx_lowering *l, th_opref op); /* 1 lowered, 0 not for this operation, -1 error */
 int thx_region_init(thx *x, PyObject *module);
 
+/* ---- handles.c: generated code that takes the handles of a plan ---- */
+
+/* callable: a thunder._C.HandleCall. 0, or -1 with an exception. */
+int thx_handles_run(thx *x, PyObject *callable, th_slot *slots, const uint32_t *ins, uint32_t nins,
+                    const uint32_t *outs, uint32_t nouts);
+int thx_handles_init(thx *x, PyObject *module);
+
 /* ---- claim.c: let the executors of a callable claim the operations of a trace, in place ---- */
 int thx_claim(thx *x, PyObject *claims, th_trace *t, const char *kind);
+int thx_claims_settle(PyObject *claims); /* before the program runs: wait for what is built of its units */
 /* Before a program is differentiated: operators that bring their derivative along take the place of what they
  * implement. */
 int thx_claim_operators(thx *x, PyObject *claims, th_trace *t);

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import thunder
 from tests.test_executors import blocks, check, units
+from thunder.executors import torchcompile
 from thunder.executors.torchcompile import TorchCompileExecutor, torchcompile_executor
 
 pytestmark = pytest.mark.filterwarnings("error::thunder.ThunderWarning")
@@ -100,6 +103,215 @@ def test_layers_of_a_transformer_are_built_once():
                 built = len(executor._built)
         assert len(executor._built) == built <= 4
     assert len(units(compiled)) >= 8
+
+
+def attention_between(x, w):
+    """Two different regions."""
+    y = F.layer_norm(F.gelu(x @ w), (x.shape[-1],))
+    z = F.scaled_dot_product_attention(y, y, y)
+    return torch.sigmoid(z * 2) + z.relu()
+
+
+def test_the_next_region_is_built_while_compilers_work(monkeypatch):
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.utils import fresh_cache
+
+    generated, both, in_time = [], threading.Event(), []
+    generate, submit = TorchCompileExecutor._generate, AsyncCompile.submit.__func__
+
+    def generating(self, trace, form, ways):
+        generated.append(trace)
+        if len(generated) == 2:
+            both.set()
+        return generate(self, trace, form, ways)
+
+    def compiling(task):  # a compiler that is not done before the second region has its turn
+        in_time.append(both.wait(60))
+        task()
+
+    monkeypatch.setattr(TorchCompileExecutor, "_generate", generating)
+    monkeypatch.setattr(AsyncCompile, "submit", classmethod(lambda cls, task: submit(cls, lambda: compiling(task))))
+    arguments = torch.randn(2, 8, 16), torch.randn(16, 16)
+    executor = TorchCompileExecutor("torchcompile_beside")
+    with fresh_cache(), config.patch(compile_threads=2):
+        compiled = thunder.jit(attention_between, executors=[executor], tier="block")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(*arguments), attention_between(*arguments))
+    assert [u.state for u in units(compiled)] == ["trusted", "trusted"]
+    assert in_time and all(in_time)
+
+
+def test_plans_call_generated_code_with_their_handles():
+    """No Python of Inductor's runs between the kernels of a region, nor around them."""
+    import sys
+
+    compiled = check(blocks(2), (torch.randn(4, 16),), ["torchcompile"], tier="block")
+    assert {type(u.implementation) for u in units(compiled)} == {thunder._C.HandleCall}
+    frames = []
+    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        with torch.no_grad():
+            compiled(torch.randn(4, 16))
+    finally:
+        sys.setprofile(None)
+    assert not [f for f in frames if "inductor" in f or "torchcompile" in f]
+
+
+def test_generated_code_that_fails_raises():
+    call = thunder._C.HandleCall(lambda handles: (_ for _ in ()).throw(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match="no"):
+        call(torch.randn(2))
+    with pytest.raises(TypeError, match="argument 0 is no tensor"):
+        call(3)
+    with pytest.raises(TypeError, match="no list"):
+        thunder._C.HandleCall(lambda handles: None)(torch.randn(2))
+    same = torch.randn(2, requires_grad=True)
+    (back,) = thunder._C.HandleCall(lambda handles: handles)(same)
+    assert back is same
+
+
+def test_what_the_cpp_wrapper_cannot_do_python_calls(monkeypatch):
+    real, ways = torchcompile._compile, []
+
+    def compile_(trace, form, options, way):
+        ways.append(way)
+        if way.cpp:
+            raise NotImplementedError("not in C++")
+        return real(trace, form, options, way)
+
+    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    compiled = check(blocks(1), (torch.randn(7, 16),), [TorchCompileExecutor("torchcompile_python")], tier="block")
+    assert {u.state for u in units(compiled)} == {"trusted"}
+    assert {way.cpp for way in ways} == {True, False} and not torchcompile._instructions.doubted
+
+
+def test_handles_that_a_call_is_given_go_with_it():
+    x = torch.randn(4, 16)
+    compiled = check(blocks(1), (x,), ["torchcompile"], tier="block")
+    counts = []
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(x)
+            counts.append(torch._C._storage_Use_Count(x.untyped_storage()._cdata))
+    assert len(set(counts)) == 1
+
+
+def grown(x, w, cache):
+    """A step of a decoder: two regions around the attention, a table of positions that grows."""
+    y = F.gelu(x @ w)
+    keys = torch.cat((cache, y), dim=1)
+    places = torch.arange(keys.shape[1], dtype=x.dtype)[:, None]
+    z = F.scaled_dot_product_attention(y, keys + places * 0.01, keys * 2)
+    return torch.sigmoid(z).reshape(-1, 16) * 2, keys.softmax(1).flatten(1)
+
+
+def count_builds(monkeypatch) -> list:
+    real, forms = torchcompile._compile, []
+
+    def compile_(trace, form, options, way):
+        forms.append(form)
+        return real(trace, form, options, way)
+
+    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    return forms
+
+
+def test_growing_sizes_are_built_twice(monkeypatch):
+    forms = count_builds(monkeypatch)
+    compiled = thunder.jit(grown, executors=[TorchCompileExecutor("torchcompile_growing")], tier="block")
+    w = torch.randn(16, 16)
+    for length in (5, 6, 7, 12, 31, 32, 33, 100):
+        arguments = torch.randn(2, 1, 16), w, torch.randn(2, length, 16)
+        for _ in range(2):
+            for ours, theirs in zip(compiled(*arguments), grown(*arguments), strict=True):
+                torch.testing.assert_close(ours, theirs)
+                assert ours.stride() == theirs.stride()
+        if length == 6:
+            built = len(forms)
+    assert len(forms) == built
+    assert [form is None for form in forms] == [True, True, False], "what follows the attention is of one size"
+    assert {u.state for u in units(compiled)} == {"trusted"}
+
+
+def test_backward_regions_of_growing_sizes_are_built_twice(monkeypatch):
+    forms = count_builds(monkeypatch)
+    model = blocks(2)
+    compiled = thunder.jit(model, executors=[TorchCompileExecutor("torchcompile_growing_back")], tier="block")
+    for rows in (4, 6, 9, 17, 40):
+        x = torch.randn(rows, 16)
+        for _ in range(2):
+            ours = torch.autograd.grad(compiled(x).square().mean(), list(model.parameters()))
+            theirs = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        if rows == 6:
+            built = len(forms)
+    assert len(forms) == built
+    assert {u.state for u in units(compiled)} == {"trusted"}
+
+
+def test_code_for_any_sizes_is_not_taken_beyond_what_it_was_made_for(monkeypatch):
+    """Sizes of 1 broadcast, and numbers that do not follow from sizes are what they are."""
+    forms = count_builds(monkeypatch)
+    executor = TorchCompileExecutor("torchcompile_fitting")
+
+    def run(program, *arguments):
+        compiled = thunder.jit(program, executors=[executor], tier="block")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(*arguments), program(*arguments))
+        return len(forms)
+
+    def program(k):
+        return lambda x: (x.sin() * k).cumsum(0) + x.exp()
+
+    run(program(3), torch.randn(4, 3))
+    twice = run(program(3), torch.randn(6, 3))
+    assert twice == 2 and forms[0] is None and forms[1] is not None
+    assert run(program(3), torch.randn(9, 3)) == 2
+    assert run(program(5), torch.randn(9, 3)) == 3, "a number that does not vary with a size"
+    assert run(program(3), torch.randn(1, 3)) == 4, "a size of one"
+    assert run(program(3), torch.randn(6, 6)) > 4, "another size varies"
+
+
+def no_checks_made(monkeypatch):
+    """Inductor has not asked a compiler for instructions yet: the list of what it asks from here on."""
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    asked = []
+    instructions = torchcompile._Instructions()
+    instructions.doubt()
+    instructions.doubted = False
+    monkeypatch.setattr(torchcompile, "_instructions", instructions)
+    monkeypatch.setattr(VecISA, "check_build", lambda self, code: asked.append(code) or True)
+    VecISA._VecISA__bool__impl.cache_clear() if hasattr(VecISA, "_VecISA__bool__impl") else None
+    return asked, VecISA._avx_code
+
+
+def test_headers_of_torch_are_not_compiled_to_find_instructions(monkeypatch):
+    asked, headers = no_checks_made(monkeypatch)
+    check(blocks(1), (torch.randn(5, 16),), [TorchCompileExecutor("torchcompile_assuming")], tier="block")
+    assert headers not in asked
+
+
+def test_inductor_finds_instructions_once_a_kernel_does_not_compile(monkeypatch):
+    from torch._inductor.exc import CppCompileError
+
+    asked, headers = no_checks_made(monkeypatch)
+    real, checks = torchcompile._compile, []
+
+    def fails(*_):
+        raise CppCompileError(["g++"], "unknown option")
+
+    def compile_(trace, form, options, way):
+        checks.append(way.checked)
+        compiled, compilers, symbols = real(trace, form, options, way)
+        return compiled, compilers if way.checked else [fails], symbols
+
+    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    compiled = check(blocks(1), (torch.randn(6, 16),), [TorchCompileExecutor("torchcompile_doubting")], tier="block")
+    assert {u.state for u in units(compiled)} == {"trusted"}
+    assert headers in asked
+    assert True in checks and torchcompile._instructions.doubted
 
 
 def test_results_have_eagers_strides():

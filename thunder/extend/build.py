@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 _PATIENCE = 1.0  # seconds before a line says what takes so long
@@ -35,13 +37,25 @@ class Build:
         self.waiting: list[Callable[[Build], None]] = []
 
     def run(self) -> None:
-        """Build, and tell everybody who waits."""
-        start = time.perf_counter()
+        """Build, and tell everybody who waits; of what compilers still work on, a later thread does that."""
+        self._start = time.perf_counter()
         try:
-            self.implementation = self.executor.fuse(self.region)
+            made = self.executor.fuse(self.region)
         except Exception as error:
-            self.error = error
-        self.seconds = time.perf_counter() - start
+            self._end(None, error)
+        else:
+            if isinstance(made, Future):
+                made.add_done_callback(self._compiled)
+            else:
+                self._end(made, None)
+
+    def _compiled(self, made: Future) -> None:
+        error = made.exception()
+        self._end(None if error is not None else made.result(), error)
+
+    def _end(self, implementation: Callable | None, error: BaseException | None) -> None:
+        self.implementation, self.error = implementation, error
+        self.seconds = time.perf_counter() - self._start
         self.done.set()
         waiting, self.waiting = self.waiting, []
         for tell in waiting:
@@ -59,7 +73,7 @@ class Build:
 
 
 class Worker:
-    """A thread that builds what is queued, one after the other, and ends when there is nothing left."""
+    """A thread that builds what is queued, one after the other, and ends when nothing is left to build or compile."""
 
     def __init__(self) -> None:
         self._queue: collections.deque[Build] = collections.deque()
@@ -88,7 +102,10 @@ class Worker:
     def _work(self) -> None:
         self._settle()
         start, said, built = time.monotonic(), False, 0
+        compiling: list[Build] = []
         while True:
+            while compiling and not self._queue and not self._stopped:
+                compiling.pop().done.wait()
             with self._lock:
                 if not self._queue or self._stopped:
                     self._thread = None
@@ -101,6 +118,7 @@ class Worker:
                 said = True
                 progress(f"{build.executor.name} builds regions in the background: {built} done, {left + 1} to go")
             build.run()
+            compiling.append(build)
             built += 1
 
     def drop(self) -> None:
@@ -152,26 +170,37 @@ def wait_for_builds(timeout: float | None = None) -> bool:
 
 
 def start(executor: Any, region: Any, *, block: bool) -> Build:
-    """The build of a region: that of an equal one if there was one, else a new one; done on return if ``block``."""
+    """The build of a region: that of an equal one if there was one, else a new one. If ``block`` only compilers that
+    run beside us may still work on it: see ``finish``."""
     key = region.trace
     build = executor._built.get(key)
     if build is None:
         build = executor._built[key] = Build(executor, region)
         if block or not executor.background:
-            _run_here(build)
+            with _patience(f"{executor.name} builds a region ..."):
+                build.run()
         else:
             worker.submit(build)
-    elif block and not build.done.is_set():
-        build.done.wait()
     return build
 
 
-def _run_here(build: Build) -> None:
-    timer = threading.Timer(_PATIENCE, progress, (f"{build.executor.name} builds a region ...",))
+def finish(builds: Iterable[Build]) -> None:
+    """Wait until all are done."""
+    left = [build for build in builds if not build.done.is_set()]
+    if left:
+        with _patience(f"{left[0].executor.name} waits for the compilation of {len(left)} regions ..."):
+            for build in left:
+                build.done.wait()
+
+
+@contextlib.contextmanager
+def _patience(text: str) -> Iterator[None]:
+    """Say what takes so long."""
+    timer = threading.Timer(_PATIENCE, progress, (text,))
     timer.daemon = True
     timer.start()
     try:
-        build.run()
+        yield
     finally:
         timer.cancel()
 

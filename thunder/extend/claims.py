@@ -43,6 +43,7 @@ class Claims:
         self._units: list[tuple[str, Any, str]] = []
         self._numbers: collections.Counter[str] = collections.Counter()
         self._refused: dict[Any, str] = {}  # body -> why its executor may not run it
+        self._open: list[tuple[build.Build, Any]] = []  # what a call has to wait for, and who hears of it
         self._origins: dict[str, tuple[str, int]] = {}  # operator -> what it stands for, results that it saves
 
     @property
@@ -128,8 +129,19 @@ class Claims:
         if made.error is not None:
             self._failed(executor, region, made)
             return False
-        made.then(build.installer(region, self._finish))
+        tell = build.installer(region, self._finish)
+        if self.block and not made.done.is_set():
+            self._open.append((made, tell))
+        else:
+            made.then(tell)
         return True
+
+    def settle(self) -> None:
+        """The regions of a program are all known and it will run: what it may not run without is waited for."""
+        waiting, self._open = self._open, []
+        build.finish(made for made, _ in waiting)
+        for made, tell in waiting:
+            tell(made)
 
     def _finish(self, region: Any, made: build.Build) -> None:
         if made.error is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -255,7 +256,7 @@ class FusionExecutor(Executor):
         """Whether a region is worth fusing: True, or the reason why not. ``region`` is as for ``fuse``."""
         return True
 
-    def fuse(self, region: Any) -> Callable:
+    def fuse(self, region: Any) -> Callable | Future:
         """Something that runs the region.
 
         Args:
@@ -264,7 +265,8 @@ class FusionExecutor(Executor):
 
         Returns:
             a callable that takes the tensors of the region's inputs in order and returns a tuple or list of its
-            results.
+            results; or a ``concurrent.futures.Future`` of it, where a compiler works on it: the next region is built
+            meanwhile.
 
         Raises:
             anything: it is reported once, and torch runs the region.

@@ -597,9 +597,9 @@ static int differentiate(compile *k) {
     return rc;
 }
 
-static const char functional[] = "functionalize,noop,fold,cse,dce"; /* what comes before differentiation */
+static const char functional[] = "functionalize,noop,fold,cse,errors,dce"; /* what comes before differentiation */
 /* Of a program for any sizes: what functionalize makes of a write states sizes. */
-static const char sized[] = "noop,fold,cse,dce,lifetime";
+static const char sized[] = "noop,fold,cse,errors,dce,lifetime";
 
 /* What the user's transforms make of the program may require grad where the captured one did not. */
 static int transform(compile *k, bool *grad) {

@@ -21,6 +21,7 @@ typedef enum th_fusion {
 enum {                        /* th_opdef.effects, beyond TH_FX_* */
        TH_OPDEF_INPLACE = 32, /* writes its first parameter and returns it */
        TH_OPDEF_VIEW = 64,    /* the result may share storage with the first parameter */
+       TH_OPDEF_RAISES = 128, /* its kernel may find an error in the values: an index out of range, a division by 0 */
 };
 
 enum { TH_MAX_PARAMS = 16, TH_MAX_RANK = 16, TH_MAX_OUTS = 64 };

@@ -106,6 +106,10 @@ int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind 
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);
 /* The real tensor of a value that depends on no input: borrowed; NULL without exception when it does depend on one. */
 PyObject *thx_recorder_constant(thx_recorder *r, th_val value);
+/* An operation with these arguments was run to see its result: numbers of these values have been looked at. */
+/* Which number of the tape of the capture under way is it? -1: of none. */
+int thx_number_place(thx *x, PyObject *number);
+int thx_numbers_folded(const thx_recorder *r, const th_trace *t, th_node n);
 int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
                                th_val value); /* value: an input of the trace already */
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);

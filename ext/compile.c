@@ -66,6 +66,7 @@ typedef struct compile {
     thx_watched_args watched;
     thx_entry *like;    /* the entry for the same call but for values of floats, or NULL */
     PyObject *tape;     /* follows these */
+    bool misled;        /* the code may have taken them for what they are not */
     thx_entry *other;   /* the entry for the same call but for sizes, or NULL */
     PyObject *sizes;    /* follows these */
     bool ints;          /* and follows ints alone */
@@ -348,6 +349,11 @@ static int capture(compile *k) {
     if (codes && k->tape) {
         PyObject *done = PyObject_CallMethod(k->tape, "ran", "O", codes);
         if (!done) rc = -1;
+        if (done == Py_True) {
+            PyErr_SetString(x->SizesChanged, "code that ran may ask whether a number is of the type float");
+            k->misled = true;
+            rc = -1;
+        }
         Py_XDECREF(done);
     }
     Py_XDECREF(codes);
@@ -647,7 +653,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k);
     rc = rc == 0 ? make_guards(&k) : rc;
-    if (rc == 0 && !c->cache && !call->seen && !c->transform) rc = thx_numbers_begin(c, k.e, &k.like);
+    if (rc == 0 && follow && !c->cache && !call->seen && !c->transform) rc = thx_numbers_begin(c, k.e, &k.like);
     if (rc == 0 && follow && !k.like && !c->cache && !call->seen) {
         rc = thx_sizes_begin(c, k.e, &k.other, &k.ints);
         if (k.other && !(k.sizes = thx_sizes_new(x))) rc = -1;
@@ -658,6 +664,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
         rc = -1;
     }
     if (rc == 0) rc = capture(&k);
+    *followed |= k.misled;
     captured = now_ms();
     if (rc == 0) rc = run_passes(&k);
     if (rc == 0) k.e->ask_in_backward = k.e->gradient && asks_in_backward(k.r, k.e->captured);
@@ -694,10 +701,8 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     thx_args_fini(&k.watched);
     if (rc == 0 && k.like) {
         rc = thx_numbers_end(x, k.e, k.like, k.tape);
-        if (rc == 1) { /* serves its calls too */
-            k.like->dead = true;
-            rc = 0;
-        }
+        if (rc == 1) k.like->dead = true; /* serves its calls too */
+        if (rc > 0) rc = 0;
     }
     if (k.like) thx_entry_leave(c, k.like);
     if (k.other) thx_entry_leave(c, k.other);

@@ -108,7 +108,7 @@ typedef struct th_node_data {
         uint32_t ref;
         uint32_t kids; /* offset into th_trace.kids */
     } u;
-    double f2; /* imaginary part of TH_N_COMPLEX */
+    double f2; /* imaginary part of TH_N_COMPLEX; of TH_N_FLOAT: above 0, it is that number of those followed, from 1 */
 } th_node_data;
 
 /* ---- values, operations ---- */

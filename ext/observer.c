@@ -558,6 +558,8 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     if (!result && !PyErr_Occurred() && (!c.def || !c.def->meta || check_result_fits(&c) == 0)) result = slow(&c);
     bool untouched = result && r->sizes && r->like && r->t->nops == before && thx_is_tensor(x, result) && c.callee;
     if (untouched && thx_sizes_untouched(r, th_str_get(x->ctx, c.callee), kwargs, result) < 0) Py_CLEAR(result);
+    bool made = result && r->sizes && r->like && !untouched && c.callee && c.def && r->ninputs == 1;
+    if (made && thx_sizes_copied(r, th_str_get(x->ctx, c.callee), r->inputs[0]) < 0) Py_CLEAR(result);
     return result;
 }
 

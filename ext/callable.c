@@ -101,7 +101,7 @@ void thx_entry_leave(thx_callable_object *c, thx_entry *e) {
 static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     e->running++;
     PyObject *result = thx_entry_run(c, e, leaves, call);
-    bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform &&
+    bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count || e->gradient) && !c->needs_transform &&
                  PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
                  !PyErr_ExceptionMatches(c->x->ValueChanged) &&
                  (!e->main.literals.sizes || e->main.literals.sizes->dry) && thx_entry_is_untouched(e);

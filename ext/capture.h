@@ -67,7 +67,7 @@ typedef struct thx_recorder {
     bool inference;         /* inference mode of the caller */
     bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */
     uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
-    const struct thx_guards *reached; /* of the callable that is captured; NULL: none */
+    struct thx_guards *reached; /* of the callable that is captured; NULL: none */
     bool threads;                     /* other ones of Python's were seen while it is captured */
     bool seeded;                      /* the program set a generator's state since that was last looked at */
     PyObject *rng_last;               /* the generator's state when it was last looked at (owned) */

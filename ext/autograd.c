@@ -76,10 +76,9 @@ static int describe_saved(thx_gradient *g, const th_trace *forward, const th_hal
     for (uint32_t i = 0; i < g->nsaved; i++) {
         uint32_t root = index_of(forward->inputs, forward->ninputs, halves->saved[i]);
         bool input = root != UINT32_MAX;
-        g->saved[i] =
-            (thx_saved){.root = input ? (int32_t)root : -1,
-                        .value = g->nresults + i,
-                        .shown = input || is_shown(g, forward, halves->saved[i])};
+        g->saved[i] = (thx_saved){.root = input ? (int32_t)root : -1,
+                                  .value = g->nresults + i,
+                                  .shown = input || is_shown(g, forward, halves->saved[i])};
         for (uint32_t k = 0; input && k < g->nwrt; k++) g->saved[i].grad |= g->wrt[k] == halves->saved[i];
     }
     return 0;
@@ -300,7 +299,8 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     int rc = !g->kept || !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
-                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 || find_dependences(g) < 0 || find_stale(g, f) < 0
+                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 || find_dependences(g) < 0 ||
+                     find_stale(g, f) < 0
                  ? -1
                  : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -493,8 +493,7 @@ static PyObject *forward(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     PyObject *outs = PyTuple_New(g->ntangents);
     for (uint32_t i = 0; outs && i < g->ntangents; i++) {
         th_slot *slot = result_slot(f, g->tangent_of[i]);
-        PyObject *o =
-            g->base_of[i] < 0 ? result_object(x, slot) : result_view(x, slot, f->slots[g->base_of[i]].object);
+        PyObject *o = g->base_of[i] < 0 ? result_object(x, slot) : result_view(x, slot, f->slots[g->base_of[i]].object);
         if (!o)
             Py_CLEAR(outs);
         else

@@ -56,21 +56,21 @@ typedef struct thx_recorder {
     bool forgivable;    /* a CaptureError now is the user's to catch: only a message was to be made */
     bool writes_part;   /* the operation writes where an index says: x[i] = y */
     bool saw_random;
-    bool hidden_write;      /* something that requires grad was written while gradients were off */
-    int recompute;          /* above 0: inside a checkpoint */
-    PyObject *leaves;       /* set of values that the code made to require grad, or NULL (owned) */
-    PyObject *ties;         /* list of (hook or node, file, line), or NULL: tie.c (owned) */
-    PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
-    bool late;              /* while deriving: autograd runs backwards */
-    bool editing;           /* records a function for an edit of a trace: record.c */
-    bool deriving;          /* records what autograd does for one operation: derive.c */
-    bool inference;         /* inference mode of the caller */
-    bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */
-    uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
+    bool hidden_write;          /* something that requires grad was written while gradients were off */
+    int recompute;              /* above 0: inside a checkpoint */
+    PyObject *leaves;           /* set of values that the code made to require grad, or NULL (owned) */
+    PyObject *ties;             /* list of (hook or node, file, line), or NULL: tie.c (owned) */
+    PyObject *hooks;            /* saved tensor hooks that were active when the capture began (owned) */
+    bool late;                  /* while deriving: autograd runs backwards */
+    bool editing;               /* records a function for an edit of a trace: record.c */
+    bool deriving;              /* records what autograd does for one operation: derive.c */
+    bool inference;             /* inference mode of the caller */
+    bool inside, outside;       /* operations were recorded in an inference mode of the program's own, and out of one */
+    uint64_t schema_writes;     /* bit per input: an operation's schema says that it writes it */
     struct thx_guards *reached; /* of the callable that is captured; NULL: none */
-    bool threads;                     /* other ones of Python's were seen while it is captured */
-    bool seeded;                      /* the program set a generator's state since that was last looked at */
-    PyObject *rng_last;               /* the generator's state when it was last looked at (owned) */
+    bool threads;               /* other ones of Python's were seen while it is captured */
+    bool seeded;                /* the program set a generator's state since that was last looked at */
+    PyObject *rng_last;         /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer; /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;    /* code objects that ran, by address: open addressing (owned) */

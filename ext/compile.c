@@ -413,7 +413,8 @@ bool thx_entry_is_untouched(const thx_entry *e) {
     th_opref until = e->main.failed ? e->main.failed : t->nops;
     uint8_t stays = TH_FX_STATE | (thx_entry_redraws(e) ? 0 : TH_FX_RANDOM);
     for (th_opref o = 1; o < until; o++)
-        if (t->ops[o].effects & stays && !thx_mark_kind(t, &t->ops[o])) return false;
+        if (t->ops[o].effects & stays && !thx_mark_kind(t, &t->ops[o]) && !th__op_only_reads(t, &t->ops[o]))
+            return false;
     return !writes_inputs(t, until) && (!e->gradient || e->gradient->nmutated < 2);
 }
 
@@ -603,7 +604,10 @@ static int differentiate(compile *k) {
     return rc;
 }
 
-static const char functional[] = "functionalize,noop,fold,cse,errors,dce"; /* what comes before differentiation */
+static const char functional[] = "functionalize,noop,fold,cse,errors,dce"; /* what comes before a transform */
+/* What comes before differentiation. Operations that are the same are merged after it: of two that are one, the
+ * derivative is (g1 + g2) * c where eager's is g1 * c + g2 * c, which is another number where c is infinite. */
+static const char differentiable[] = "functionalize,noop,fold,errors,dce";
 /* Of a program for any sizes: what functionalize makes of a write states sizes. */
 static const char sized[] = "noop,fold,cse,errors,dce,lifetime";
 
@@ -613,7 +617,7 @@ static int transform(compile *k, bool *grad) {
     th_trace **t = &k->e->main.t;
     if (thx_transform_program(k->x, k->c->transform, k->r, t) < 0) return -1;
     for (uint32_t i = 0; i < k->r->nroots; i++) *grad |= k->r->roots[i].requires_grad && thx_grad_mode(k->x) == 1;
-    const char *passes = k->x->passes ? k->x->passes : functional;
+    const char *passes = k->x->passes ? k->x->passes : *grad ? differentiable : functional;
     return thx_check(k->x, th_pipeline_run(*t, passes, &fuel, k->x->verify, between_passes, k));
 }
 
@@ -633,7 +637,11 @@ static int run_passes(compile *k) {
     bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
     bool more = grad || k->c->transform;
-    const char *passes = k->x->passes ? k->x->passes : more ? functional : k->sizes && !k->ints ? sized : NULL;
+    const char *passes = k->x->passes           ? k->x->passes
+                         : grad                 ? differentiable
+                         : more                 ? functional
+                         : k->sizes && !k->ints ? sized
+                                                : NULL;
     if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, k->x->verify, between_passes, k)) < 0) return -1;
     if (k->c->transform && transform(k, &grad) < 0) return -1;
     if (grad && differentiate(k) < 0) return -1;

@@ -231,7 +231,8 @@ static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, in
 /* What code names of a library's module, torch.nn.functional.relu: that somebody may put another function there, not
  * what is inside. */
 static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
-    PyObject *dict = module && PyModule_Check(module) && !is_users_module(w->x, module) ? PyModule_GetDict(module) : NULL;
+    PyObject *dict =
+        module && PyModule_Check(module) && !is_users_module(w->x, module) ? PyModule_GetDict(module) : NULL;
     for (Py_ssize_t i = 0; dict && depth < 4 && i < PyTuple_GET_SIZE(code->co_names); i++) {
         PyObject *name = PyTuple_GET_ITEM(code->co_names, i), *value = PyDict_GetItemWithError(dict, name);
         watch_scope *scope = value && follows(w, name) ? scope_of(w, dict) : NULL;
@@ -400,6 +401,15 @@ static bool saved(PyObject *codes) {
             if (is_for_saving(PyTuple_GET_ITEM(names, j))) return true;
     }
     return false;
+}
+
+bool thx_guards_may_catch(thx *x, const thx_guards *g) {
+    bool may = !g || !g->codes;
+    for (Py_ssize_t i = 0; !may && i < PyList_GET_SIZE(g->codes); i++) {
+        PyObject *code = PyList_GET_ITEM(g->codes, i), *table = ((PyCodeObject *)code)->co_exceptiontable;
+        may = table && PyBytes_GET_SIZE(table) && !thx_is_inner(thx_origin_of_code(x, code));
+    }
+    return may;
 }
 
 static void renew_registry(thx_guards *g) {
@@ -699,7 +709,8 @@ static int walk_root(walker *w, PyObject *o) {
 int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots, PyObject *names) {
     walker w = {.x = x, .g = g, .names = names};
     int rc = walk_global_hooks(&w);
-    if (rc == 0) rc = thx_watch_other(x, g, WATCH_CLASS, (PyObject *)x->Tensor, NULL); /* methods put in another's place */
+    if (rc == 0)
+        rc = thx_watch_other(x, g, WATCH_CLASS, (PyObject *)x->Tensor, NULL); /* methods put in another's place */
     for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(roots); i++) rc = walk_root(&w, PyList_GET_ITEM(roots, i));
     PyMem_Free(w.seen);
     return rc;

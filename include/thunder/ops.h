@@ -60,7 +60,7 @@ typedef struct th_out {
 enum {                               /* th_call.facts: what this torch does, found out by trying it */
        TH_FACT_FLASH_LIKE_QUERY = 1, /* CPU flash attention lays its result out like the query */
        TH_FACT_FLASH_BLHD = 2,       /* ... always as (batch, length, head, size) */
-       TH_FACT_GELU_DOUBLES = 4,      /* CPU gelu of several numbers is nan at infinity */
+       TH_FACT_GELU_DOUBLES = 4,     /* CPU gelu of several numbers is nan at infinity */
 };
 
 struct th_call {

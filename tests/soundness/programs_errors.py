@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import types
+
 import torch
 from torch.nn import functional as F
 
-from tests.soundness.harness import program
+from tests.soundness.harness import Seen, program
 from tests.soundness.world import X
 
 FAR = torch.tensor([0, 9])
@@ -80,3 +82,53 @@ def unused_write_that_the_next_one_covers():
 
     yield f, X(), NEAR
     yield X(), FAR
+
+
+@program("errors")
+def kernel_that_fails_where_the_code_catches_it():
+    def f(x, i):
+        try:
+            x[i]
+            y = x.float() + x[i].sum()
+        except (IndexError, NotImplementedError):
+            y = x - 1
+        return y
+
+    yield f, X(), NEAR
+    yield X(), FAR
+    yield X(), NEAR
+    yield X(grad=True), FAR
+
+
+@program("errors")
+def state_written_before_a_kernel_fails_after_a_value():
+    world = types.SimpleNamespace(count=0)
+
+    def f(x, i):
+        world.count += 1
+        if x.sum() > 0:
+            world.count += 1
+            return x[i]
+        return x
+
+    yield f, X(), NEAR
+    yield X(), FAR
+    yield Seen(world=world)
+    yield -X(), FAR
+    yield X(), FAR
+    yield Seen(world=world)
+
+
+@program("errors")
+def state_written_before_the_first_call_fails_after_a_value():
+    world = types.SimpleNamespace(count=0)
+
+    def f(x):
+        world.count += 1
+        x = x.nonzero() * 3
+        return torch.lerp(x, x * 2, 3)
+
+    yield f, X()
+    yield Seen(world=world)
+    yield X()
+    yield Seen(world=world)

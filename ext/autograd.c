@@ -39,6 +39,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->wrt);
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->base_of);
+    PyMem_Free(g->shared);
     PyMem_Free(g->mutated);
     PyMem_Free(g->kept);
     PyMem_Free(g->stale);
@@ -84,6 +85,55 @@ static int describe_saved(thx_gradient *g, const th_trace *forward, const th_hal
     return 0;
 }
 
+typedef struct use_search {
+    th_val value;
+    bool found;
+} use_search;
+
+static void find_use(void *user, th_val *v) {
+    use_search *u = user;
+    u->found |= *v == u->value;
+}
+
+static bool is_used(th_trace *t, th_val v) {
+    use_search u = {v, false};
+    for (th_opref o = 1; o < t->nops && !u.found; o++)
+        if (t->ops[o].kind == TH_OP_CALL) th_op_each_use(t, o, find_use, &u);
+    return u.found;
+}
+
+/* Gradients that lie in each other's memory, as those of a stack that is summed up: a leaf keeps the one that it gets
+ * and adds to it in place. Eager copies one that something else is computed of, too, and so do we. (Of others it does
+ * not: after torch.stack([a, b]).sum(0) the gradients of a and b are one memory in eager.) */
+static int find_shared(thx_gradient *g) {
+    th_trace *t = g->backward.t;
+    const th_node_data *result = &t->nodes[t->result];
+    g->shared = PyMem_Calloc(g->nwrt + 1, sizeof *g->shared);
+    if (!g->shared) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        const th_node_data *a = &t->nodes[t->kids[result->u.kids + i]];
+        uint32_t alias = a->kind == TH_N_VALUE ? t->values[a->u.ref].alias : 0;
+        for (uint32_t k = 0; alias && k < i && !g->shared[i]; k++) {
+            const th_node_data *b = &t->nodes[t->kids[result->u.kids + k]];
+            g->shared[i] = b->kind == TH_N_VALUE && b->u.ref != a->u.ref && t->values[b->u.ref].alias == alias &&
+                           (is_used(t, a->u.ref) || is_used(t, b->u.ref));
+        }
+    }
+    return 0;
+}
+
+static int copy_shared(const thx_gradient *g, PyObject *result) {
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        PyObject *grad = PyTuple_GET_ITEM(result, i + 1);
+        if (!g->shared[i] || grad == Py_None) continue;
+        PyObject *copy = PyObject_CallMethod(grad, "clone", NULL);
+        if (!copy) return -1;
+        PyTuple_SET_ITEM(result, i + 1, copy);
+        Py_DECREF(grad);
+    }
+    return 0;
+}
+
 /* Results that lie in the memory of an input that requires grad. */
 static int find_bases(thx_gradient *g, const th_trace *forward) {
     const th_node_data *result = &forward->nodes[forward->result];
@@ -97,7 +147,10 @@ static int find_bases(thx_gradient *g, const th_trace *forward) {
             const th_value *input = &forward->values[forward->inputs[k]];
             bool dtype = th_type_get(forward->ctx, input->type)->dtype == th_type_get(forward->ctx, value->type)->dtype;
             bool wanted = index_of(g->wrt, g->nwrt, forward->inputs[k]) != UINT32_MAX;
-            if (input->alias == value->alias && dtype && wanted) g->base_of[i] = (int32_t)k;
+            bool written = th__is_written(forward, forward->inputs[k], forward->nops);
+            for (uint32_t m = 0; m < g->nmutated && !written; m++) /* copied to after the call: values for now */
+                written = forward->values[g->mutated[m]].alias == value->alias;
+            if (input->alias == value->alias && dtype && wanted && !written) g->base_of[i] = (int32_t)k;
         }
     }
     return 0;
@@ -299,8 +352,8 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     int rc = !g->kept || !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
-                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 || find_dependences(g) < 0 ||
-                     find_stale(g, f) < 0
+                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 || find_shared(g) < 0 ||
+                     find_dependences(g) < 0 || find_stale(g, f) < 0
                  ? -1
                  : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -874,6 +927,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
         thx_autocast_on(x, &cast);
     }
     if (result) drop_undefined(p->g, a + 1, result);
+    if (result && !graph && copy_shared(p->g, result) < 0) Py_CLEAR(result);
     result = hand_out(p, result);
     if (result && !keep) {
         p->freed = true;

@@ -615,3 +615,27 @@ def view_of_a_leaf_that_is_written_to():
     out = yield w
     yield Seen(told=write(out), w=w)
     yield Seen(error=backward(out), w=w)
+
+
+@program("gradients")
+def gradients_that_are_views_of_one_another():
+    a, b, w = (nn.Parameter(torch.full((4,), n)) for n in (1.0, 2.0, 3.0))
+
+    def f(x):
+        return torch.stack([a, w * -1.0 + b]).sum(0) * x
+
+    for i in range(3):
+        out = yield (f, torch.ones(4)) if i == 0 else (torch.ones(4),)
+        yield Seen(error=backward(out), a=a, b=b, w=w)
+
+
+@program("gradients")
+def infinite_numbers_in_both_branches():
+    def f(x, c):
+        t = x * c + 1
+        return torch.where(t > 0, t * c, x * c)
+
+    for i, c in enumerate((2.0, float("inf"), -3.0)):
+        x = X(grad=True)
+        out = yield (f, x, c) if i == 0 else (x, c)
+        yield Seen(error=backward(out), x=x)

@@ -403,6 +403,12 @@ static bool saved(PyObject *codes) {
     return false;
 }
 
+bool thx_guards_holds_tensor(const thx_guards *g, PyObject *tensor) {
+    bool found = false;
+    for (uint32_t i = 0; i < g->tensors.count && !found; i++) found = g->tensors.items[i] == tensor;
+    return found;
+}
+
 bool thx_guards_may_catch(thx *x, const thx_guards *g) {
     bool may = !g || !g->codes;
     for (Py_ssize_t i = 0; !may && i < PyList_GET_SIZE(g->codes); i++) {

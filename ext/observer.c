@@ -568,6 +568,15 @@ PyObject *thx_record_call(thx_recorder *r, PyObject *callee, PyObject *args, PyO
     return thx_record(r, &f, callee, args, kwargs);
 }
 
+/* What a tensor of the surroundings is asked for (its shape, whether it requires grad) is guarded, though no operation
+ * may use it: it is an input of the program. */
+static int note_asked(thx_recorder *r, PyObject *args) {
+    PyObject *first = PyTuple_Check(args) && PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
+    if (!first || !r->reached || r->deriving || !thx_is_tensor(r->x, first) || thx_is_fake(r->x, first)) return 0;
+    if (!thx_guards_holds_tensor(r->reached, first) || thx_under_functorch(r->x)) return 0;
+    return thx_recorder_cell(r, first) ? 0 : -1;
+}
+
 static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3 || n > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
@@ -575,6 +584,7 @@ static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     const thx_func *found = thx_func_find(r->x, func);
     if (!found) return NULL;
     thx_func f = *found; /* the table may grow below */
+    if ((f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_GRAD) && note_asked(r, args) < 0) return NULL;
     if (f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_SKIP) {
         r->nqueries++;
         PyObject *answer = PyObject_Call(func, args, kwargs);

@@ -1208,3 +1208,36 @@ def custom_function_with_state():
     out = yield (x,)
     yield Seen(error=backward(out), x=x)
     yield X()
+
+
+# ---- tensors of the surroundings that no operation uses ----
+
+ASKED = {
+    "requires_grad": (lambda t: t.requires_grad, lambda t: t.requires_grad_()),
+    "grad_fn": (lambda t: t.grad_fn is None, lambda t: t.mul_(torch.ones(4, requires_grad=True))),
+    "shape": (lambda t: t.shape[0] == 4, lambda t: setattr(t, "data", torch.ones(6))),
+    "length": (lambda t: len(t) == 4, lambda t: t.resize_(6)),
+    "dtype": (lambda t: t.dtype == torch.float32, lambda t: setattr(t, "data", torch.ones(4, dtype=torch.float64))),
+    "stride": (lambda t: t.is_contiguous(), lambda t: setattr(t, "data", torch.ones(8)[::2])),
+    "dimensions": (lambda t: t.ndim == 1, lambda t: t.unsqueeze_(0)),
+}
+
+
+def add_asked(name, ask, change):
+    def calls():
+        t = torch.ones(4)
+
+        def f(x):
+            return x * 2 if ask(t) else x - 5
+
+        yield f, X()
+        change(t)
+        yield X()
+        yield X()
+
+    calls.__name__ = f"tensor_that_is_asked_for_its_{name}"
+    program("tensors")(calls)
+
+
+for _name, _parts in ASKED.items():
+    add_asked(_name, *_parts)

@@ -101,10 +101,10 @@ void thx_entry_leave(thx_callable_object *c, thx_entry *e) {
 static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     e->running++;
     PyObject *result = thx_entry_run(c, e, leaves, call);
-    bool matters = e->nwrites || e->writes_inputs || e->effects.count || e->gradient;
-    bool again = !result && (matters || thx_guards_may_catch(c->x, e->guards)) && !c->needs_transform &&
-                 PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
-                 !PyErr_ExceptionMatches(c->x->ValueChanged) &&
+    bool left = e->nwrites || e->writes_inputs || e->effects.count;
+    bool kernel = e->main.failed && (e->gradient || thx_guards_may_catch(c->x, e->guards)); /* not what a hook raised */
+    bool again = !result && (left || kernel) && !c->needs_transform && PyErr_ExceptionMatches(PyExc_Exception) &&
+                 !PyErr_ExceptionMatches(c->x->StaleProgram) && !PyErr_ExceptionMatches(c->x->ValueChanged) &&
                  (!e->main.literals.sizes || e->main.literals.sizes->dry) && thx_entry_is_untouched(e);
     thx_entry_leave(c, e);
     if (!again) return result;

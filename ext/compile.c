@@ -611,13 +611,20 @@ static const char differentiable[] = "functionalize,noop,fold,errors,dce";
 /* Of a program for any sizes: what functionalize makes of a write states sizes. */
 static const char sized[] = "noop,fold,cse,errors,dce,lifetime";
 
+/* Autocast casts a weight once, however often it is used: so do we, before differentiation. */
+static const char *before_gradients(const th_trace *t) {
+    for (th_opref o = 1; o < t->nops; o++)
+        if (th__op_is(t, &t->ops[o], "torch.ops.aten.to.dtype")) return functional;
+    return differentiable;
+}
+
 /* What the user's transforms make of the program may require grad where the captured one did not. */
 static int transform(compile *k, bool *grad) {
     th_fuel fuel = {.left = -1};
     th_trace **t = &k->e->main.t;
     if (thx_transform_program(k->x, k->c->transform, k->r, t) < 0) return -1;
     for (uint32_t i = 0; i < k->r->nroots; i++) *grad |= k->r->roots[i].requires_grad && thx_grad_mode(k->x) == 1;
-    const char *passes = k->x->passes ? k->x->passes : *grad ? differentiable : functional;
+    const char *passes = k->x->passes ? k->x->passes : *grad ? before_gradients(*t) : functional;
     return thx_check(k->x, th_pipeline_run(*t, passes, &fuel, k->x->verify, between_passes, k));
 }
 
@@ -638,7 +645,7 @@ static int run_passes(compile *k) {
     th_fuel fuel = {.left = -1};
     bool more = grad || k->c->transform;
     const char *passes = k->x->passes           ? k->x->passes
-                         : grad                 ? differentiable
+                         : grad                 ? before_gradients(e->main.t)
                          : more                 ? functional
                          : k->sizes && !k->ints ? sized
                                                 : NULL;

@@ -715,8 +715,7 @@ static int walk_root(walker *w, PyObject *o) {
 int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots, PyObject *names) {
     walker w = {.x = x, .g = g, .names = names};
     int rc = walk_global_hooks(&w);
-    if (rc == 0)
-        rc = thx_watch_other(x, g, WATCH_CLASS, (PyObject *)x->Tensor, NULL); /* methods put in another's place */
+    if (rc == 0) rc = watch_items(&w, x->Tensor->tp_dict, 0, false, true); /* methods put in another's place */
     for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(roots); i++) rc = walk_root(&w, PyList_GET_ITEM(roots, i));
     PyMem_Free(w.seen);
     return rc;

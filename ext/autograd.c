@@ -38,6 +38,8 @@ static void gradient_dealloc(thx_gradient *g) {
     thx_program_fini(&g->batched);
     PyMem_Free(g->wrt);
     PyMem_Free(g->tangent_of);
+    PyMem_Free(g->base_of);
+    PyMem_Free(g->shared);
     PyMem_Free(g->mutated);
     PyMem_Free(g->kept);
     PyMem_Free(g->stale);
@@ -75,8 +77,81 @@ static int describe_saved(thx_gradient *g, const th_trace *forward, const th_hal
     for (uint32_t i = 0; i < g->nsaved; i++) {
         uint32_t root = index_of(forward->inputs, forward->ninputs, halves->saved[i]);
         bool input = root != UINT32_MAX;
-        g->saved[i] =
-            (thx_saved){input ? (int32_t)root : -1, g->nresults + i, input || is_shown(g, forward, halves->saved[i])};
+        g->saved[i] = (thx_saved){.root = input ? (int32_t)root : -1,
+                                  .value = g->nresults + i,
+                                  .shown = input || is_shown(g, forward, halves->saved[i])};
+        for (uint32_t k = 0; input && k < g->nwrt; k++) g->saved[i].grad |= g->wrt[k] == halves->saved[i];
+    }
+    return 0;
+}
+
+typedef struct use_search {
+    th_val value;
+    bool found;
+} use_search;
+
+static void find_use(void *user, th_val *v) {
+    use_search *u = user;
+    u->found |= *v == u->value;
+}
+
+static bool is_used(th_trace *t, th_val v) {
+    use_search u = {v, false};
+    for (th_opref o = 1; o < t->nops && !u.found; o++)
+        if (t->ops[o].kind == TH_OP_CALL) th_op_each_use(t, o, find_use, &u);
+    return u.found;
+}
+
+/* Gradients that lie in each other's memory, as those of a stack that is summed up: a leaf keeps the one that it gets
+ * and adds to it in place. Eager copies one that something else is computed of, too, and so do we. (Of others it does
+ * not: after torch.stack([a, b]).sum(0) the gradients of a and b are one memory in eager.) */
+static int find_shared(thx_gradient *g) {
+    th_trace *t = g->backward.t;
+    const th_node_data *result = &t->nodes[t->result];
+    g->shared = PyMem_Calloc(g->nwrt + 1, sizeof *g->shared);
+    if (!g->shared) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        const th_node_data *a = &t->nodes[t->kids[result->u.kids + i]];
+        uint32_t alias = a->kind == TH_N_VALUE ? t->values[a->u.ref].alias : 0;
+        for (uint32_t k = 0; alias && k < i && !g->shared[i]; k++) {
+            const th_node_data *b = &t->nodes[t->kids[result->u.kids + k]];
+            g->shared[i] = b->kind == TH_N_VALUE && b->u.ref != a->u.ref && t->values[b->u.ref].alias == alias &&
+                           (is_used(t, a->u.ref) || is_used(t, b->u.ref));
+        }
+    }
+    return 0;
+}
+
+static int copy_shared(const thx_gradient *g, PyObject *result) {
+    for (uint32_t i = 0; i < g->nwrt; i++) {
+        PyObject *grad = PyTuple_GET_ITEM(result, i + 1);
+        if (!g->shared[i] || grad == Py_None) continue;
+        PyObject *copy = PyObject_CallMethod(grad, "clone", NULL);
+        if (!copy) return -1;
+        PyTuple_SET_ITEM(result, i + 1, copy);
+        Py_DECREF(grad);
+    }
+    return 0;
+}
+
+/* Results that lie in the memory of an input that requires grad. */
+static int find_bases(thx_gradient *g, const th_trace *forward) {
+    const th_node_data *result = &forward->nodes[forward->result];
+    g->base_of = PyMem_Calloc(g->ntangents + 1, sizeof *g->base_of);
+    if (!g->base_of) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < g->ntangents; i++) {
+        th_val v = forward->nodes[forward->kids[result->u.kids + g->tangent_of[i]]].u.ref;
+        const th_value *value = &forward->values[v];
+        g->base_of[i] = -1;
+        for (uint32_t k = 0; value->alias && k < forward->ninputs && g->base_of[i] < 0; k++) {
+            const th_value *input = &forward->values[forward->inputs[k]];
+            bool dtype = th_type_get(forward->ctx, input->type)->dtype == th_type_get(forward->ctx, value->type)->dtype;
+            bool wanted = index_of(g->wrt, g->nwrt, forward->inputs[k]) != UINT32_MAX;
+            bool written = th__is_written(forward, forward->inputs[k], forward->nops);
+            for (uint32_t m = 0; m < g->nmutated && !written; m++) /* copied to after the call: values for now */
+                written = forward->values[g->mutated[m]].alias == value->alias;
+            if (input->alias == value->alias && dtype && wanted && !written) g->base_of[i] = (int32_t)k;
+        }
     }
     return 0;
 }
@@ -277,7 +352,8 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     int rc = !g->kept || !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
-                     describe_saved(g, f, &halves) < 0 || find_dependences(g) < 0 || find_stale(g, f) < 0
+                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 || find_shared(g) < 0 ||
+                     find_dependences(g) < 0 || find_stale(g, f) < 0
                  ? -1
                  : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -391,6 +467,24 @@ static PyObject *result_object(thx *x, th_slot *slot) {
     return thx_slot_object(x, slot);
 }
 
+/* A result in an input's memory, as a view of the input: torch refuses to write to it, since the input's gradient would
+ * not know. */
+static PyObject *result_view(thx *x, th_slot *slot, PyObject *input) {
+    PyObject *o = result_object(x, slot);
+    PyObject *size = o ? PyObject_CallMethod(o, "size", NULL) : NULL, *stride = NULL, *offset = NULL, *view = NULL;
+    if (size && (stride = PyObject_CallMethod(o, "stride", NULL)) &&
+        (offset = PyObject_CallMethod(o, "storage_offset", NULL)))
+        view = PyObject_CallMethod(input, "as_strided", "OOO", size, stride, offset);
+    Py_XDECREF(size);
+    Py_XDECREF(stride);
+    Py_XDECREF(offset);
+    if (!view) return NULL;
+    thx_slot_drop(x, slot);
+    slot->object = view;
+    slot->owns_object = true;
+    return view;
+}
+
 /* Values that torch keeps: a tuple in the order of the saved ones. */
 static PyObject *shown_tuple(thx *x, const pending *p, thx_forward *f) {
     const thx_gradient *g = p->g;
@@ -451,7 +545,8 @@ static PyObject *forward(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     if (run_program(x, f) < 0) return NULL;
     PyObject *outs = PyTuple_New(g->ntangents);
     for (uint32_t i = 0; outs && i < g->ntangents; i++) {
-        PyObject *o = result_object(x, result_slot(f, g->tangent_of[i]));
+        th_slot *slot = result_slot(f, g->tangent_of[i]);
+        PyObject *o = g->base_of[i] < 0 ? result_object(x, slot) : result_view(x, slot, f->slots[g->base_of[i]].object);
         if (!o)
             Py_CLEAR(outs);
         else
@@ -521,6 +616,23 @@ static int write_inputs(thx *x, thx_forward *f) {
     return 0;
 }
 
+/* Torch refuses to save inference tensors, and eager may save others than we do: that is found out before anything
+ * runs, so that eager can. What requires grad is none. */
+static int refuse_inference(thx *x, thx_forward *f, const th_slot *roots) {
+    const thx_gradient *g = f->gradient;
+    for (uint32_t i = 0; i < g->nsaved; i++) {
+        if (g->saved[i].root < 0 || g->saved[i].grad) continue;
+        PyObject *inference = PyObject_CallOneArg(x->is_inference, roots[g->saved[i].root].object);
+        if (!inference) return -1;
+        Py_DECREF(inference); /* a singleton */
+        if (inference == Py_False) continue;
+        f->program->failed = 1;
+        PyErr_SetString(PyExc_RuntimeError, "Inference tensors cannot be saved for backward");
+        return -1;
+    }
+    return 0;
+}
+
 int thx_forward_run(thx *x, thx_forward *f) {
     thx_gradient *g = f->gradient;
     f->slots = NULL;
@@ -528,7 +640,7 @@ int thx_forward_run(thx *x, thx_forward *f) {
     PyObject *fixed[16], **args = g->nwrt + 2 <= 16 ? fixed : PyMem_Malloc(sizeof *args * (g->nwrt + 2)), *outs = NULL;
     th_slot few[32], *roots = g->nroots <= 32 ? few : PyMem_Malloc(sizeof *roots * g->nroots);
     if (!args || !roots) PyErr_NoMemory();
-    if (p && args && roots && f->fill(f->user, roots) == 0) {
+    if (p && args && roots && f->fill(f->user, roots) == 0 && refuse_inference(x, f, roots) == 0) {
         args[1] = (PyObject *)p;
         for (uint32_t i = 0; i < g->nwrt; i++) args[2 + i] = roots[g->wrt[i]].object;
         outs = PyObject_Vectorcall(x->apply, args + 1, (g->nwrt + 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
@@ -815,6 +927,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
         thx_autocast_on(x, &cast);
     }
     if (result) drop_undefined(p->g, a + 1, result);
+    if (result && !graph && copy_shared(p->g, result) < 0) Py_CLEAR(result);
     result = hand_out(p, result);
     if (result && !keep) {
         p->freed = true;

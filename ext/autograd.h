@@ -9,6 +9,7 @@
 typedef struct thx_saved { /* one input of the backward program */
     int32_t root;          /* an input of the call, by number; -1: a value that the forward program made */
     uint32_t value;        /* entry of the forward program's result */
+    bool grad;             /* an input that requires grad */
     bool shown;            /* the user can see, and so change, it: torch keeps it, with its version */
 } thx_saved;
 
@@ -23,6 +24,8 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     uint8_t *stale;            /* by root: ROOT_*: the run writes to it, and `again` would read what it left */
     uint32_t nwrt, *wrt;       /* inputs of the call that require grad */
     uint32_t ntangents, *tangent_of;
+    int32_t *base_of;            /* by result that has a gradient: the input whose memory it lies in; -1: none */
+    bool *shared;                /* by input that requires grad: its gradient lies in the memory of one before it */
     uint32_t nmutated, *mutated; /* inputs that take new contents under autograd; these are the last results */
     uint32_t nkept, *kept;       /* results that retain their gradients */
     uint64_t *depends; /* by input that requires grad, then by kept result: bits of the incoming gradients that its own

@@ -96,14 +96,15 @@ void thx_entry_leave(thx_callable_object *c, thx_entry *e) {
     if (!--e->running && e->dropped) thx_entry_free(c->x, e);
 }
 
-/* A kernel failed. What eager writes before that line is not written yet: eager does it, as long as nothing else has
- * changed; otherwise the error stays, which names the line. */
+/* A kernel failed. What eager writes before that line is not written yet, and the code may catch the error: eager does
+ * it, as long as nothing else has changed; otherwise the error stays, which names the line. */
 static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     e->running++;
     PyObject *result = thx_entry_run(c, e, leaves, call);
-    bool again = !result && (e->nwrites || e->writes_inputs || e->effects.count) && !c->needs_transform &&
-                 PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
-                 !PyErr_ExceptionMatches(c->x->ValueChanged) &&
+    bool left = e->nwrites || e->writes_inputs || e->effects.count;
+    bool kernel = e->main.failed && (e->gradient || thx_guards_may_catch(c->x, e->guards)); /* not what a hook raised */
+    bool again = !result && (left || kernel) && !c->needs_transform && PyErr_ExceptionMatches(PyExc_Exception) &&
+                 !PyErr_ExceptionMatches(c->x->StaleProgram) && !PyErr_ExceptionMatches(c->x->ValueChanged) &&
                  (!e->main.literals.sizes || e->main.literals.sizes->dry) && thx_entry_is_untouched(e);
     thx_entry_leave(c, e);
     if (!again) return result;

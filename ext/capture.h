@@ -56,21 +56,21 @@ typedef struct thx_recorder {
     bool forgivable;    /* a CaptureError now is the user's to catch: only a message was to be made */
     bool writes_part;   /* the operation writes where an index says: x[i] = y */
     bool saw_random;
-    bool hidden_write;      /* something that requires grad was written while gradients were off */
-    int recompute;          /* above 0: inside a checkpoint */
-    PyObject *leaves;       /* set of values that the code made to require grad, or NULL (owned) */
-    PyObject *ties;         /* list of (hook or node, file, line), or NULL: tie.c (owned) */
-    PyObject *hooks;        /* saved tensor hooks that were active when the capture began (owned) */
-    bool late;              /* while deriving: autograd runs backwards */
-    bool editing;           /* records a function for an edit of a trace: record.c */
-    bool deriving;          /* records what autograd does for one operation: derive.c */
-    bool inference;         /* inference mode of the caller */
-    bool inside, outside;   /* operations were recorded in an inference mode of the program's own, and out of one */
-    uint64_t schema_writes; /* bit per input: an operation's schema says that it writes it */
-    const struct thx_guards *reached; /* of the callable that is captured; NULL: none */
-    bool threads;                     /* other ones of Python's were seen while it is captured */
-    bool seeded;                      /* the program set a generator's state since that was last looked at */
-    PyObject *rng_last;               /* the generator's state when it was last looked at (owned) */
+    bool hidden_write;          /* something that requires grad was written while gradients were off */
+    int recompute;              /* above 0: inside a checkpoint */
+    PyObject *leaves;           /* set of values that the code made to require grad, or NULL (owned) */
+    PyObject *ties;             /* list of (hook or node, file, line), or NULL: tie.c (owned) */
+    PyObject *hooks;            /* saved tensor hooks that were active when the capture began (owned) */
+    bool late;                  /* while deriving: autograd runs backwards */
+    bool editing;               /* records a function for an edit of a trace: record.c */
+    bool deriving;              /* records what autograd does for one operation: derive.c */
+    bool inference;             /* inference mode of the caller */
+    bool inside, outside;       /* operations were recorded in an inference mode of the program's own, and out of one */
+    uint64_t schema_writes;     /* bit per input: an operation's schema says that it writes it */
+    struct thx_guards *reached; /* of the callable that is captured; NULL: none */
+    bool threads;               /* other ones of Python's were seen while it is captured */
+    bool seeded;                /* the program set a generator's state since that was last looked at */
+    PyObject *rng_last;         /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer; /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;    /* code objects that ran, by address: open addressing (owned) */
@@ -107,6 +107,10 @@ int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind 
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);
 /* The real tensor of a value that depends on no input: borrowed; NULL without exception when it does depend on one. */
 PyObject *thx_recorder_constant(thx_recorder *r, th_val value);
+/* An operation with these arguments was run to see its result: numbers of these values have been looked at. */
+/* Which number of the tape of the capture under way is it? -1: of none. */
+int thx_number_place(thx *x, PyObject *number);
+int thx_numbers_folded(const thx_recorder *r, const th_trace *t, th_node n);
 int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
                                th_val value); /* value: an input of the trace already */
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);

@@ -66,6 +66,7 @@ typedef struct compile {
     thx_watched_args watched;
     thx_entry *like;    /* the entry for the same call but for values of floats, or NULL */
     PyObject *tape;     /* follows these */
+    bool misled;        /* the code may have taken them for what they are not */
     thx_entry *other;   /* the entry for the same call but for sizes, or NULL */
     PyObject *sizes;    /* follows these */
     bool ints;          /* and follows ints alone */
@@ -348,6 +349,11 @@ static int capture(compile *k) {
     if (codes && k->tape) {
         PyObject *done = PyObject_CallMethod(k->tape, "ran", "O", codes);
         if (!done) rc = -1;
+        if (done == Py_True) {
+            PyErr_SetString(x->SizesChanged, "code that ran may ask whether a number is of the type float");
+            k->misled = true;
+            rc = -1;
+        }
         Py_XDECREF(done);
     }
     Py_XDECREF(codes);
@@ -407,7 +413,8 @@ bool thx_entry_is_untouched(const thx_entry *e) {
     th_opref until = e->main.failed ? e->main.failed : t->nops;
     uint8_t stays = TH_FX_STATE | (thx_entry_redraws(e) ? 0 : TH_FX_RANDOM);
     for (th_opref o = 1; o < until; o++)
-        if (t->ops[o].effects & stays && !thx_mark_kind(t, &t->ops[o])) return false;
+        if (t->ops[o].effects & stays && !thx_mark_kind(t, &t->ops[o]) && !th__op_only_reads(t, &t->ops[o]))
+            return false;
     return !writes_inputs(t, until) && (!e->gradient || e->gradient->nmutated < 2);
 }
 
@@ -598,9 +605,19 @@ static int differentiate(compile *k) {
     return rc;
 }
 
-static const char functional[] = "functionalize,noop,fold,cse,dce"; /* what comes before differentiation */
+static const char functional[] = "functionalize,noop,fold,cse,errors,dce"; /* what comes before a transform */
+/* What comes before differentiation. Operations that are the same are merged after it: of two that are one, the
+ * derivative is (g1 + g2) * c where eager's is g1 * c + g2 * c, which is another number where c is infinite. */
+static const char differentiable[] = "functionalize,noop,fold,errors,dce";
 /* Of a program for any sizes: what functionalize makes of a write states sizes. */
-static const char sized[] = "noop,fold,cse,dce,lifetime";
+static const char sized[] = "noop,fold,cse,errors,dce,lifetime";
+
+/* Autocast casts a weight once, however often it is used: so do we, before differentiation. */
+static const char *before_gradients(const th_trace *t) {
+    for (th_opref o = 1; o < t->nops; o++)
+        if (th__op_is(t, &t->ops[o], "torch.ops.aten.to.dtype")) return functional;
+    return differentiable;
+}
 
 /* What the user's transforms make of the program may require grad where the captured one did not. */
 static int transform(compile *k, bool *grad) {
@@ -608,7 +625,7 @@ static int transform(compile *k, bool *grad) {
     th_trace **t = &k->e->main.t;
     if (thx_transform_program(k->x, k->c->transform, k->r, t) < 0) return -1;
     for (uint32_t i = 0; i < k->r->nroots; i++) *grad |= k->r->roots[i].requires_grad && thx_grad_mode(k->x) == 1;
-    const char *passes = k->x->passes ? k->x->passes : functional;
+    const char *passes = k->x->passes ? k->x->passes : *grad ? before_gradients(*t) : functional;
     return thx_check(k->x, th_pipeline_run(*t, passes, &fuel, k->x->verify, between_passes, k));
 }
 
@@ -628,7 +645,11 @@ static int run_passes(compile *k) {
     bool grad = take_flags(k->r, e->main.t);
     th_fuel fuel = {.left = -1};
     bool more = grad || k->c->transform;
-    const char *passes = k->x->passes ? k->x->passes : more ? functional : k->sizes && !k->ints ? sized : NULL;
+    const char *passes = k->x->passes           ? k->x->passes
+                         : grad                 ? before_gradients(e->main.t)
+                         : more                 ? functional
+                         : k->sizes && !k->ints ? sized
+                                                : NULL;
     if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, k->x->verify, between_passes, k)) < 0) return -1;
     if (k->c->transform && transform(k, &grad) < 0) return -1;
     if (grad && differentiate(k) < 0) return -1;
@@ -648,7 +669,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     int collecting = PyGC_Disable(); /* a capture only allocates: collections would find nothing, again and again */
     int rc = describe_args(&k);
     rc = rc == 0 ? make_guards(&k) : rc;
-    if (rc == 0 && !c->cache && !call->seen && !c->transform) rc = thx_numbers_begin(c, k.e, &k.like);
+    if (rc == 0 && follow && !c->cache && !call->seen && !c->transform) rc = thx_numbers_begin(c, k.e, &k.like);
     if (rc == 0 && follow && !k.like && !c->cache && !call->seen) {
         rc = thx_sizes_begin(c, k.e, &k.other, &k.ints);
         if (k.other && !(k.sizes = thx_sizes_new(x))) rc = -1;
@@ -659,6 +680,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
         rc = -1;
     }
     if (rc == 0) rc = capture(&k);
+    *followed |= k.misled;
     captured = now_ms();
     if (rc == 0) rc = run_passes(&k);
     if (rc == 0) k.e->ask_in_backward = k.e->gradient && asks_in_backward(k.r, k.e->captured);
@@ -695,10 +717,8 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     thx_args_fini(&k.watched);
     if (rc == 0 && k.like) {
         rc = thx_numbers_end(x, k.e, k.like, k.tape);
-        if (rc == 1) { /* serves its calls too */
-            k.like->dead = true;
-            rc = 0;
-        }
+        if (rc == 1) k.like->dead = true; /* serves its calls too */
+        if (rc > 0) rc = 0;
     }
     if (k.like) thx_entry_leave(c, k.like);
     if (k.other) thx_entry_leave(c, k.other);

@@ -73,6 +73,10 @@ static int evaluate(folding *f, th_opref o) {
         return 0;
     }
     if (!result) return -1;
+    if (thx_numbers_folded(f->r, f->t, op->args) < 0 || thx_numbers_folded(f->r, f->t, op->kwargs) < 0) {
+        Py_DECREF(result);
+        return -1;
+    }
     bool kept = keep_results(f, op->outs, result);
     Py_DECREF(result);
     return kept && !f->returned;

@@ -278,6 +278,7 @@ th_node thx_to_node(thx *x, th_trace *t, PyObject *o, thx_tensor_fn tensor, void
         node = thx_extent_node(x, t, o);
     } else if (type == &PyFloat_Type || type == x->number_type) {
         node = th_node_float(t, PyFloat_AS_DOUBLE(o));
+        if (node && type == x->number_type) t->nodes[node].f2 = thx_number_place(x, o) + 1;
     } else if (type == &PyComplex_Type) {
         node = th_node_complex(t, PyComplex_RealAsDouble(o), PyComplex_ImagAsDouble(o));
     } else if (type == &PyUnicode_Type) {

@@ -49,6 +49,8 @@ static PyObject *evaluate(thx_recording *c) {
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
         if (!cell || !thx_recorder_constant(r, cell->value)) return NULL;
     }
+    if (thx_numbers_folded(r, r->t, c->anode) < 0 || (c->knode && thx_numbers_folded(r, r->t, c->knode) < 0))
+        return NULL;
     PyObject *args = thx_from_node(r->x, r->t, c->anode, const_object, r);
     PyObject *kwargs = args && c->knode ? thx_from_node(r->x, r->t, c->knode, const_object, r) : NULL;
     PyObject *result = args && (kwargs || !c->knode) ? PyObject_Call(c->func, args, kwargs) : NULL;

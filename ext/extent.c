@@ -169,6 +169,15 @@ int thx_sizes_untouched(thx_recorder *r, const char *name, PyObject *kwargs, PyO
     return formats ? 0 : emit_mark(r, THX_LAYOUT_CALLEE, cell->value, NULL, 0);
 }
 
+/* `contiguous` made a copy: for sizes for which it would give the tensor itself, the program is another one. */
+int thx_sizes_copied(thx_recorder *r, const char *name, PyObject *tensor) {
+    const char *dot = strrchr(name, '.');
+    thx_cell *cell = dot && strcmp(dot, ".contiguous") == 0 ? thx_recorder_known(r, tensor) : NULL;
+    if (!cell || cell->value >= r->like->nvalues || !r->t->values[cell->value].def) return 0;
+    if (r->t->values[cell->value].type == r->like->values[cell->value].type) return 0;
+    return emit_mark(r, THX_COPIED_CALLEE, cell->value, NULL, 0);
+}
+
 static const char *last_name(thx_recorder *r, const thx_func *f, char *text, size_t size) {
     const char *callee = f->callee ? th_str_get(r->x->ctx, f->callee) : "", *dot;
     snprintf(text, size, "%s", callee);

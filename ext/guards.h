@@ -10,6 +10,12 @@ typedef struct thx_guards thx_guards;
  * hooks. Roots of the trace that live in a module's dictionary are re-bound when they are replaced by an equal kind. */
 thx_guards *thx_guards_new(thx *x, PyObject *roots);
 void thx_guards_free(thx *x, thx_guards *g);
+/* A function of torch without arguments, which tells of a setting: its answer is a guard. */
+int thx_guards_ask(thx *x, thx_guards *g, PyObject *function);
+/* Is it one of the tensors that can be reached? */
+bool thx_guards_holds_tensor(const thx_guards *g, PyObject *tensor);
+/* May some code of the callable catch an exception, so that it goes on where a kernel fails? */
+bool thx_guards_may_catch(thx *x, const thx_guards *g);
 /* The code that ran while it was captured, as a list: names that it does not mention cannot matter. */
 void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes);
 /* 1 holds; 0 does not: `reason` says what changed; -1 error. */

@@ -228,6 +228,35 @@ static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, in
     return rc;
 }
 
+/* What code names of a library's module, torch.nn.functional.relu: that somebody may put another function there, not
+ * what is inside. */
+static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
+    PyObject *dict =
+        module && PyModule_Check(module) && !is_users_module(w->x, module) ? PyModule_GetDict(module) : NULL;
+    for (Py_ssize_t i = 0; dict && depth < 4 && i < PyTuple_GET_SIZE(code->co_names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(code->co_names, i), *value = PyDict_GetItemWithError(dict, name);
+        watch_scope *scope = value && follows(w, name) ? scope_of(w, dict) : NULL;
+        if (PyErr_Occurred()) return -1;
+        if (!scope || PyDict_Contains(scope->copy, name) == 1) continue;
+        if (PyDict_SetItem(scope->copy, name, value) < 0) return -1;
+        if (PyModule_Check(value) && watch_library_names(w, value, code, depth + 1) < 0) return -1;
+    }
+    return 0;
+}
+
+/* max, len: that of a global of that name, which is not there, is watched too. */
+static int watch_builtins(walker *w, PyCodeObject *code, PyObject *globals) {
+    PyObject *builtins = PyEval_GetBuiltins(); /* borrowed */
+    for (Py_ssize_t i = 0; builtins && i < PyTuple_GET_SIZE(code->co_names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(code->co_names, i), *value = PyDict_GetItemWithError(builtins, name);
+        if (PyErr_Occurred()) return -1;
+        if (!value || PyDict_Contains(globals, name) == 1) continue;
+        watch_scope *scope = scope_of(w, builtins);
+        if (!scope || PyDict_SetItem(scope->copy, name, value) < 0) return -1;
+    }
+    return 0;
+}
+
 /* Modules of the user's that code imports. */
 static int walk_imports(walker *w, PyCodeObject *code, int depth) {
     PyObject *modules = PyImport_GetModuleDict();
@@ -247,6 +276,9 @@ static int walk_code(walker *w, PyCodeObject *code, PyObject *globals, int depth
         rc = walk_name(w, globals, PyTuple_GET_ITEM(code->co_names, i), depth);
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
         rc = walk_module_names(w, PyDict_GetItemWithError(globals, PyTuple_GET_ITEM(code->co_names, i)), code, depth);
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
+        rc = watch_library_names(w, PyDict_GetItemWithError(globals, PyTuple_GET_ITEM(code->co_names, i)), code, 0);
+    if (rc == 0) rc = watch_builtins(w, code, globals);
     if (rc == 0) rc = walk_imports(w, code, depth);
     if (rc == 0 && names(code, "globals")) rc = walk_constant_names(w, globals, code, depth);
     if (rc == 0 && names(code, "modules")) rc = walk_constant_names(w, PyImport_GetModuleDict(), code, depth);
@@ -297,6 +329,7 @@ static int walk_function(walker *w, PyObject *function, int depth) {
         rc = walk_cell(w, cell, remade, depth);
         if (rc == 0 && remade) rc = walk_remade(w, value, depth);
         if (rc == 0 && !library) rc = walk_module_names(w, value, (PyCodeObject *)code, depth);
+        if (rc == 0 && !library) rc = watch_library_names(w, value, (PyCodeObject *)code, 0);
     }
     if (rc == 0 && !library) rc = walk_code(w, (PyCodeObject *)code, PyFunction_GET_GLOBALS(function), depth);
     PyObject *dict =
@@ -368,6 +401,21 @@ static bool saved(PyObject *codes) {
             if (is_for_saving(PyTuple_GET_ITEM(names, j))) return true;
     }
     return false;
+}
+
+bool thx_guards_holds_tensor(const thx_guards *g, PyObject *tensor) {
+    bool found = false;
+    for (uint32_t i = 0; i < g->tensors.count && !found; i++) found = g->tensors.items[i] == tensor;
+    return found;
+}
+
+bool thx_guards_may_catch(thx *x, const thx_guards *g) {
+    bool may = !g || !g->codes;
+    for (Py_ssize_t i = 0; !may && i < PyList_GET_SIZE(g->codes); i++) {
+        PyObject *code = PyList_GET_ITEM(g->codes, i), *table = ((PyCodeObject *)code)->co_exceptiontable;
+        may = table && PyBytes_GET_SIZE(table) && !thx_is_inner(thx_origin_of_code(x, code));
+    }
+    return may;
 }
 
 static void renew_registry(thx_guards *g) {
@@ -571,6 +619,14 @@ static int walk_weak(walker *w, PyObject *o, int depth) {
     return walk(w, target, depth + 1);
 }
 
+/* Attributes that somebody gave a tensor; what transformers notes there is for itself. */
+static int walk_tensor_attributes(walker *w, PyObject *tensor, int depth) {
+    PyObject **place = _PyObject_GetDictPtr(tensor), *dict = place ? *place : NULL;
+    bool none = !dict || !PyDict_GET_SIZE(dict) ||
+                (PyDict_GET_SIZE(dict) == 1 && PyDict_GetItemString(dict, "_is_hf_initialized"));
+    return none || first_visit(w, dict) != 1 ? 0 : walk_attributes(w, dict, depth);
+}
+
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     g->unnamed |= reads_by_string(o);
@@ -593,7 +649,7 @@ static int walk(walker *w, PyObject *o, int depth) {
     if (thx_is_tensor(w->x, o)) {
         if (RESERVE(g->tensors) < 0) return -1;
         g->tensors.items[g->tensors.count++] = Py_NewRef(o);
-        return 0;
+        return walk_tensor_attributes(w, o, depth);
     }
     if (PyFunction_Check(o)) return walk_function(w, o, depth);
     if (is_iterator(o)) return g->iterator = Py_TYPE(o), 0;
@@ -618,6 +674,8 @@ static int walk(walker *w, PyObject *o, int depth) {
         bool plain = !(Py_TYPE(o)->tp_flags & Py_TPFLAGS_HEAPTYPE); /* else it may hold attributes, too */
         if (walk_sequence(w, o, depth) < 0 || plain) return PyErr_Occurred() ? -1 : 0;
     }
+    if (strcmp(Py_TYPE(o)->tp_name, "thunder._C.Callable") == 0) /* its function is captured along with ours */
+        return walk_attribute(w, o, "__wrapped__", depth);
     if (is_foreign_cached(w, o)) return 0;
     bool outermost = !w->in_module && PyObject_TypeCheck(o, w->x->NnModule);
     if (outermost && walk_module(w, o) < 0) return -1;
@@ -658,6 +716,7 @@ static int walk_root(walker *w, PyObject *o) {
 int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots, PyObject *names) {
     walker w = {.x = x, .g = g, .names = names};
     int rc = walk_global_hooks(&w);
+    if (rc == 0) rc = watch_items(&w, x->Tensor->tp_dict, 0, false, true); /* methods put in another's place */
     for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(roots); i++) rc = walk_root(&w, PyList_GET_ITEM(roots, i));
     PyMem_Free(w.seen);
     return rc;

@@ -35,7 +35,8 @@ static PyObject *copy_of(watch_kind kind, PyObject *o, PyObject *name) {
     case WATCH_ORDER:
     case WATCH_DEQUE: return PySequence_Tuple(o);
     case WATCH_BUFFER: return bytes_of(o);
-    case WATCH_REGISTRY: return PyObject_CallNoArgs(o);
+    case WATCH_REGISTRY:
+    case WATCH_ANSWER: return PyObject_CallNoArgs(o);
     default: return read_slot(o, name);
     }
 }
@@ -66,6 +67,18 @@ int thx_watch_other(thx *x, thx_guards *g, watch_kind kind, PyObject *o, PyObjec
                       .copy = copy,
                       .name = Py_XNewRef(name),
                       .order = kind == WATCH_CLASS ? Py_XNewRef(((PyTypeObject *)o)->tp_mro) : NULL};
+    return 0;
+}
+
+int thx_guards_ask(thx *x, thx_guards *g, PyObject *function) {
+    for (uint32_t i = 0; i < g->others.count; i++)
+        if (g->others.items[i].object == function) return 0;
+    if (thx_watch_other(x, g, WATCH_ANSWER, function, NULL) < 0) return PyErr_Clear(), 0;
+    PyObject *answer = g->others.items[g->others.count - 1].copy;
+    if (PyBool_Check(answer) || PyLong_Check(answer) || PyUnicode_Check(answer)) return 0;
+    watch_other *last = &g->others.items[--g->others.count]; /* not one that can be compared */
+    Py_CLEAR(last->object);
+    Py_CLEAR(last->copy);
     return 0;
 }
 
@@ -110,7 +123,7 @@ bool thx_watch_other_holds(thx *x, watch_other *w) {
     }
     PyObject *now = copy_of((watch_kind)w->kind, w->object, w->name);
     bool same = now && (w->kind == WATCH_SLOT ? thx_same_value(w->copy, now)
-                        : w->kind == WATCH_BUFFER || w->kind == WATCH_REGISTRY
+                        : w->kind == WATCH_BUFFER || w->kind == WATCH_REGISTRY || w->kind == WATCH_ANSWER
                             ? PyObject_RichCompareBool(w->copy, now, Py_EQ) == 1
                             : same_items(w->copy, now));
     PyErr_Clear();
@@ -168,7 +181,8 @@ void thx_watch_other_put_back(const watch_other *w) {
     case WATCH_DEQUE: put_back_contents(w, "extend"); break;
     case WATCH_ORDER: put_back_order(w); break;
     case WATCH_BUFFER: put_back_buffer(w); break;
-    case WATCH_REGISTRY: break; /* nothing is ever taken off it */
+    case WATCH_REGISTRY: /* nothing is ever taken off it */
+    case WATCH_ANSWER: break;
     case WATCH_SLOT: (void)PyObject_SetAttr(w->object, w->name, w->copy == Py_NotImplemented ? NULL : w->copy); break;
     }
     PyErr_Clear();
@@ -181,7 +195,8 @@ const char *thx_watch_other_text(const watch_other *w) {
                                         [WATCH_DEQUE] = "a deque",
                                         [WATCH_BUFFER] = "an array or bytes",
                                         [WATCH_SLOT] = "an attribute of an object",
-                                        [WATCH_REGISTRY] = "the registry of an abstract class"};
+                                        [WATCH_REGISTRY] = "the registry of an abstract class",
+                                        [WATCH_ANSWER] = "a setting of torch"};
     return texts[w->kind];
 }
 

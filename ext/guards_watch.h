@@ -52,7 +52,8 @@ typedef enum watch_kind {
     WATCH_DEQUE,
     WATCH_BUFFER,
     WATCH_SLOT,
-    WATCH_REGISTRY /* what abstract classes accept as their subclasses; one for all of them */
+    WATCH_REGISTRY, /* what abstract classes accept as their subclasses; one for all of them */
+    WATCH_ANSWER    /* of a function of torch that tells of a setting */
 } watch_kind;
 
 typedef struct watch_other {

@@ -377,6 +377,24 @@ static uint32_t flash_layout(thx *x) {
     return fact;
 }
 
+/* Whose gelu is it, oneDNN's or torch's own? */
+static uint32_t gelu_kernel(thx *x) {
+    uint32_t fact = 0;
+    PyObject *gelu = PyObject_GetAttrString(x->functional, "gelu");
+    PyObject *far = PyObject_CallMethod(x->torch, "full", "(i)d", 4, Py_HUGE_VAL);
+    PyObject *curved = gelu && far ? PyObject_CallOneArg(gelu, far) : NULL;
+    PyObject *sum = curved ? PyObject_CallMethod(curved, "sum", NULL) : NULL;
+    PyObject *number = sum ? PyObject_CallMethod(sum, "item", NULL) : NULL;
+    if (number && PyFloat_Check(number) && Py_IS_NAN(PyFloat_AS_DOUBLE(number))) fact = TH_FACT_GELU_DOUBLES;
+    PyErr_Clear();
+    Py_XDECREF(number);
+    Py_XDECREF(sum);
+    Py_XDECREF(curved);
+    Py_XDECREF(far);
+    Py_XDECREF(gelu);
+    return fact;
+}
+
 /* ---- life ---- */
 
 static int module_exec(PyObject *module) {
@@ -404,7 +422,7 @@ static int module_exec(PyObject *module) {
         thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 || thx_cuda_init(x, module) < 0 ||
         thx_cudnn_init(x, module) < 0)
         return -1;
-    x->facts = flash_layout(x);
+    x->facts = flash_layout(x) | gelu_kernel(x);
     load_contextlib(x);
     return PyModule_AddObjectRef(module, "GradNeeded", x->GradNeeded) < 0
                ? -1

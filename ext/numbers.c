@@ -1,8 +1,8 @@
 /* Numbers that change from call to call, such as a learning rate.
  *
  * The second capture for arguments that differ in floats alone follows them: they are Numbers (thunder/_numbers.py),
- * which write down what is computed of them. Then the two final programs are compared. When they are the same but for
- * literals, and each of these is one of the numbers computed, literals become slots that every call fills:
+ * which write down what is computed of them, and a literal of the trace knows which of them it is. Then the two final
+ * programs are compared. When they are the same but for such literals, these become slots that every call fills:
  *
  *     lr = 0.1                                          lr = 0.05
  *     t0 = torch.Tensor.mul(g, -0.1)                    t0 = torch.Tensor.mul(g, -0.05)       ->  -a0
@@ -91,7 +91,8 @@ int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
 
 typedef struct literal {
     thx_number place;
-    double before, now;
+    double before;
+    int number; /* of the tape; -1: none */
 } literal;
 
 typedef struct comparison {
@@ -110,12 +111,25 @@ static bool same_node(comparison *k, th_node a, th_node b) {
     return th__nodes_match(&(th__match){k->a, k->b, same_value, k}, a, b);
 }
 
-/* An argument itself, which may be a literal that differs. */
+/* Is a number of the tape somewhere inside? */
+static bool holds_number(const th_trace *t, th_node n) {
+    const th_node_data *d = &t->nodes[n];
+    bool found = d->kind == TH_N_FLOAT && d->f2 > 0;
+    if (d->kind < TH_N_TUPLE || d->kind > TH_N_SLICE) return found;
+    for (uint32_t i = 0; i < d->count && !found; i++) found = holds_number(t, t->kids[d->u.kids + i]);
+    return found;
+}
+
+/* An argument itself, which may be a number of the tape, or a literal that differs. */
 static bool same_argument(comparison *k, th_node na, th_node nb) {
     const th_node_data *a = &k->a->nodes[na], *b = &k->b->nodes[nb];
-    if (a->kind != TH_N_FLOAT || b->kind != TH_N_FLOAT || same_node(k, na, nb)) return same_node(k, na, nb);
-    if (k->count == MAX_LITERALS) return false;
-    k->found[k->count++] = (literal){k->at, a->u.f, b->u.f};
+    bool floats = a->kind == TH_N_FLOAT && b->kind == TH_N_FLOAT, number = holds_number(k->b, nb);
+    if (!floats) return !number && same_node(k, na, nb);
+    if (!number && same_node(k, na, nb)) return true;
+    const th_op *op = &k->b->ops[k->at.op];
+    if (k->count == MAX_LITERALS || (!op->callee_opaque && strstr(th_str_get(k->b->ctx, op->callee), "range")))
+        return false; /* numbers make the shapes of ranges */
+    k->found[k->count++] = (literal){k->at, a->u.f, (int)b->f2 - 1};
     return true;
 }
 
@@ -219,22 +233,65 @@ static uint32_t free_arguments(thx_spec *s, PyObject *free) {
     return bits;
 }
 
-static PyObject *ask_tape(thx_entry *e, const thx_entry *like, PyObject *tape, const comparison *k) {
-    PyObject *before = PyList_New(0), *pairs = PyList_New(k->count), *answer = NULL;
-    int rc = before && pairs ? 0 : -1;
+static int former_places(const thx_entry *e, PyObject *list) {
+    int rc = list ? 0 : -1;
+    for (uint32_t i = 0; i < e->nplaces && rc == 0; i++)
+        if (PyFloat_CheckExact(e->places[i].value)) rc = PyList_Append(list, e->places[i].value);
+    return rc;
+}
+
+/* What followed floats were in the other capture: a tuple. */
+static PyObject *all_former_floats(const thx_entry *e, const thx_entry *like) {
+    PyObject *before = PyList_New(0);
+    int rc = before ? 0 : -1;
     for (uint32_t i = 0; i < e->nargs && rc == 0; i++) rc = former_floats(&like->args[i], &e->args[i], before);
-    for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) rc = PyList_Append(before, e->places[i].value);
+    if (rc == 0) rc = former_places(e, before);
+    PyObject *tuple = rc == 0 ? PyList_AsTuple(before) : NULL;
+    Py_XDECREF(before);
+    return tuple;
+}
+
+/* Of the floats that are followed, those that may already be any in the other program: a frozenset. */
+static PyObject *known_floats(const thx_entry *e, const thx_entry *like) {
+    PyObject *known = PySet_New(NULL);
+    int rc = known ? 0 : -1;
+    for (uint32_t i = 0; i < e->nfloats + e->nplaces && rc == 0; i++) {
+        const thx_place *place = i < e->nfloats ? NULL : &e->places[i - e->nfloats];
+        bool any = !place && like->nfloats == e->nfloats && like->free_floats >> i & 1;
+        for (uint32_t k = 0; place && k < like->nplaces && !any; k++)
+            any = like->places[k].any && like->places[k].owner == place->owner &&
+                  PyObject_RichCompareBool(like->places[k].key, place->key, Py_EQ) == 1;
+        PyObject *number = any ? PyLong_FromUnsignedLong(i) : NULL;
+        if (any) rc = number ? PySet_Add(known, number) : -1;
+        Py_XDECREF(number);
+    }
+    PyObject *frozen = rc == 0 ? PyFrozenSet_New(known) : NULL;
+    Py_XDECREF(known);
+    return frozen;
+}
+
+static PyObject *unseen_floats(const thx_entry *e, const thx_entry *like, PyObject *tape) {
+    PyObject *before = all_former_floats(e, like), *known = before ? known_floats(e, like) : NULL;
+    PyObject *free = known ? PyObject_CallMethod(tape, "unseen", "OO", before, known) : NULL;
+    Py_XDECREF(before);
+    Py_XDECREF(known);
+    return free;
+}
+
+static PyObject *ask_tape(const thx_entry *e, const thx_entry *like, PyObject *tape, const comparison *k) {
+    PyObject *before = all_former_floats(e, like), *known = before ? known_floats(e, like) : NULL;
+    PyObject *pairs = known ? PyList_New(k->count) : NULL, *answer = NULL;
+    int rc = pairs ? 0 : -1;
     for (uint32_t i = 0; i < k->count && rc == 0; i++) {
-        PyObject *pair = Py_BuildValue("(dd)", k->found[i].before, k->found[i].now);
+        PyObject *pair = Py_BuildValue("(di)", k->found[i].before, k->found[i].number);
         if (pair)
             PyList_SET_ITEM(pairs, i, pair);
         else
             rc = -1;
     }
-    PyObject *tuple = rc == 0 ? PyList_AsTuple(before) : NULL;
-    if (tuple) answer = PyObject_CallMethod(tape, "formula", "OO", tuple, pairs);
-    Py_XDECREF(tuple);
+    if (rc == 0) answer = PyObject_CallMethod(tape, "formula", "OOO", before, pairs, known);
     Py_XDECREF(pairs);
+    Py_XDECREF(known);
     Py_XDECREF(before);
     return answer;
 }
@@ -267,9 +324,9 @@ static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *ans
     return thx_entry_place(x, e);
 }
 
-/* The programs are the same, literals included: what was not looked at may be any. */
-static int free_unused(thx_entry *e, PyObject *tape) {
-    PyObject *free = PyObject_CallMethod(tape, "unseen", NULL);
+/* The programs are the same, literals included: what was not looked at, and changed, may be any. */
+static int free_unused(thx_entry *e, const thx_entry *like, PyObject *tape) {
+    PyObject *free = unseen_floats(e, like, tape);
     int rc = !free ? -1 : PySet_GET_SIZE(free) > 0;
     if (rc == 1) {
         for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], free);
@@ -277,6 +334,19 @@ static int free_unused(thx_entry *e, PyObject *tape) {
     }
     Py_XDECREF(free);
     return rc;
+}
+
+/* Does the entry serve all calls that the other one does? */
+static bool covers(const thx_entry *e, const thx_entry *like) {
+    bool all = (like->free_floats & ~e->free_floats) == 0;
+    for (uint32_t i = 0; i < like->nplaces && all; i++) {
+        bool found = !like->places[i].any;
+        for (uint32_t k = 0; k < e->nplaces && !found; k++)
+            found = e->places[k].any && e->places[k].owner == like->places[i].owner &&
+                    PyObject_RichCompareBool(e->places[k].key, like->places[i].key, Py_EQ) == 1;
+        all = found;
+    }
+    return all;
 }
 
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape) {
@@ -292,13 +362,13 @@ int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape)
         rc = !answer ? -1 : answer == Py_None ? 0 : take_formula(x, e, &k, answer) < 0 ? -1 : 1;
         Py_XDECREF(answer);
     } else if (same) {
-        rc = free_unused(e, tape);
+        rc = free_unused(e, like, tape);
     }
     if (rc == 0) {
         for (uint32_t i = 0; i < e->nargs; i++) forget_floats(&e->args[i]);
         thx_places_free(e);
     }
-    return rc;
+    return rc == 1 && !covers(e, like) ? 2 : rc;
 }
 
 int thx_floats_unseen(const thx_entry *e, const thx_entry *like, PyObject *tape) {
@@ -310,6 +380,27 @@ int thx_floats_unseen(const thx_entry *e, const thx_entry *like, PyObject *tape)
     int unseen = fixed ? PySet_GET_SIZE(fixed) == 0 : -1;
     Py_XDECREF(fixed);
     return unseen;
+}
+
+int thx_number_place(thx *x, PyObject *number) {
+    PyObject *tape = PyObject_GetAttrString(number, "_tape"), *place = PyObject_GetAttrString(number, "_place");
+    bool mine = tape && x->active && tape == ((thx_recorder *)x->active)->tape;
+    long found = mine && place ? PyLong_AsLong(place) : -1;
+    PyErr_Clear();
+    Py_XDECREF(tape);
+    Py_XDECREF(place);
+    return (int)found;
+}
+
+int thx_numbers_folded(const thx_recorder *r, const th_trace *t, th_node n) {
+    const th_node_data *d = &t->nodes[n];
+    if (!r->tape) return 0;
+    for (uint32_t i = 0; i < d->count; i++)
+        if (thx_numbers_folded(r, t, t->kids[d->u.kids + i]) < 0) return -1;
+    if (d->kind != TH_N_FLOAT || d->f2 < 1) return 0;
+    PyObject *done = PyObject_CallMethod(r->tape, "folded", "i", (int)d->f2 - 1);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
 }
 
 /* ---- running ---- */

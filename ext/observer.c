@@ -561,12 +561,23 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     if (!result && !PyErr_Occurred() && (!c.def || !c.def->meta || check_result_fits(&c) == 0)) result = slow(&c);
     bool untouched = result && r->sizes && r->like && r->t->nops == before && thx_is_tensor(x, result) && c.callee;
     if (untouched && thx_sizes_untouched(r, th_str_get(x->ctx, c.callee), kwargs, result) < 0) Py_CLEAR(result);
+    bool made = result && r->sizes && r->like && !untouched && c.callee && c.def && r->ninputs == 1;
+    if (made && thx_sizes_copied(r, th_str_get(x->ctx, c.callee), r->inputs[0]) < 0) Py_CLEAR(result);
     return result;
 }
 
 PyObject *thx_record_call(thx_recorder *r, PyObject *callee, PyObject *args, PyObject *kwargs) {
     const thx_func f = {.key = callee, .kind = THX_FUNC_RECORD};
     return thx_record(r, &f, callee, args, kwargs);
+}
+
+/* What a tensor of the surroundings is asked for (its shape, whether it requires grad) is guarded, though no operation
+ * may use it: it is an input of the program. */
+static int note_asked(thx_recorder *r, PyObject *args) {
+    PyObject *first = PyTuple_Check(args) && PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
+    if (!first || !r->reached || r->deriving || !thx_is_tensor(r->x, first) || thx_is_fake(r->x, first)) return 0;
+    if (!thx_guards_holds_tensor(r->reached, first) || thx_under_functorch(r->x)) return 0;
+    return thx_recorder_cell(r, first) ? 0 : -1;
 }
 
 static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
@@ -576,6 +587,7 @@ static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     const thx_func *found = thx_func_find(r->x, func);
     if (!found) return NULL;
     thx_func f = *found; /* the table may grow below */
+    if ((f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_GRAD) && note_asked(r, args) < 0) return NULL;
     if (f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_SKIP) {
         r->nqueries++;
         PyObject *answer = PyObject_Call(func, args, kwargs);

@@ -175,6 +175,15 @@ static bool reads_numbers(PyObject *function) {
     return name && (strcmp(name, "math") == 0 || strcmp(name, "cmath") == 0 || strcmp(name, "_struct") == 0);
 }
 
+/* torch.are_deterministic_algorithms_enabled() and the like end in these: what they say is asked again at each call. */
+static bool tells_of_a_setting(const PyMethodDef *method, PyObject *function) {
+    if (!(method->ml_flags & METH_NOARGS) || strncmp(method->ml_name, "_get_", 5) != 0) return false;
+    PyObject *self = PyCFunction_GET_SELF(function);
+    const char *name = self && PyModule_Check(self) ? PyModule_GetName(self) : "";
+    PyErr_Clear();
+    return name && strncmp(name, "torch._C", 8) == 0;
+}
+
 /* torch.manual_seed, fork_rng and the like end in these. */
 static bool seeds_torch(PyObject *self, const char *name) {
     static const char *const names[] = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset", NULL};
@@ -193,6 +202,7 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
         Py_XDECREF(done);
         return done ? 0 : -1;
     }
+    if (tells_of_a_setting(method, function) && r->reached) return thx_guards_ask(x, r->reached, function);
     const PyMethodDef **known = &x->pure[((uintptr_t)method >> 5) % THX_CODES];
     if (*known == method) return 0;
     const char *name = method->ml_name;

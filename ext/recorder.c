@@ -307,6 +307,7 @@ PyObject *thx_recorder_constant(thx_recorder *r, th_val value) {
     scan s = {r, true};
     th_op_each_use(t, o, scan_use, &s);
     if (!s.ok || PyErr_Occurred()) return NULL;
+    if (thx_numbers_folded(r, t, t->ops[o].args) < 0 || thx_numbers_folded(r, t, t->ops[o].kwargs) < 0) return NULL;
     PyObject *result = thx_eval_op(r->x, t, &t->ops[o], const_value, r);
     if (!result) return NULL;
     r->nevals++;

@@ -228,7 +228,9 @@ static int lower_pointwise(shape_op *s, th_opref o, th_val out) {
     if (a && strcmp(name, "gelu") == 0) {
         const th_node_data *mode = data_of(s, param(s, "approximate"));
         const char *text = mode->kind == TH_N_STR ? th_str_get(s->l->x->ctx, mode->u.ref) : "none";
-        return thx_shim_map(s, o, strcmp(text, "tanh") == 0 ? TH_TILE_GELU_TANH : TH_TILE_GELU, a, 0, 0, out);
+        bool doubles = s->l->x->facts & TH_FACT_GELU_DOUBLES && th_type_numel(type_of(s, out)) > 1;
+        th_tile_op op = strcmp(text, "tanh") == 0 ? TH_TILE_GELU_TANH : doubles ? TH_TILE_GELU_DOUBLES : TH_TILE_GELU;
+        return thx_shim_map(s, o, op, a, 0, 0, out);
     }
     double number = 0;
     if (a && strcmp(name, "pow") == 0)

@@ -38,6 +38,7 @@ int thx_describe_extent(thx_spec *spec, PyObject *extent);
 /* What a query about a tensor is answered: sizes that change are extents. Takes `answer`. */
 PyObject *thx_sizes_answer(thx_recorder *r, const thx_func *f, PyObject *args, PyObject *kwargs, PyObject *answer);
 /* The operation `name` gave its input back and was not recorded: would it for other sizes? */
+int thx_sizes_copied(thx_recorder *r, const char *name, PyObject *tensor);
 int thx_sizes_untouched(thx_recorder *r, const char *name, PyObject *kwargs, PyObject *tensor);
 void thx_sizes_spoil(thx_recorder *r, const char *why); /* the program holds for these sizes alone */
 
@@ -62,10 +63,12 @@ enum { /* thunder._sizes.OPERATIONS */
 #define THX_EXTENT_CALLEE "thunder._kernels.extent"
 #define THX_FIXED_CALLEE  "thunder._kernels.expect_sizes"
 #define THX_LAYOUT_CALLEE "thunder._kernels.expect_contiguous"
-enum { /* marks: where a size becomes known, sizes that may not change, a tensor that is contiguous */
+#define THX_COPIED_CALLEE "thunder._kernels.expect_not_contiguous"
+enum { /* marks: where a size becomes known, sizes that may not change, a tensor that is contiguous, one that is not */
        THX_MARK_SIZE = 1,
        THX_MARK_FIXED,
-       THX_MARK_LAYOUT
+       THX_MARK_LAYOUT,
+       THX_MARK_COPIED
 };
 int thx_mark_kind(const th_trace *t, const th_op *op);
 const th_node_data *thx_mark_argument(const th_trace *t, const th_op *op, uint32_t i);

@@ -17,6 +17,7 @@ int thx_mark_kind(const th_trace *t, const th_op *op) {
     return strcmp(callee, THX_EXTENT_CALLEE) == 0   ? THX_MARK_SIZE
            : strcmp(callee, THX_FIXED_CALLEE) == 0  ? THX_MARK_FIXED
            : strcmp(callee, THX_LAYOUT_CALLEE) == 0 ? THX_MARK_LAYOUT
+           : strcmp(callee, THX_COPIED_CALLEE) == 0 ? THX_MARK_COPIED
                                                     : 0;
 }
 
@@ -75,7 +76,7 @@ static bool is_contiguous(const th_type *t) {
 
 bool thx_mark_holds(const th_trace *t, const th_op *op, int kind, const th_type *type, const thx_sizes *z,
                     th_slot *slots) {
-    if (kind == THX_MARK_LAYOUT) return is_contiguous(type);
+    if (kind == THX_MARK_LAYOUT || kind == THX_MARK_COPIED) return is_contiguous(type) == (kind == THX_MARK_LAYOUT);
     int64_t d = thx_mark_argument(t, op, 1)->u.i;
     if (kind == THX_MARK_SIZE)
         return d < type->ndim && thx_term_follow(z, (uint32_t)thx_mark_argument(t, op, 2)->u.i, type->shape[d], slots);
@@ -215,6 +216,7 @@ typedef struct size_data {
     thx_instr_data head;
     const thx_sizes *sizes; /* borrowed: the entry's */
     uint32_t slot, first, ndim;
+    int kind;
     int64_t numbers[]; /* of a size: dimension, place; of fixed ones: those, of which -1 may be any */
 } size_data;
 
@@ -245,7 +247,7 @@ static int run_layout(th_frame *f, const th_instr *instr) {
     PyObject *contiguous = object ? PyObject_CallMethod(object, "is_contiguous", NULL) : NULL;
     if (!contiguous) return -1;
     Py_DECREF(contiguous);
-    return contiguous == Py_True ? 0 : changed(f->user);
+    return (contiguous == Py_True) == (s->kind == THX_MARK_LAYOUT) ? 0 : changed(f->user);
 }
 
 int thx_lower_size(thx_lowering *l, th_opref o) {
@@ -260,6 +262,7 @@ int thx_lower_size(thx_lowering *l, th_opref o) {
     s->slot = thx_slot_for(l, thx_mark_argument(l->t, op, 0)->u.ref);
     s->first = thx_extent_slot(l, 1);
     s->ndim = n;
+    s->kind = kind;
     for (uint32_t i = 0; i < n; i++) s->numbers[i] = thx_mark_argument(l->t, op, 1 + i)->u.i;
     th_instr_fn run = kind == THX_MARK_SIZE ? run_size : kind == THX_MARK_FIXED ? run_fixed : run_layout;
     return thx_check(l->x, th_plan_add(l->plan, run, s, o)) < 0 ? -1 : 1;

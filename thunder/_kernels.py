@@ -86,6 +86,16 @@ def expect_contiguous(tensor: torch.Tensor) -> None:
         raise ValueError("a contiguous tensor is expected")
 
 
+def expect_not_contiguous(tensor: torch.Tensor) -> None:
+    """A mark in programs for any sizes: ``tensor`` has to be one that ``contiguous`` copies.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if tensor.is_contiguous():
+        raise ValueError("a tensor is expected that is not contiguous")
+
+
 # ---- hooks of captured code ----
 
 

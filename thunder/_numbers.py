@@ -6,13 +6,14 @@ looks at its value otherwise (a comparison, ``int()``, ``str()``) fixes it: the 
 
 from __future__ import annotations
 
+import dis
 import math
 import operator
 from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any
 
-from thunder._origin import TORCH
+from thunder._origin import THUNDER, TORCH
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _SIGNS = {"neg": "-", "pos": "+"}
@@ -61,27 +62,47 @@ class Tape:
         terms = tuple(Ref(o._place) if isinstance(o, Number) else o for o in operands)
         return self._new(result, (name, *terms), origins)
 
-    def unseen(self) -> frozenset[int]:
-        """Arguments that nothing looked at."""
-        return frozenset(range(self.count)) - self.fixed
+    def unseen(self, before: tuple[float, ...], known: frozenset[int]) -> frozenset[int]:
+        """Arguments that may be any where a program is the same as that of a former capture, and has none as a literal.
+
+        Args:
+            before: the arguments of the former capture.
+            known: arguments that may be any there.
+        """
+        now = [value for value, term in zip(self.values, self.terms, strict=True) if isinstance(term, int)]
+        changed = {i for i in range(self.count) if _bits(now[i]) != _bits(before[i])}
+        return frozenset(known | changed) - self.fixed
 
     def fix_all(self) -> None:
         """Something read numbers without asking them."""
         self.fixed |= set(range(self.count))
 
-    def ran(self, codes: Iterable[CodeType]) -> None:
-        """Code ran: some of it may have read numbers without asking them."""
-        for code in codes:
-            if _READERS & set(code.co_names) and not code.co_filename.startswith(TORCH):
-                self.fix_all()
+    def folded(self, place: int) -> None:
+        """An operation with this number was run to see its result, a constant."""
+        self.fixed |= self.origins[place]
 
-    def sources(self) -> list[str]:
-        """Each number as an expression in a0, a1, ...; constants are c[i]."""
+    def ran(self, codes: Iterable[CodeType]) -> bool:
+        """Code ran, which may read numbers without asking them. True: it may have taken them for no floats."""
+        asked = False
+        for code in codes:
+            if code.co_filename.startswith((TORCH, THUNDER)):
+                continue
+            if _READERS & set(code.co_names) or _formats(code):
+                self.fix_all()
+            asked |= _asks_for_floats(code)
+        return asked
+
+    def sources(self, pinned: frozenset[int] = frozenset()) -> list[str]:
+        """Each number as an expression in a0, a1, ...; constants are c[i].
+
+        Args:
+            pinned: arguments that are constants.
+        """
         texts: list[str] = []
         self.constants: list[Any] = []
-        for term in self.terms:
+        for value, term in zip(self.values, self.terms, strict=True):
             if isinstance(term, int):
-                texts.append(f"a{term}")
+                texts.append(self._constant(value) if term in pinned else f"a{term}")
                 continue
             operands = [texts[t.place] if isinstance(t, Ref) else self._constant(t) for t in term[1:]]
             symbol = _SYMBOLS.get(term[0])
@@ -96,40 +117,53 @@ class Tape:
         return f"c[{len(self.constants) - 1}]"
 
     def formula(
-        self, before: tuple[float, ...], pairs: list[tuple[float, float]]
+        self, before: tuple[float, ...], literals: list[tuple[float, int]], known: frozenset[int]
     ) -> tuple[Callable[..., tuple[float, ...]], frozenset[int]] | None:
-        """What gives the numbers of a program at each call.
+        """What gives the literals of a program at each call.
 
         Args:
-            before: the arguments of the other program.
-            pairs: for each number that differs: its value in the other program, and in this one.
+            before: the arguments of a former capture, whose program is the same one but for these literals.
+            literals: the value of each in that program, and its place among the numbers here; -1: it is none of them.
+            known: arguments that may be any there.
 
         Returns:
-            A function of all arguments, and which of them it is of; None when some number does not follow from them.
+            A function of all arguments, and which of them may be any, for the rest are constants; None when some
+            literal is another number than it was there.
         """
-        texts, names = self.sources(), ", ".join(f"a{i}" for i in range(self.count))
-        space = {"c": self.constants, "__builtins__": {"abs": abs}}
         try:
-            others = eval(f"lambda {names}: ({''.join(t + ', ' for t in texts)})", space)(*before)
+            others = self._function(self.sources())(*before)
         except ArithmeticError:
             return None
-        chosen, free = [], frozenset[int]()
-        for old, new in pairs:
-            found = [
-                (f"({sign}{text})", origins)
-                for text, origins, a, b in zip(texts, self.origins, others, self.values, strict=True)
-                for sign, factor in (("", 1.0), ("-", -1.0))
-                if _bits(factor * a) == _bits(old) and _bits(factor * b) == _bits(new)
-            ]
-            if not found or len({origins for _, origins in found}) != 1 or found[0][1] & self.fixed:
-                return None
-            chosen.append(found[0][0])
-            free |= found[0][1]
-        return eval(f"lambda {names}: ({''.join(t + ', ' for t in chosen)})", space), free
+        if any(place < 0 or isinstance(others[place], complex) or _bits(others[place]) != _bits(old)
+               for old, place in literals):  # fmt: skip
+            return None
+        free = self.unseen(before, known).union(*(self.origins[place] for _, place in literals)) - self.fixed
+        texts = self.sources(frozenset(range(self.count)) - free)
+        return (self._function(texts[place] for _, place in literals), free) if free else None
+
+    def _function(self, texts: Iterable[str]) -> Any:
+        names = ", ".join(f"a{i}" for i in range(self.count))
+        space = {"c": self.constants, "__builtins__": {"abs": abs}}
+        return eval(f"lambda {names}: ({''.join(t + ', ' for t in texts)})", space)
 
 
 def _bits(value: float) -> tuple[float, float] | str:
     return "nan" if math.isnan(value) else (value, math.copysign(1.0, value))
+
+
+def _formats(code: CodeType) -> bool:
+    """``"%f" % s`` does not ask."""
+    return any(isinstance(c, str) and "%" in c for c in code.co_consts) and any(
+        i.opname == "BINARY_OP" and i.argrepr == "%" for i in dis.get_instructions(code)
+    )
+
+
+def _asks_for_floats(code: CodeType) -> bool:
+    """``type(s) is float``, which a number is not."""
+    if not {"type", "float"} <= set(code.co_names):
+        return False
+    read = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return {"type", "float"} <= read
 
 
 class Ref:
@@ -144,6 +178,14 @@ class Number(float):
 
     _tape: Tape
     _place: int
+
+    @property
+    def __class__(self) -> type:
+        return float
+
+    @property
+    def real(self) -> Number:
+        return self
 
 
 def _known(other: Any) -> bool:
@@ -188,6 +230,8 @@ def _looks(name: str) -> None:
 
 for _name in _BINARY:
     _binary(_name)
+for _name in ("neg", "pos", "abs"):
+    _unary(_name)
 _COMPARE = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __bool__"
 _CONVERT = "__float__ __int__ __trunc__ __floor__ __ceil__ __round__ __divmod__ __rdivmod__ is_integer as_integer_ratio"
 _WRITE = "__str__ __repr__ __format__ __getnewargs__ hex conjugate"

@@ -108,7 +108,7 @@ typedef struct th_node_data {
         uint32_t ref;
         uint32_t kids; /* offset into th_trace.kids */
     } u;
-    double f2; /* imaginary part of TH_N_COMPLEX */
+    double f2; /* imaginary part of TH_N_COMPLEX; of TH_N_FLOAT: above 0, it is that number of those followed, from 1 */
 } th_node_data;
 
 /* ---- values, operations ---- */
@@ -133,6 +133,7 @@ enum {                        /* marks of one operation: what a derivative and o
        TH_MARK_LATE = 4,      /* in a rule: ran backwards */
        TH_MARK_RECOMPUTE = 2, /* inside torch.utils.checkpoint: run again in the backward pass, not saved */
        TH_MARK_SIZED = 8,     /* may meet other sizes than stated, and fail for them: stays, also when it is dead */
+       TH_MARK_RAISES = 16,   /* nobody uses it, and its kernel may raise as eager's would: stays */
 };
 
 typedef enum th_op_kind { TH_OP_CALL = 1, TH_OP_DEL } th_op_kind;

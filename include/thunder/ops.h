@@ -21,6 +21,7 @@ typedef enum th_fusion {
 enum {                        /* th_opdef.effects, beyond TH_FX_* */
        TH_OPDEF_INPLACE = 32, /* writes its first parameter and returns it */
        TH_OPDEF_VIEW = 64,    /* the result may share storage with the first parameter */
+       TH_OPDEF_RAISES = 128, /* its kernel may find an error in the values: an index out of range, a division by 0 */
 };
 
 enum { TH_MAX_PARAMS = 16, TH_MAX_RANK = 16, TH_MAX_OUTS = 64 };
@@ -59,6 +60,7 @@ typedef struct th_out {
 enum {                               /* th_call.facts: what this torch does, found out by trying it */
        TH_FACT_FLASH_LIKE_QUERY = 1, /* CPU flash attention lays its result out like the query */
        TH_FACT_FLASH_BLHD = 2,       /* ... always as (batch, length, head, size) */
+       TH_FACT_GELU_DOUBLES = 4,     /* CPU gelu of several numbers is nan at infinity */
 };
 
 struct th_call {

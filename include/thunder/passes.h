@@ -21,6 +21,7 @@ th_status th_pass_noop(th_trace *t, th_fuel *fuel); /* operations that return th
 th_status th_pass_fold(th_trace *t,
                        th_fuel *fuel); /* pure operations over attributes only, seen twice or trivially known */
 th_status th_pass_cse(th_trace *t, th_fuel *fuel);
+th_status th_pass_errors(th_trace *t, th_fuel *fuel); /* marks what nobody uses and may raise: it stays */
 th_status th_pass_dce(th_trace *t, th_fuel *fuel);
 th_status th_pass_lifetime(th_trace *t, th_fuel *fuel); /* inserts `del` after each last use */
 

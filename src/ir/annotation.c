@@ -182,10 +182,11 @@ static th_status note_part(th__parser *p, note_text *n, th__facts *f, bool of_va
                    : note_is(n, size, "recompute") ? TH_MARK_RECOMPUTE
                    : note_is(n, size, "late")      ? TH_MARK_LATE
                    : note_is(n, size, "sized")     ? TH_MARK_SIZED
+                   : note_is(n, size, "raises")    ? TH_MARK_RAISES
                                                    : 0;
     if (!of_op || !(random || effect || writes || mark)) {
         return FAIL_NOTE(p, &start, "expected one of:%s%s", of_value ? " alias, offset" : "",
-                         of_op ? " random, effect, no_grad, recompute, late, sized, writes" : "");
+                         of_op ? " random, effect, no_grad, recompute, late, sized, raises, writes" : "");
     }
     f->has_effects = true;
     if (mark) {

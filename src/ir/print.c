@@ -150,7 +150,8 @@ static void print_effects(th__text *out, const th_trace *t, const th_op *op, con
     } words[] = {{TH_FX_RANDOM, "random"}, {TH_FX_STATE, "effect"}}, marks[] = {{TH_MARK_NO_GRAD, "no_grad"},
                                                                                 {TH_MARK_RECOMPUTE, "recompute"},
                                                                                 {TH_MARK_LATE, "late"},
-                                                                                {TH_MARK_SIZED, "sized"}};
+                                                                                {TH_MARK_SIZED, "sized"},
+                                                                                {TH_MARK_RAISES, "raises"}};
     for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
         if (!(op->marks & marks[i].bit)) continue;
         th__text_z(out, separator);

@@ -67,9 +67,10 @@ static th_status by_class(th_call *call) {
 #define CLASSES "input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction=mean"
 
 const th_opdef th__ops_loss[] = {
-    LOSS(cross_entropy, CLASSES ", label_smoothing=0.0", by_class, .grad = th__grad_cross_entropy,
-         .forward = th__forward_cross_entropy),
-    LOSS(nll_loss, CLASSES, by_class, .grad = th__grad_nll_loss, .forward = th__forward_nll_loss),
+    LOSS(cross_entropy, CLASSES ", label_smoothing=0.0", by_class, .effects = TH_OPDEF_RAISES,
+         .grad = th__grad_cross_entropy, .forward = th__forward_cross_entropy),
+    LOSS(nll_loss, CLASSES, by_class, .effects = TH_OPDEF_RAISES, .grad = th__grad_nll_loss,
+         .forward = th__forward_nll_loss),
     LOSS(mse_loss, "input, target, size_average=None, reduce=None, reduction=mean, weight=None", mse_loss,
          .grad = th__grad_mse_loss, .forward = th__forward_mse_loss),
     LOSS(l1_loss, "input, target, size_average=None, reduce=None, reduction=mean, weight=None", mse_loss,

@@ -373,6 +373,8 @@ static th_status ask_all(claimer *c, bool *any) {
     if (!(c->groups = th__groups(c->t, &c->scratch))) return TH_ENOMEM;
     for (th_opref o = 1; o < c->t->nops; o++) {
         if (!is_free(c, o)) continue;
+        /* What nobody uses and is there for its error alone would get lost in a region. */
+        if (c->t->ops[o].marks & TH_MARK_RAISES) continue;
         TRY(c->options->ask(c->options->user, c->t, o, &c->claims[o]));
         if (!c->claims[o].owner) c->claims[o] = (th_claim){0};
         *any |= c->claims[o].owner != 0;

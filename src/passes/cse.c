@@ -108,7 +108,7 @@ static bool same_node(const th_trace *t, th_node a, th_node b) {
     switch ((th_node_kind)x->kind) {
     case TH_N_BOOL:
     case TH_N_INT: return x->u.i == y->u.i && x->number == y->number;
-    case TH_N_FLOAT: return memcmp(&x->u.f, &y->u.f, sizeof x->u.f) == 0;
+    case TH_N_FLOAT: return memcmp(&x->u.f, &y->u.f, sizeof x->u.f) == 0 && x->f2 == y->f2;
     case TH_N_COMPLEX: return memcmp(&x->u.f, &y->u.f, sizeof x->u.f) == 0 && memcmp(&x->f2, &y->f2, sizeof x->f2) == 0;
     case TH_N_STR:
     case TH_N_DTYPE:

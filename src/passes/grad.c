@@ -577,7 +577,7 @@ static th_status join_op(joiner *j, th_opref at) {
     if (tie == TH__TIE_MODULE) return join_module(j, at, rec);
     if (tie) return join_tie(j, at, tie, rec);
     if (old->nwrites) return join_write(j, at, rec);
-    if (!any_requires_grad(j, rec->uses, rec->nuses) || (old->marks & TH_MARK_NO_GRAD)) {
+    if (!any_requires_grad(j, rec->uses, rec->nuses) || old->marks & (TH_MARK_NO_GRAD | TH_MARK_RAISES)) {
         th__op_push(j->t, &rec->op);
         return th_trace_status(j->t);
     }

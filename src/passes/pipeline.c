@@ -12,6 +12,7 @@ static const struct {
     {"noop", th_pass_noop},                   /* operations that return their input */
     {"fold", th_pass_fold},                   /* arithmetic on known numbers */
     {"cse", th_pass_cse},                     /* the same operation twice */
+    {"errors", th_pass_errors},               /* results that nobody uses, of what may raise, stay */
     {"dce", th_pass_dce},                     /* results that nobody uses */
     {"lifetime", th_pass_lifetime},           /* del after the last use */
 };

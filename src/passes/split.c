@@ -71,7 +71,7 @@ static void find_forward(splitter *s) {
         if (t->ops[o].kind == TH_OP_DEL || s->backward[o]) continue;
         bool tie = th__tie_of(t, &t->ops[o]) == TH__TIE_HOOK; /* the backward has the call */
         s->hit = (t->ops[o].effects != 0 && !tie && !(t->ops[o].marks & TH_MARK_LATE)) ||
-                 th__op_is(t, &t->ops[o], TH__ROWS_SAVED);
+                 t->ops[o].marks & TH_MARK_RAISES || th__op_is(t, &t->ops[o], TH__ROWS_SAVED);
         th_op_each_out(t, o, test_wanted, s);
         s->forward[o] = s->hit;
         if (s->hit) th_op_each_use(t, o, set_wanted, s);

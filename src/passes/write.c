@@ -243,6 +243,14 @@ static th_status ask_rule(const th_opdef *def, th_call *call) {
     return status == TH_DECLINED && error->status == TH_ENOMEM ? TH_ENOMEM : status;
 }
 
+/* Would torch refuse to write a result of the one kind to a tensor of the other? A float to integers, say. */
+static bool loses_kind(th_dtype from, th_dtype to) {
+    static const char order[] = "buifc"; /* integers with and without sign are one kind */
+    const char *a = strchr(order, th__class(from)), *b = strchr(order, th__class(to));
+    bool integers = a && b && (*a == 'u' || *a == 'i') && (*b == 'u' || *b == 'i');
+    return !a || !b || (a > b && !integers);
+}
+
 static th_status understand_twin(const th_catalog *catalog, th_trace *t, const th_op *op, th__write *w) {
     const th_opdef *twin = NULL;
     DECLINE_IF(t->nodes[op->args].count > TH_MAX_PARAMS || t->nodes[op->kwargs].count > 2 * TH_MAX_PARAMS);
@@ -256,6 +264,7 @@ static th_status understand_twin(const th_catalog *catalog, th_trace *t, const t
     DECLINE_IF(call.nouts != 1 || call.outs_list || call.outs[0].same || call.outs[0].alias_of);
     const th_type *type = th_type_get(t->ctx, call.outs[0].type), *dest = type_of(t, w->dest);
     DECLINE_IF(type->kind != TH_TYPE_TENSOR || type->device != dest->device || type->ndim != dest->ndim);
+    DECLINE_IF(loses_kind((th_dtype)type->dtype, (th_dtype)dest->dtype));
     DECLINE_IF(type->ndim && memcmp(type->shape, dest->shape, type->ndim * sizeof *type->shape) != 0);
     th__view result = {.ndim = type->ndim};
     for (uint32_t i = 0; i < type->ndim; i++) result.shape[i] = type->shape[i], result.stride[i] = type->stride[i];

@@ -171,7 +171,7 @@ static const bad_text bad_texts[] = {
     {F "    _: \"writes y\" = torch.f(x)\n    return x\n", 2, 16, "y is no value here"},
     {F "    _: \"random; random\" = torch.f(x)\n    return x\n", 2, 17, "given twice"},
     {F "    _: \"int\" = torch.f(x)\n    return x\n", 2, 9,
-     "expected one of: random, effect, no_grad, recompute, late, sized, writes"},
+     "expected one of: random, effect, no_grad, recompute, late, sized, raises, writes"},
     {F "    torch.f(x, torch.g(x))\n    return x\n", 2, 23, "a call cannot be an argument; give its result a name"},
     {F "    torch.f(a=1, x)\n    return x\n", 2, 18, "a positional argument after a keyword argument"},
     {F "    torch.f(a=1, a=2)\n    return x\n", 2, 5, "the same keyword argument twice"},

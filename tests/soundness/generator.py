@@ -304,7 +304,6 @@ INPUTS = (
     "torch.ones(4, dtype=torch.bfloat16)", "torch.ones(4, dtype=torch.complex64).conj()",
 )  # fmt: skip
 
-FLOATS = tuple(t for t in INPUTS if not any(w in t for w in ("double", "arange(4)", "> 0", "dtype", "ones(2, 2)")))
 
 ALIASES = (
     "y = x", "x, y = (BASE := torch.arange(6.0))[:4], BASE[2:]", "y = x.view(2, 2).view(4)", "y = x[:]", "x, y = y, x", "y = x.detach()",
@@ -334,7 +333,6 @@ class Writer:
             self.target = "function"
         self.parts = {name: PARTS[name] for name in chosen}
         self.model = "self" if self.target in ("model", "method") else "MODEL"
-        # What nobody uses is not computed, and then does not fail: either all is kept, or nothing fails for its dtype.
         self.keeps = self.chance(50)
         self.locals: list[str] = []
         self.lines: list[str] = []
@@ -378,7 +376,7 @@ class Writer:
 
     def input(self) -> str:
         """An argument."""
-        return self.pick(INPUTS if self.keeps else FLOATS)
+        return self.pick(INPUTS)
 
     def literal(self, text: str) -> str:
         while "{n}" in text:

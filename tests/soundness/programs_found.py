@@ -531,3 +531,111 @@ def slice_of_a_tensor_without_dimensions():
 
     yield f, X()
     yield (X(1.0),)
+
+
+# ---- sizes for which `contiguous` gives the tensor itself ----
+
+
+@program("identity")
+def contiguous_part_that_becomes_the_whole():
+    def f(x, k):
+        y = x[:, :k]
+        return y.contiguous() is y
+
+    with torch.no_grad():
+        yield f, torch.ones(4, 6), 2
+        for k in (3, 4, 6, 5, 7, 6):
+            yield torch.ones(4, 6), k
+
+
+@program("identity")
+def contiguous_after_a_transposition_that_does_nothing():
+    def f(x, d):
+        y = x.transpose(0, d)
+        return y.contiguous() is y, y.contiguous() + 1
+
+    with torch.no_grad():
+        yield f, torch.ones(2, 3, 4), 1
+        for d in (2, 0, 1, 0):
+            yield torch.ones(2, 3, 4), d
+
+
+# ---- inference tensors and gradients ----
+
+
+def add_inference(name, compute):
+    def calls():
+        w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        world = state(count=0)
+
+        def f(x):
+            world.count += 1
+            return compute(x, w)
+
+        out = yield f, torch.tensor([1.0, 2.0])
+        yield Seen(error=backward(out), w=w, world=world)
+        for _ in range(2):
+            with torch.inference_mode():
+                x = torch.tensor([3.0, -2.0])
+            out = yield (x,)
+            yield Seen(error=backward(out), w=w, world=world)
+        out = yield torch.tensor([1.0, -2.0])
+        yield Seen(error=backward(out), w=w, world=world)
+
+    calls.__name__ = f"inference_tensor_with_gradients_{name}"
+    program("modes")(calls)
+
+
+for _name, _compute in {
+    "that_eager_does_not_save": lambda x, w: (x * 1.5) * w,
+    "that_eager_saves": lambda x, w: x * w,
+    "that_is_not_needed": lambda x, w: x + w,
+    "in_part": lambda x, w: torch.cat([x, x]) * w.repeat(2),
+    "by_a_view": lambda x, w: (x[:1] * 2) * w,
+}.items():
+    add_inference(_name, _compute)
+
+
+# ---- views of what requires grad ----
+
+
+@program("views")
+def view_of_a_leaf_that_is_written_to():
+    w = nn.Parameter(torch.ones(4))
+
+    def write(out):
+        try:
+            out.add_(1)
+        except RuntimeError:
+            return "refused"
+        return "written"
+
+    out = yield lambda w: w.view(2, 2), w
+    yield Seen(told=write(out), w=w)
+    out = yield w
+    yield Seen(told=write(out), w=w)
+    yield Seen(error=backward(out), w=w)
+
+
+@program("gradients")
+def gradients_that_are_views_of_one_another():
+    a, b, w = (nn.Parameter(torch.full((4,), n)) for n in (1.0, 2.0, 3.0))
+
+    def f(x):
+        return torch.stack([a, w * -1.0 + b]).sum(0) * x
+
+    for i in range(3):
+        out = yield (f, torch.ones(4)) if i == 0 else (torch.ones(4),)
+        yield Seen(error=backward(out), a=a, b=b, w=w)
+
+
+@program("gradients")
+def infinite_numbers_in_both_branches():
+    def f(x, c):
+        t = x * c + 1
+        return torch.where(t > 0, t * c, x * c)
+
+    for i, c in enumerate((2.0, float("inf"), -3.0)):
+        x = X(grad=True)
+        out = yield (f, x, c) if i == 0 else (x, c)
+        yield Seen(error=backward(out), x=x)

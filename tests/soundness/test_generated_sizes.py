@@ -1,7 +1,6 @@
 """Generated programs whose behaviour depends on sizes and ints do as eager does, whatever sizes come.
 
-The quick tier runs 200 programs, the same ones each time; ``pytest -m slow`` runs 5,000. A difference that is there
-without following sizes as well (an operation that nobody uses, and whose kernel would raise) is not one of sizes.
+The quick tier runs 200 programs, the same ones each time; ``pytest -m slow`` runs 5,000.
 """
 
 from __future__ import annotations
@@ -25,23 +24,19 @@ def without_gradients():
         yield
 
 
-def check_programs(seeds: range) -> tuple[int, list[Any]]:
-    """How many differ without following sizes as well, and all compiled callables."""
-    others, made = 0, []
+def check_programs(seeds: range) -> list[Any]:
+    """All compiled callables."""
+    made = []
     for seed in seeds:
         source = Writer(random.Random(seed)).program()
         found, compiled = check_source(source)
         made.append(compiled)
-        if found:
-            assert check_source(source, dynamic=False)[0], f"{found}\n\nseed {seed}\n{source}"
-            others += 1
-    return others, made
+        assert not found, f"{found}\n\nseed {seed}\n{source}"
+    return made
 
 
 def test_generated_program_with_sizes():
-    others, made = check_programs(range(200))
-    stats = [thunder.compile_stats(compiled) for compiled in made]
-    assert others <= 6
+    stats = [thunder.compile_stats(compiled) for compiled in check_programs(range(200))]
     assert sum(s.cache_hits for s in stats) > sum(s.calls for s in stats) / 8  # sizes change at most calls
     assert sum(s.fallbacks for s in stats) < sum(s.calls for s in stats) / 20
 
@@ -49,8 +44,7 @@ def test_generated_program_with_sizes():
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_generated_program_with_sizes_of_five_thousand(part):
-    seeds = range(1000 + 500 * part, 1500 + 500 * part)
-    assert check_programs(seeds)[0] <= len(seeds) / 33
+    check_programs(range(1000 + 500 * part, 1500 + 500 * part))
 
 
 def test_generated_programs_find_a_compiler_that_does_not_look_at_sizes():

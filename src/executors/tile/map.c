@@ -53,6 +53,7 @@ static inline float unary(th_tile_op op, float x) {
     case TH_TILE_SIGMOID: return 1.0f / (1.0f + expf(-x));
     case TH_TILE_SILU: return x / (1.0f + expf(-x));
     case TH_TILE_GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f));
+    case TH_TILE_GELU_DOUBLES: return isinf(x) ? NAN : x * (1.0f + erff(x * 0.70710678118654752440f)) * 0.5f;
     case TH_TILE_GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.79788456080286535588f * (x + 0.044715f * x * x * x)));
     case TH_TILE_SIN: return sinf(x);
     case TH_TILE_COS: return cosf(x);
@@ -125,6 +126,7 @@ static void inner(th_tile_op op, float *restrict o, const float *a, const float 
         INNER_UNARY(TH_TILE_SIGMOID)
         INNER_UNARY(TH_TILE_SILU)
         INNER_UNARY(TH_TILE_GELU)
+        INNER_UNARY(TH_TILE_GELU_DOUBLES)
         INNER_UNARY(TH_TILE_GELU_TANH)
         INNER_UNARY(TH_TILE_SIN)
         INNER_UNARY(TH_TILE_COS)

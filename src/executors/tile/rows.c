@@ -30,7 +30,7 @@ static inline double sum_row(const float *x, int64_t n) {
 }
 
 void th_tile_mean_rows(float *out, const float *x, int64_t rows, int64_t n) {
-    for (int64_t r = 0; r < rows; r++) out[r] = (float)(sum_row(x + r * n, n) / (double)n);
+    for (int64_t r = 0; r < rows; r++) out[r] = (float)sum_row(x + r * n, n) / (float)n;
 }
 
 void th_tile_layer_norm(float *out, const float *x, const float *weight, const float *bias, int64_t rows, int64_t n,

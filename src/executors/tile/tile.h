@@ -26,6 +26,7 @@ typedef enum th_tile_op {
     TH_TILE_SIGMOID,
     TH_TILE_SILU,
     TH_TILE_GELU,
+    TH_TILE_GELU_DOUBLES, /* oneDNN's: it is infinite sooner, and nan of infinity */
     TH_TILE_GELU_TANH,
     TH_TILE_SIN,
     TH_TILE_COS,

@@ -78,11 +78,17 @@ static int set_autocast(thx *x, const char *device, bool on) {
     return done ? 0 : -1;
 }
 
+bool thx_autocast_is_on(thx *x) {
+    if (x->abi.state && x->abi.keys_excluded(x->abi.autocast_keys)) return false;
+    int on = call_flag(x->any_autocast);
+    PyErr_Clear();
+    return on == 1;
+}
+
 int thx_autocast_off(thx *x, thx_autocast *was) {
     thx_ambient a = {0};
-    int on = call_flag(x->any_autocast);
     *was = (thx_autocast){false, false};
-    if (on <= 0) return on;
+    if (!thx_autocast_is_on(x)) return 0;
     if (read_autocast(x, &a) < 0) return -1;
     *was = (thx_autocast){a.autocast_cpu, a.autocast_gpu};
     return (was->cpu && set_autocast(x, "cpu", false) < 0) || (was->gpu && set_autocast(x, "cuda", false) < 0) ? -1 : 0;

@@ -17,6 +17,7 @@ int thx_ambient_read(thx *x, thx_ambient *a);
 typedef struct thx_autocast {
     bool cpu, gpu; /* was on */
 } thx_autocast;
+bool thx_autocast_is_on(thx *x);
 int thx_autocast_off(thx *x, thx_autocast *was);
 void thx_autocast_on(thx *x, const thx_autocast *was); /* as it was; keeps a pending exception */
 

@@ -269,12 +269,47 @@ done:
 
 /* ---- recording ---- */
 
-static PyObject *record_cast(thx_recorder *r, PyObject *tensor, PyObject *dtype) {
+static PyObject *record_new_cast(thx_recorder *r, PyObject *tensor, PyObject *dtype) {
     const thx_func *found = thx_func_find(r->x, r->x->tensor_to);
     PyObject *args = found ? PyTuple_Pack(2, tensor, dtype) : NULL;
     thx_func f = found ? *found : (thx_func){0}; /* the table may grow */
     PyObject *cast = args ? thx_record(r, &f, r->x->tensor_to, args, NULL) : NULL;
     Py_XDECREF(args);
+    return cast;
+}
+
+/* A weight: torch casts it once and keeps that until autocast ends, so that its gradients are summed up in the type of
+ * the cast. */
+static bool is_kept(thx_recorder *r, PyObject *tensor) {
+    thx_cell *cell = thx_recorder_cell(r, tensor);
+    PyObject *real = NULL;
+    for (uint32_t i = 0; cell && i < r->nroots && !real; i++)
+        if (r->roots[i].value == cell->value && r->roots[i].requires_grad) real = r->roots[i].real;
+    if (!real) return PyErr_Clear(), false;
+    PyObject *leaf = PyObject_GetAttrString(real, "is_leaf"), *base = leaf ? PyObject_GetAttrString(real, "_base") : NULL;
+    PyObject *keeps = base ? PyObject_CallMethod(r->x->torch, "is_autocast_cache_enabled", NULL) : NULL;
+    bool kept = leaf == Py_True && base == Py_None && keeps == Py_True;
+    PyErr_Clear();
+    Py_XDECREF(keeps);
+    Py_XDECREF(base);
+    Py_XDECREF(leaf);
+    return kept;
+}
+
+void thx_autocast_forget(thx_recorder *r) {
+    if (r->cast && !r->autocast && !r->casting) Py_CLEAR(r->cast);
+}
+
+static PyObject *record_cast(thx_recorder *r, PyObject *tensor, PyObject *dtype) {
+    if (!is_kept(r, tensor)) return record_new_cast(r, tensor, dtype);
+    PyObject *key = Py_BuildValue("(IO)", thx_recorder_cell(r, tensor)->value, dtype), *cast = NULL;
+    if (key && !r->cast) r->cast = PyDict_New();
+    if (key && r->cast) cast = Py_XNewRef(PyDict_GetItemWithError(r->cast, key));
+    if (key && r->cast && !cast && !PyErr_Occurred()) {
+        cast = record_new_cast(r, tensor, dtype);
+        if (cast && PyDict_SetItem(r->cast, key, cast) < 0) Py_CLEAR(cast);
+    }
+    Py_XDECREF(key);
     return cast;
 }
 
@@ -342,7 +377,9 @@ PyObject *thx_record_under_autocast(thx_recording *c, thx_autocast_road *road) {
     if (casts == Py_False)
         thx_doubt(c->r, "autocast acts inside of a kernel");
     else if (casts && casts != Py_None && thx_autocast_off(x, &was) == 0) {
+        c->r->casting++;
         result = record_with(c, casts);
+        c->r->casting--;
         thx_autocast_on(x, &was);
     }
     Py_XDECREF(casts);

@@ -13,4 +13,7 @@ typedef enum thx_autocast_road {
 /* NULL without an exception: layer 2 records the operation, as `road` says. */
 PyObject *thx_record_under_autocast(thx_recording *c, thx_autocast_road *road);
 
+/* An operation is recorded with autocast off: what a block kept ends with it. */
+void thx_autocast_forget(thx_recorder *r);
+
 #endif

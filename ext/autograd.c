@@ -16,6 +16,7 @@
 #include "transform.h"
 
 #include "ir/ir.h"
+#include "passes/pass.h"
 
 #include <string.h>
 

@@ -87,6 +87,9 @@ typedef struct thx_recorder {
     thx_shadow *shadow;   /* shadow.c; NULL until a value is asked for */
     thx_pool *pool;       /* pool.c; NULL until the first fake of our own */
     thx_line *lines;      /* THX_LINES, by code and instruction; NULL until the first look-up */
+    PyObject *cast;       /* dict: (value, dtype) -> what autocast casts once and keeps; or NULL (owned) */
+    bool autocast;        /* of the caller */
+    int casting;          /* above 0: an operation under autocast is recorded, with autocast off */
     PyObject *heard;      /* while autocast.c listens: list of the kernels that are called; or NULL (borrowed) */
     int depth;            /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;

@@ -5,6 +5,7 @@
  * none. Layer 2 is the fakes' __torch_dispatch__: it sees ATen operations that layer 1 was not asked about: TorchScript
  * code, legacy constructors, code under functorch, and what autocast casts inside of (autocast.c).
  */
+#include "ambient.h"
 #include "autocast.h"
 #include "sizes.h"
 
@@ -428,14 +429,6 @@ static PyObject *slow(thx_recording *c) {
 
 /* ---- layer 1 ---- */
 
-static bool autocast_on(thx *x) {
-    if (x->abi.state && x->abi.keys_excluded(x->abi.autocast_keys)) return false;
-    PyObject *on = PyObject_CallNoArgs(x->any_autocast);
-    PyErr_Clear();
-    Py_XDECREF(on);
-    return on == Py_True;
-}
-
 bool thx_under_functorch(thx *x) {
     if (x->abi.state) return thx_functorch_at_work(&x->abi);
     PyObject *level = PyObject_CallNoArgs(x->functorch_level);
@@ -540,7 +533,9 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     if (thx_note_grad(r, c.callee, c.def, &c.note) < 0) return NULL;
     r->writes_part = is_basic_setitem(&c);
     if (c.note.grad && has_out(&c)) return thx_doubt(r, "out= does not support automatic differentiation"), NULL;
-    if (r->ninputs && autocast_on(x)) {
+    if (!thx_autocast_is_on(x))
+        thx_autocast_forget(r);
+    else if (r->ninputs) {
         thx_autocast_road road;
         PyObject *result = thx_record_under_autocast(&c, &road);
         if (result || road == THX_BY_RULE || PyErr_Occurred()) return result;

@@ -2,6 +2,7 @@
  *
  * The recorder owns every fake of its capture, so that an address in the table cannot be reused while it runs.
  */
+#include "ambient.h"
 #include "capture.h"
 #include "origin.h"
 #include "shadow.h"
@@ -567,6 +568,7 @@ thx_recorder *thx_recorder_new(thx *x, PyObject *params) {
     r->params = Py_XNewRef(params);
     PyObject *inference = PyObject_CallNoArgs(x->inference);
     r->inference = inference == Py_True;
+    r->autocast = thx_autocast_is_on(x);
     PyErr_Clear();
     Py_XDECREF(inference);
     r->t = th_trace_new(x->ctx, "computation");
@@ -614,6 +616,7 @@ static void recorder_dealloc(thx_recorder *r) {
     Py_XDECREF(r->hooks);
     Py_XDECREF(r->ties);
     Py_XDECREF(r->leaves);
+    Py_XDECREF(r->cast);
     Py_XDECREF(r->oracle);
     for (uint32_t i = 0; i < r->cap_codes; i++) Py_XDECREF(r->codes[i]);
     PyMem_Free(r->codes);

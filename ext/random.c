@@ -65,8 +65,26 @@ static Py_ssize_t place_in_stream(thx_recorder *r, PyObject *state) {
     return -1;
 }
 
+/* torch.manual_seed seeds the generators of all devices, and a plan would put back the CPU's alone. */
+static bool others_have_generators(thx *x) {
+    static const char *const kinds[] = {"cuda", "xpu"};
+    bool found = false;
+    for (int i = 0; i < 2 && !found; i++) {
+        PyObject *module = PyObject_GetAttrString(x->torch, kinds[i]);
+        PyObject *used = module ? PyObject_CallMethod(module, "is_initialized", NULL) : NULL;
+        found = used == Py_True;
+        PyErr_Clear();
+        Py_XDECREF(used);
+        Py_XDECREF(module);
+    }
+    return found;
+}
+
 int thx_random_before(thx_recorder *r) {
     see_threads(r);
+    if (r->seeded && others_have_generators(r->x))
+        return thx_capture_error(r, "the random number generator", "it is set where a device has one of its own",
+                                 "seed outside the compiled function");
     PyObject *state = PyObject_CallNoArgs(r->x->get_rng_state);
     int same = state ? same_state(r, state, r->rng_last) : -1, rc = same < 0 ? -1 : 0;
     bool another = same == 0 && !r->seeded && r->threads;

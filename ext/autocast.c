@@ -75,42 +75,17 @@ typedef struct change {
     PyObject *from, *to; /* tuples of fakes, and of what takes their place */
 } change;
 
-static PyObject *changed(const change *c, PyObject *o);
-
-static PyObject *changed_sequence(const change *c, PyObject *o) {
-    Py_ssize_t n = PySequence_Fast_GET_SIZE(o);
-    PyObject *list = PyList_New(n);
-    for (Py_ssize_t i = 0; list && i < n; i++) {
-        PyObject *item = changed(c, PySequence_Fast_ITEMS(o)[i]);
-        if (!item)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, i, item);
+static PyObject *put_other(void *user, PyObject *o) {
+    const change *c = user;
+    thx_cell *cell = thx_is_tensor(c->r->x, o) ? thx_recorder_cell(c->r, o) : NULL;
+    for (Py_ssize_t i = 0; cell && i < PyTuple_GET_SIZE(c->from); i++) {
+        thx_cell *other = thx_recorder_cell(c->r, PyTuple_GET_ITEM(c->from, i));
+        if (other && other->value == cell->value) return Py_NewRef(PyTuple_GET_ITEM(c->to, i));
     }
-    if (list && PyTuple_Check(o)) Py_SETREF(list, PyList_AsTuple(list));
-    return list;
+    return PyErr_Occurred() ? NULL : Py_NewRef(o);
 }
 
-static PyObject *changed(const change *c, PyObject *o) {
-    if (thx_is_tensor(c->r->x, o)) {
-        thx_cell *cell = thx_recorder_cell(c->r, o);
-        if (!cell) return NULL;
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(c->from); i++) {
-            thx_cell *other = thx_recorder_cell(c->r, PyTuple_GET_ITEM(c->from, i));
-            if (other && other->value == cell->value) return Py_NewRef(PyTuple_GET_ITEM(c->to, i));
-        }
-        return Py_NewRef(o);
-    }
-    if (PyTuple_CheckExact(o) || PyList_CheckExact(o)) return changed_sequence(c, o);
-    if (!PyDict_CheckExact(o)) return Py_NewRef(o);
-    PyObject *result = PyDict_New(), *key, *value;
-    for (Py_ssize_t at = 0; result && PyDict_Next(o, &at, &key, &value);) {
-        PyObject *item = changed(c, value);
-        if (!item || PyDict_SetItem(result, key, item) < 0) Py_CLEAR(result);
-        Py_XDECREF(item);
-    }
-    return result;
-}
+static PyObject *changed(change *c, PyObject *o) { return thx_map_arguments(c->r->x, o, put_other, c); }
 
 /* ---- what torch does ---- */
 

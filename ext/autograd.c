@@ -623,6 +623,7 @@ static int refuse_inference(thx *x, thx_forward *f, const th_slot *roots) {
     const thx_gradient *g = f->gradient;
     for (uint32_t i = 0; i < g->nsaved; i++) {
         if (g->saved[i].root < 0 || g->saved[i].grad) continue;
+        if (thx_is_ordinary(&x->abi, roots[g->saved[i].root].object)) continue;
         PyObject *inference = PyObject_CallOneArg(x->is_inference, roots[g->saved[i].root].object);
         if (!inference) return -1;
         Py_DECREF(inference); /* a singleton */

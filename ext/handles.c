@@ -22,6 +22,13 @@ static PyObject *capsule_of(thx *x, th_slot *slot) {
     return capsule;
 }
 
+static void put(PyObject **list, Py_ssize_t i, PyObject *capsule) { /* NULL: there is an exception, and no list */
+    if (capsule)
+        PyList_SET_ITEM(*list, i, capsule);
+    else
+        Py_CLEAR(*list);
+}
+
 static void take(thx *x, PyObject *given, Py_ssize_t i, th_slot *out) {
     PyObject *capsule = PyList_GET_ITEM(given, i);
     th_h h = PyCapsule_CheckExact(capsule) ? PyCapsule_GetPointer(capsule, NULL) : NULL;
@@ -40,13 +47,7 @@ int thx_handles_run(thx *x, PyObject *callable, th_slot *slots, const uint32_t *
                     const uint32_t *outs, uint32_t nouts) {
     const handle_call *c = (handle_call *)callable;
     PyObject *given = PyList_New(nins);
-    for (uint32_t i = 0; given && i < nins; i++) {
-        PyObject *capsule = capsule_of(x, &slots[ins[i]]);
-        if (capsule)
-            PyList_SET_ITEM(given, i, capsule);
-        else
-            Py_CLEAR(given);
-    }
+    for (uint32_t i = 0; given && i < nins; i++) put(&given, i, capsule_of(x, &slots[ins[i]]));
     PyObject *made = given ? PyObject_CallOneArg(c->function, given) : NULL;
     Py_XDECREF(given);
     if (!made) return -1;
@@ -66,15 +67,10 @@ static PyObject *handle_call_call(PyObject *self, PyObject *const *args, size_t 
     if (kwnames && PyTuple_GET_SIZE(kwnames))
         return PyErr_Format(PyExc_TypeError, "generated code takes tensors, by position");
     PyObject *given = PyList_New(n);
-    for (Py_ssize_t i = 0; given && i < n; i++) {
-        PyObject *capsule = thx_is_tensor(c->x, args[i])
-                                ? capsule_of(c->x, &(th_slot){.object = args[i]})
-                                : PyErr_Format(PyExc_TypeError, "argument %zd is no tensor", i);
-        if (capsule)
-            PyList_SET_ITEM(given, i, capsule);
-        else
-            Py_CLEAR(given);
-    }
+    for (Py_ssize_t i = 0; given && i < n; i++)
+        put(&given, i,
+            thx_is_tensor(c->x, args[i]) ? capsule_of(c->x, &(th_slot){.object = args[i]})
+                                         : PyErr_Format(PyExc_TypeError, "argument %zd is no tensor", i));
     PyObject *made = given ? PyObject_CallOneArg(c->function, given) : NULL;
     Py_XDECREF(given);
     PyObject *result = made && PyList_CheckExact(made) ? PyTuple_New(PyList_GET_SIZE(made)) : NULL;

@@ -16,6 +16,9 @@ typedef struct thx_recording {
 } thx_recording;
 
 /* ---- observer.c ---- */
+/* Arguments with what `leaf` gives in the place of each tensor and extent; it returns a new reference. */
+typedef PyObject *(*thx_map_fn)(void *user, PyObject *object);
+PyObject *thx_map_arguments(thx *x, PyObject *object, thx_map_fn leaf, void *user);
 PyObject *thx_fakeify(thx_recorder *r, PyObject *object); /* real tensors in it become their fakes */
 uint32_t thx_alias_group(th_trace *t, th_val v);          /* of a value, made when it has none */
 PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs);

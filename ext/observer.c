@@ -22,14 +22,14 @@ static long version_of(thx *x, PyObject *tensor) {
     return version;
 }
 
-/* ---- real tensors in arguments become their fakes ---- */
+/* ---- arguments with others in the place of their tensors and extents ---- */
 
-static PyObject *fakeify_sequence(thx_recorder *r, PyObject *o) {
+static PyObject *map_sequence(thx *x, PyObject *o, thx_map_fn leaf, void *user) {
     Py_ssize_t n = PySequence_Fast_GET_SIZE(o);
     PyObject **items = PySequence_Fast_ITEMS(o);
     PyObject *result = PyTuple_Check(o) ? PyTuple_New(n) : PyList_New(n);
     for (Py_ssize_t i = 0; result && i < n; i++) {
-        PyObject *item = thx_fakeify(r, items[i]);
+        PyObject *item = thx_map_arguments(x, items[i], leaf, user);
         if (!item)
             Py_CLEAR(result);
         else if (PyTuple_Check(o))
@@ -40,28 +40,26 @@ static PyObject *fakeify_sequence(thx_recorder *r, PyObject *o) {
     return result;
 }
 
-static PyObject *fakeify_dict(thx_recorder *r, PyObject *o) {
+static PyObject *map_dict(thx *x, PyObject *o, thx_map_fn leaf, void *user) {
     PyObject *result = PyDict_New(), *key, *value;
     Py_ssize_t at = 0;
     while (result && PyDict_Next(o, &at, &key, &value)) {
-        PyObject *item = thx_fakeify(r, value);
+        PyObject *item = thx_map_arguments(x, value, leaf, user);
         if (!item || PyDict_SetItem(result, key, item) < 0) Py_CLEAR(result);
         Py_XDECREF(item);
     }
     return result;
 }
 
-PyObject *thx_fakeify(thx_recorder *r, PyObject *o) {
-    if (Py_TYPE(o) == r->x->extent_type) return thx_extent_plain(o);
-    if (thx_is_tensor(r->x, o)) {
-        return Py_XNewRef(thx_recorder_fake(r, o));
-    }
-    if (PyTuple_CheckExact(o) || PyList_CheckExact(o) || Py_TYPE(o) == r->x->Size) return fakeify_sequence(r, o);
-    if (PyDict_CheckExact(o)) return fakeify_dict(r, o);
+PyObject *thx_map_arguments(thx *x, PyObject *o, thx_map_fn leaf, void *user) {
+    if (Py_TYPE(o) == x->extent_type || thx_is_tensor(x, o)) return leaf(user, o);
+    if (PyTuple_CheckExact(o) || PyList_CheckExact(o) || Py_TYPE(o) == x->Size) return map_sequence(x, o, leaf, user);
+    if (PyDict_CheckExact(o)) return map_dict(x, o, leaf, user);
     if (PySlice_Check(o)) {
         PySliceObject *s = (PySliceObject *)o;
-        PyObject *a = thx_fakeify(r, s->start), *b = a ? thx_fakeify(r, s->stop) : NULL,
-                 *c = b ? thx_fakeify(r, s->step) : NULL;
+        PyObject *a = thx_map_arguments(x, s->start, leaf, user),
+                 *b = a ? thx_map_arguments(x, s->stop, leaf, user) : NULL,
+                 *c = b ? thx_map_arguments(x, s->step, leaf, user) : NULL;
         PyObject *slice = c ? PySlice_New(a, b, c) : NULL;
         Py_XDECREF(a);
         Py_XDECREF(b);
@@ -70,6 +68,13 @@ PyObject *thx_fakeify(thx_recorder *r, PyObject *o) {
     }
     return Py_NewRef(o);
 }
+
+static PyObject *fake_of(void *recorder, PyObject *o) {
+    thx_recorder *r = recorder;
+    return Py_TYPE(o) == r->x->extent_type ? thx_extent_plain(o) : Py_XNewRef(thx_recorder_fake(r, o));
+}
+
+PyObject *thx_fakeify(thx_recorder *r, PyObject *o) { return thx_map_arguments(r->x, o, fake_of, r); }
 
 /* ---- results become values ---- */
 

@@ -113,6 +113,13 @@ static inline int thx_requires_grad(const thx_abi *abi, PyObject *tensor) {
     return *(void **)(meta + abi->grad_fn) != NULL;
 }
 
+/* Surely none of inference mode: it has the keys that such a one lacks. */
+static inline bool thx_is_ordinary(const thx_abi *abi, PyObject *tensor) {
+    if (!abi->state || abi->keys < 0) return false;
+    const char *impl = *(char **)thx_borrow(abi, tensor);
+    return (*(const uint64_t *)(impl + abi->keys) & abi->view_keys) == abi->view_keys;
+}
+
 static inline bool thx_functorch_at_work(const thx_abi *abi) { /* begin and end of a std::vector */
     void *const *layers = abi->functorch_layers();
     return layers[0] != layers[1];

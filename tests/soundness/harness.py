@@ -155,3 +155,13 @@ def fresh(code: Any) -> Program:
     namespace: dict[str, Any] = {"__name__": "program"}
     exec(code, namespace)
     return namespace["calls"]
+
+
+def check_writer(write: Callable[[int], str]) -> None:
+    """What writes programs writes equal ones for equal seeds, and they parse without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(200):
+            source = write(seed)
+            assert source == write(seed)
+            compile(source, "<program>", "exec")

@@ -6,7 +6,6 @@ The quick tier runs 300 programs, the same ones each time; ``pytest -m slow test
 from __future__ import annotations
 
 import random
-import warnings
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 import thunder
 from tests.soundness.generator import Writer
-from tests.soundness.harness import check_source
+from tests.soundness.harness import check_source, check_writer
 
 CHECKS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
@@ -54,9 +53,4 @@ def test_generated_programs_find_a_compiler_that_does_not_look_at_state():
 
 
 def test_writers_given_equal_choices_write_equal_programs():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for seed in range(200):
-            source = Writer(random.Random(seed)).program()
-            assert source == Writer(random.Random(seed)).program()
-            compile(source, "<program>", "exec")
+    check_writer(lambda seed: Writer(random.Random(seed)).program())

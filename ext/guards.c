@@ -86,12 +86,14 @@ void thx_watch_dict_clear(thx *x, watch_dict *w) {
     PyMem_Free(w->items);
 }
 
+void thx_watch_sequence_clear(watch_sequence *w) {
+    Py_DECREF(w->object);
+    Py_DECREF(w->copy);
+}
+
 void thx_guards_clear(thx *x, thx_guards *g) {
     for (uint32_t i = 0; i < g->dicts.count; i++) thx_watch_dict_clear(x, &g->dicts.items[i]);
-    for (uint32_t i = 0; i < g->sequences.count; i++) {
-        Py_DECREF(g->sequences.items[i].object);
-        Py_DECREF(g->sequences.items[i].copy);
-    }
+    for (uint32_t i = 0; i < g->sequences.count; i++) thx_watch_sequence_clear(&g->sequences.items[i]);
     for (uint32_t i = 0; i < g->objects.count; i++) {
         Py_DECREF(g->objects.items[i].object);
         Py_DECREF((PyObject *)g->objects.items[i].type);
@@ -276,7 +278,7 @@ static bool bound_answers(thx *x, PyObject *tensor, const bound *b) {
 static bool bound_holds(thx *x, thx_guards *g, uint32_t i) {
     bound *b = &g->bounds.items[i];
     PyObject *tensor = g->live[i];
-    char *piece = g->pieces + (size_t)i * THX_LAYOUT_BYTES;
+    uint64_t *piece = g->pieces + (size_t)i * THX_LAYOUT_WORDS;
     if (b->in_piece && thx_layout_is(&x->abi, tensor, piece)) return grad_holds(x, tensor, b);
     if (!bound_answers(x, tensor, b)) return false;
     b->in_piece = thx_layout_read(&x->abi, tensor, piece);
@@ -287,12 +289,12 @@ int thx_guards_bind(thx *x, thx_guards *g, PyObject *tensor, PyObject *dict, PyO
     if (RESERVE(g->bounds) < 0) return -1;
     PyObject **live = PyMem_Realloc(g->live, sizeof *live * (g->bounds.count + 1));
     if (live) g->live = live;
-    char *pieces = PyMem_Realloc(g->pieces, (size_t)THX_LAYOUT_BYTES * (g->bounds.count + 1));
+    uint64_t *pieces = PyMem_Realloc(g->pieces, sizeof *pieces * THX_LAYOUT_WORDS * (g->bounds.count + 1));
     if (pieces) g->pieces = pieces;
     if (!live || !pieces) return PyErr_NoMemory(), -1;
     bound b = {.dict = NULL};
     if (read_bound(x, tensor, &b) < 0) return -1;
-    b.in_piece = thx_layout_read(&x->abi, tensor, pieces + (size_t)g->bounds.count * THX_LAYOUT_BYTES);
+    b.in_piece = thx_layout_read(&x->abi, tensor, pieces + (size_t)g->bounds.count * THX_LAYOUT_WORDS);
     b.dict = Py_XNewRef(dict);
     b.key = Py_XNewRef(key);
     live[g->bounds.count] = Py_NewRef(tensor);

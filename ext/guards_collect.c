@@ -136,7 +136,7 @@ static int walk_sequence(walker *w, PyObject *o, int depth) {
     if (PyTuple_Check(o))
         Py_DECREF(copy);
     else
-        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy, false, PyAnySet_Check(o)};
+        g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy, .is_set = PyAnySet_Check(o)};
     if (PyAnySet_Check(o)) return 0;
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); i++)
         if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0) return -1;
@@ -373,15 +373,21 @@ static bool tells_of_no_hooks(PyObject *dict, PyObject *key) {
     return IS_CALLED(key, "_forward_pre_hooks_with_kwargs") && is_empty(dict, "_forward_pre_hooks");
 }
 
+/* What Module.state_dict() and load_state_dict() read, which run in few programs. */
 static bool is_for_saving(PyObject *name) {
-    return IS_CALLED(name, "_state_dict_hooks") || IS_CALLED(name, "_state_dict_pre_hooks") ||
-           IS_CALLED(name, "_load_state_dict_pre_hooks") || IS_CALLED(name, "_load_state_dict_post_hooks");
+    return IS_CALLED(name, "_non_persistent_buffers_set") || IS_CALLED(name, "_state_dict_hooks") ||
+           IS_CALLED(name, "_state_dict_pre_hooks") || IS_CALLED(name, "_load_state_dict_pre_hooks") ||
+           IS_CALLED(name, "_load_state_dict_post_hooks");
 }
 
 /* The attributes of a module. */
 static int walk_module_dict(walker *w, PyObject *dict, int depth) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+        if (PySet_CheckExact(value) && PyUnicode_CheckExact(key) && is_for_saving(key) && first_visit(w, value) == 1) {
+            if (walk_sequence(w, value, depth + 1) < 0) return -1;
+            w->g->sequences.items[w->g->sequences.count - 1].saving = true;
+        }
         if (!is_torchs_own(w, key, value)) continue;
         int fresh = first_visit(w, value);
         if (fresh == 1 && tells_of_no_hooks(dict, key)) continue;
@@ -441,6 +447,14 @@ void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes) {
         g->dicts.items[kept++] = g->dicts.items[i];
     }
     g->dicts.count = g->stamps.count = kept;
+    kept = 0;
+    for (uint32_t i = 0; i < g->sequences.count; i++) {
+        if (g->sequences.items[i].saving)
+            thx_watch_sequence_clear(&g->sequences.items[i]);
+        else
+            g->sequences.items[kept++] = g->sequences.items[i];
+    }
+    g->sequences.count = kept;
 }
 
 /* ---- classes ---- */

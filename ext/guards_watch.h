@@ -15,7 +15,7 @@ typedef struct watch_dict {
     PyObject *dict, **items; /* items: key, value, key, value as at the capture; one block of memory, NULL when empty */
     Py_ssize_t count;        /* of pairs */
     bool attributes, ignored; /* attributes: of an object, read by name. ignored (here and below): it cannot matter */
-    bool saving;              /* hooks of a module's state_dict(), which runs in few programs */
+    bool saving;              /* a module's own, which its state_dict() alone reads */
 } watch_dict;
 
 typedef struct watch_stamp { /* what a check compares first: small and side by side, for there are hundreds */
@@ -25,7 +25,7 @@ typedef struct watch_stamp { /* what a check compares first: small and side by s
 
 typedef struct watch_sequence { /* list, deque-like or set: length, then elements by identity (sets by equality) */
     PyObject *object, *copy;
-    bool ignored, is_set;
+    bool ignored, is_set, saving;
 } watch_sequence;
 
 typedef struct watch_object {
@@ -92,7 +92,7 @@ struct thx_guards {
     VEC(bound) bounds;
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */
     PyObject **live;                 /* the bound tensors (owned), parallel to bounds: handed out as an array */
-    char *pieces;                    /* parallel to bounds too, THX_LAYOUT_BYTES each */
+    uint64_t *pieces;                /* parallel to bounds too, THX_LAYOUT_WORDS each */
     PyObject *changed;               /* while checking: see thx_guards_check_but (borrowed); or NULL */
     PyTypeObject *changed_type;      /* then */
     PyObject *any;                   /* owned: list of (owner, key or None) of numbers that may be any; or NULL */
@@ -113,6 +113,7 @@ int thx_watch_reserve(void **items, uint32_t *cap, uint32_t count, size_t size);
 
 int thx_watch(thx *x, PyObject *dict); /* from now on its writes are noticed */
 void thx_watch_dict_clear(thx *x, watch_dict *w);
+void thx_watch_sequence_clear(watch_sequence *w);
 
 static inline uint64_t thx_watch_tag(PyObject *dict) {
 #if HAVE_VERSION_TAGS

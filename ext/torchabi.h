@@ -64,18 +64,17 @@ typedef uint64_t th_cell; /* StableIValue */
 
 typedef struct thx_abi {
     th_dylib *library;
-    bool on;                  /* handles may be borrowed, read, made and wrapped */
-    bool dispatcher;          /* torch_call_dispatcher and its encodings passed the self-test */
-    bool shims;               /* the direct CPU kernels passed the self-test */
-    uint64_t version;         /* passed to torch_call_dispatcher */
-    size_t borrow;            /* offset of the TensorImpl pointer in a torch.Tensor object */
-    int autograd_meta;        /* byte offset of the autograd metadata pointer in TensorImpl; -1: unknown */
-    int requires_grad;        /* byte offset of the flag behind that pointer */
-    int grad_fn;              /* byte offset of the pointer to what made the tensor, there too; -1: unknown */
-    void *meta_class;         /* the first word there, for tensors that are no views */
-    int keys;                 /* byte offset of the dispatch keys in TensorImpl; -1: unknown */
-    uint64_t lazy;            /* the keys of lazily conjugated and of negated tensors */
-    int layout, layout_bytes; /* the piece of TensorImpl from the number of dimensions to the keys; -1: none */
+    bool on;           /* handles may be borrowed, read, made and wrapped */
+    bool dispatcher;   /* torch_call_dispatcher and its encodings passed the self-test */
+    bool shims;        /* the direct CPU kernels passed the self-test */
+    uint64_t version;  /* passed to torch_call_dispatcher */
+    size_t borrow;     /* offset of the TensorImpl pointer in a torch.Tensor object */
+    int autograd_meta; /* byte offset of the autograd metadata pointer in TensorImpl; -1: unknown */
+    int requires_grad; /* byte offset of the flag behind that pointer */
+    bool (*impl_requires_grad)(const void *impl); /* where the flag is not set; NULL: ask Python */
+    int keys;                                     /* byte offset of the dispatch keys in TensorImpl; -1: unknown */
+    uint64_t lazy;                                /* the keys of lazily conjugated and of negated tensors */
+    int layout, layout_words; /* the words of TensorImpl from the number of dimensions to the keys; -1: none */
     bool state;               /* the following, of the thread, passed the self-test */
     int64_t (*function_modes)(void), (*dispatch_modes)(void);
     int8_t (*default_dtype)(void);
@@ -102,15 +101,14 @@ static inline th_h thx_borrow(const thx_abi *abi, PyObject *tensor) { return (ch
 /* Turn an owned handle into a tensor object; the handle is consumed either way. */
 PyObject *thx_wrap(const thx_abi *abi, th_h handle);
 
-/* requires_grad by the calibrated bytes; -1 when it has to be asked of Python. */
+/* -1 when it has to be asked of Python. Most tensors need no call: it costs more than all else here. */
 static inline int thx_requires_grad(const thx_abi *abi, PyObject *tensor) {
     if (abi->autograd_meta < 0) return -1;
     const char *impl = *(char **)thx_borrow(abi, tensor);
     const char *meta = *(char **)(impl + abi->autograd_meta);
     if (!meta) return 0;
     if (meta[abi->requires_grad]) return 1;
-    if (abi->grad_fn < 0 || *(void **)meta != abi->meta_class) return -1; /* it may be the result of an operation */
-    return *(void **)(meta + abi->grad_fn) != NULL;
+    return abi->impl_requires_grad ? abi->impl_requires_grad(impl) : -1; /* of an operation's result, of a view */
 }
 
 /* Surely none of inference mode: it has the keys that such a one lacks. */
@@ -127,12 +125,15 @@ static inline bool thx_functorch_at_work(const thx_abi *abi) { /* begin and end 
 
 /* Copy the piece of a tensor's memory that holds its sizes, strides, dtype, device and keys; false where there is no
  * such piece: of more than five dimensions, of sizes that are symbols, or without calibration. */
-enum { THX_LAYOUT_BYTES = 160 };
-bool thx_layout_read(const thx_abi *abi, PyObject *tensor, char *piece);
+enum { THX_LAYOUT_WORDS = 20 };
+bool thx_layout_read(const thx_abi *abi, PyObject *tensor, uint64_t *piece);
 
 /* Is the piece what was read then? Else it may be still: ask. */
-static inline bool thx_layout_is(const thx_abi *abi, PyObject *tensor, const char *piece) {
-    return memcmp(*(char **)thx_borrow(abi, tensor) + abi->layout, piece, (size_t)abi->layout_bytes) == 0;
+static inline bool thx_layout_is(const thx_abi *abi, PyObject *tensor, const uint64_t *piece) {
+    const uint64_t *now = (const uint64_t *)(*(char **)thx_borrow(abi, tensor) + abi->layout);
+    uint64_t differ = 0;
+    for (int i = 0; i < abi->layout_words; i++) differ |= now[i] ^ piece[i];
+    return !differ;
 }
 
 /* Does it show other values than its memory holds, conjugated or negated ones? */

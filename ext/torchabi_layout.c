@@ -114,48 +114,30 @@ static int find_requires_grad(thx_abi *abi, PyObject *torch) {
     return 0;
 }
 
-static void **meta_of(const thx_abi *abi, PyObject *tensor) {
-    return *(void ***)(*(char **)thx_borrow(abi, tensor) + abi->autograd_meta);
-}
-
-/* Autograd's data of an intermediate result against that of a leaf: the pointer that the leaf lacks is to the operation
- * that made the result. Views have data of another class, told by its first word; they may have to ask their base. */
-static int find_grad_fn(thx_abi *abi, PyObject *torch) {
-    enum { META_WORDS = 28 };
-    abi->grad_fn = -1;
-    bool may[META_WORDS];
-    for (int i = 0; i < META_WORDS; i++) may[i] = i > 0;
-    PyObject *before = NULL;
-    for (int round = 0; round < 8; round++) {
-        PyObject *leaf = thx_abi_call(torch, "zeros", "(i)", 2 + round), *made = NULL, *view = NULL;
-        Py_CLEAR(before); /* its memory is next in use, with what nobody cleared */
-        PyObject *on = leaf ? PyObject_CallMethod(leaf, "requires_grad_", "O", Py_True) : NULL;
-        if (on) made = PyObject_CallMethod(leaf, "mul", "i", 2);
-        if (on) view = PyObject_CallMethod(leaf, "view", "ii", 2 + round, 1);
-        void **a = on ? meta_of(abi, leaf) : NULL, **b = made ? meta_of(abi, made) : NULL;
-        void **c = view ? meta_of(abi, view) : NULL;
-        bool fits = a && b && c && *a == *b && *a != *c && (!round || *a == abi->meta_class);
-        if (fits) {
-            size_t words = malloc_usable_size(a) / 8, others = malloc_usable_size(b) / 8;
-            for (size_t i = 0; i < META_WORDS; i++) may[i] = may[i] && i < words && i < others && !a[i] && b[i];
-            abi->meta_class = *a;
-        }
-        Py_XDECREF(view);
-        Py_XDECREF(on);
-        Py_XDECREF(leaf);
-        PyErr_Clear();
-        before = made;
-        if (fits) continue;
-        Py_XDECREF(before);
-        return thx_abi_note(abi, "grad_fn", "no class of its own for views");
-    }
-    Py_XDECREF(before);
-    int first = 0, last = META_WORDS - 1;
-    while (first < META_WORDS && !may[first]) first++;
-    while (last > first && !may[last]) last--;
-    if (first > last || last > first + 1) return thx_abi_note(abi, "grad_fn", "no unique word");
-    abi->grad_fn = 8 * first; /* a std::shared_ptr has two words, which are null together */
-    return 0;
+/* What the byte does not say, by torch's own function: tried on leaves, on results of operations and on views, which
+ * ask their base. */
+static int try_requires_grad(thx_abi *abi, PyObject *torch) {
+    void *symbol = th_dylib_symbol(abi->library, "_ZNK3c1010TensorImpl13requires_gradEv");
+    memcpy(&abi->impl_requires_grad, &symbol, sizeof symbol);
+    PyObject *leaf = symbol ? thx_abi_call(torch, "zeros", "(i)", 2) : NULL;
+    PyObject *view = leaf ? PyObject_CallMethod(leaf, "view", "ii", 2, 1) : NULL, *made = NULL;
+    bool right = view && thx_requires_grad(abi, leaf) == 0 && thx_requires_grad(abi, view) == 0;
+    PyObject *on = right ? PyObject_CallMethod(leaf, "requires_grad_", "O", Py_True) : NULL;
+    if (on) made = PyObject_CallMethod(leaf, "mul", "i", 2);
+    if (on) Py_XSETREF(view, PyObject_CallMethod(leaf, "view", "ii", 2, 1));
+    right = made && view && thx_requires_grad(abi, leaf) == 1 && thx_requires_grad(abi, made) == 1 &&
+            thx_requires_grad(abi, view) == 1;
+    PyObject *off = right ? PyObject_CallMethod(leaf, "requires_grad_", "O", Py_False) : NULL;
+    right = off && thx_requires_grad(abi, leaf) == 0;
+    Py_XDECREF(off);
+    Py_XDECREF(on);
+    Py_XDECREF(made);
+    Py_XDECREF(view);
+    Py_XDECREF(leaf);
+    PyErr_Clear();
+    if (right) return 0;
+    abi->impl_requires_grad = NULL;
+    return thx_abi_note(abi, "requires_grad", "torch's function is missing or differs");
 }
 
 /* The words of two TensorImpls that differ in one bit: by place, that bit; else 0. */
@@ -259,9 +241,8 @@ static bool place_layout(thx_abi *abi, PyObject *torch) {
         at = (int)place;
     }
     abi->layout = at - 8;
-    abi->layout_bytes = abi->keys + 8 - abi->layout;
-    return abi->layout_bytes > 8 * (2 * INLINE_DIMS + 1) && abi->layout_bytes <= THX_LAYOUT_BYTES &&
-           abi->layout_bytes % 8 == 0;
+    abi->layout_words = (abi->keys + 8 - abi->layout) / 8;
+    return abi->layout_words > 2 * INLINE_DIMS + 1 && abi->layout_words <= THX_LAYOUT_WORDS;
 }
 
 enum { SAMPLES = 4 };
@@ -271,7 +252,7 @@ enum { SAMPLES = 4 };
 static bool separates(const thx_abi *abi, PyObject *const *one, PyObject *const *other) {
     bool found = false, all = true;
     for (int k = 0; k < SAMPLES; k++) all = all && one[k] && other[k];
-    for (int i = 0; all && i < abi->layout_bytes && !found; i++) {
+    for (int i = 0; all && i < 8 * abi->layout_words && !found; i++) {
         char a = impl_of(abi, one[0])[abi->layout + i], b = impl_of(abi, other[0])[abi->layout + i];
         found = a != b;
         for (int k = 1; k < SAMPLES && found; k++)
@@ -297,7 +278,7 @@ static bool separates_kinds(const thx_abi *abi, PyObject *torch, const char *dty
 
 /* Does the piece of one tensor change with a call of a method of it? */
 static bool changes(const thx_abi *abi, PyObject *x, const char *method, PyObject *argument) { /* NULL: none */
-    char before[THX_LAYOUT_BYTES];
+    uint64_t before[THX_LAYOUT_WORDS];
     bool read = thx_layout_read(abi, x, before);
     PyObject *done = read ? PyObject_CallMethod(x, method, argument ? "O" : NULL, argument) : NULL;
     bool changed = done && !thx_layout_is(abi, x, before);
@@ -335,10 +316,10 @@ static int find_layout(thx_abi *abi, PyObject *torch) {
 
 int thx_abi_find_layout(thx_abi *abi, PyObject *torch) {
     if (find_lazy(abi, torch) < 0 || find_layout(abi, torch) < 0 || find_requires_grad(abi, torch) < 0) return -1;
-    return abi->autograd_meta < 0 ? 0 : find_grad_fn(abi, torch);
+    return abi->autograd_meta < 0 ? 0 : try_requires_grad(abi, torch);
 }
 
-bool thx_layout_read(const thx_abi *abi, PyObject *tensor, char *piece) {
+bool thx_layout_read(const thx_abi *abi, PyObject *tensor, uint64_t *piece) {
     if (!abi->on || abi->layout < 0) return false;
     const char *impl = impl_of(abi, tensor);
     int64_t *sizes = NULL, *strides = NULL;
@@ -346,6 +327,6 @@ bool thx_layout_read(const thx_abi *abi, PyObject *tensor, char *piece) {
         abi->aoti_torch_get_strides(thx_borrow(abi, tensor), &strides))
         return false;
     if ((const char *)sizes != impl + abi->layout + 8 || strides != sizes + INLINE_DIMS) return false;
-    memcpy(piece, impl + abi->layout, (size_t)abi->layout_bytes);
+    memcpy(piece, impl + abi->layout, 8 * (size_t)abi->layout_words);
     return true;
 }

@@ -4,7 +4,8 @@ cold         first training step and first forward, each in a fresh process with
              with the making of what is called: torch.compile() imports Inductor there
 background   first call with tier="background", against the first call with the torch executor alone
 steady       training step and forward at moderate width, taking turns in one run
-host         a tiny program: the time is what surrounds the kernels
+host         a tiny program: the time is what surrounds the kernels; for a step also without what the loss, torch's
+             autograd and the gradients of the same parameters take around any callable ("beyond the bare step")
 
 python bench/torchcompile.py [--device cuda] [--seconds S] [--skip-cold]
 """
@@ -82,6 +83,26 @@ def step(model: torch.nn.Module, call: object, arguments: tuple) -> None:
     result(call(*arguments)).float().square().mean().backward()
 
 
+class Bare(torch.autograd.Function):
+    """Gives a ready result and fresh gradients: a step around it is what every compiled model pays."""
+
+    @staticmethod
+    def forward(ctx: object, result: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.parameters = parameters
+        return torch.empty_like(result)
+
+    @staticmethod
+    def backward(ctx: object, _gradient: torch.Tensor) -> tuple:
+        return (None, *(torch.empty_like(p) for p in ctx.parameters))
+
+
+def bare(model: torch.nn.Module, arguments: tuple) -> object:
+    """A callable in the place of the model that does nothing."""
+    with torch.no_grad():
+        ready = result(model(*arguments))
+    return lambda *_: Bare.apply(ready, *model.parameters())
+
+
 def synchronise(device: str) -> None:
     """Wait for the device."""
     if device == "cuda":
@@ -144,6 +165,7 @@ def turns(label: str, model: torch.nn.Module, arguments: tuple, options: argpars
     """Training step and forward, everybody in turn."""
     torch._dynamo.reset()
     calls = {"eager": model, "thunder": compiled(model, "block"), "torch.compile": compiled(model, "torch.compile")}
+    host = label.startswith("host")
 
     def timed(call: object, train: bool) -> object:
         def run() -> None:
@@ -155,6 +177,8 @@ def turns(label: str, model: torch.nn.Module, arguments: tuple, options: argpars
 
     for train in (True, False):
         runs = {name: timed(call, train) for name, call in calls.items()}
+        if host and train:
+            runs["bare"] = timed(bare(model, arguments), train)
         for run in runs.values():
             for _ in range(3):
                 run()
@@ -163,6 +187,9 @@ def turns(label: str, model: torch.nn.Module, arguments: tuple, options: argpars
         what = "training step" if train else "forward"
         detail = "; ".join(f"{name} {t}" for name, t in times.items())
         beside = f"{ours / theirs:6.3f} x torch.compile, {ours / times['eager'].minimum:.3f} x eager"
+        if host and train:
+            floor = times["bare"].minimum
+            beside += f"; beyond the bare step {(ours - floor) / (theirs - floor):.3f} x torch.compile"
         print(f"{label + ', ' + what:38} {beside}")
         print(f"{'':38} {detail}")
 

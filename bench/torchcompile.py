@@ -88,11 +88,13 @@ class Bare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, result: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        """A tensor like the result, and nothing computed."""
         ctx.parameters = parameters
         return torch.empty_like(result)
 
     @staticmethod
     def backward(ctx: object, _gradient: torch.Tensor) -> tuple:
+        """Gradients of the parameters' sizes."""
         return (None, *(torch.empty_like(p) for p in ctx.parameters))
 
 

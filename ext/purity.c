@@ -8,6 +8,8 @@
 #include "guards.h"
 #include "origin.h"
 
+#include "base/dylib.h"
+
 #include <frameobject.h>
 #include <string.h>
 
@@ -193,6 +195,37 @@ static bool seeds_torch(PyObject *self, const char *name) {
     return false;
 }
 
+/* ---- kernels that Python calls past torch's dispatcher ---- */
+
+/* Of a library that uses torch's and is not torch's own: an extension of the user's. */
+static bool is_extension(thx *x, const PyMethodDef *method) {
+    void *address;
+    memcpy(&address, &method->ml_meth, sizeof address);
+    const char *path = th_dylib_path_of(address), *name = path ? strrchr(path, '/') : NULL;
+    th_dylib *library = NULL;
+    if (!name || strncmp(name, "/libtorch", 9) == 0 || th_dylib_open(x->ctx, path, true, &library) != TH_OK)
+        return false;
+    bool uses_torch = th_dylib_symbol(library, "aoti_torch_new_tensor_handle") != NULL; /* looked for in what it needs */
+    th_dylib_close(library);
+    return uses_torch;
+}
+
+static bool passes_dispatcher(thx *x, const PyMethodDef *method) {
+    return strcmp(method->ml_name, "_cuda_jiterator_compile_and_launch_kernel") == 0 || is_extension(x, method);
+}
+
+/* Its arguments are not seen here, and a capture's tensors have no memory to read. */
+static int check_extension(thx_recorder *r, const PyMethodDef **known, const PyMethodDef *method) {
+    if (!passes_dispatcher(r->x, method)) {
+        *known = method;
+        return 0;
+    }
+    char text[160];
+    snprintf(text, sizeof text, "%.80s, a kernel outside torch's dispatcher", method->ml_name);
+    return thx_capture_error(r, text, "it reads the memory of tensors, which a capture does not have",
+                             "register it with torch.library.custom_op, or call it outside the compiled function");
+}
+
 static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
     thx *x = r->x;
     if (!PyCFunction_Check(function)) return 0;
@@ -215,10 +248,7 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
         }
         if (Py_TYPE(self) == &PyContextVar_Type && is_the_programs(x, frame, 0))
             return refuse(r, variable_text, "it reads or sets one, and later calls would not look again");
-        if (!is_generator(x, self) && Py_TYPE(self) != &PyContextVar_Type) {
-            *known = method;
-            return 0;
-        }
+        if (!is_generator(x, self) && Py_TYPE(self) != &PyContextVar_Type) return check_extension(r, known, method);
         if (!is_generator(x, self) || !is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
         snprintf(text, sizeof text, "%.60s.%.40s", Py_TYPE(self)->tp_name, name);
         return refuse(r, text,
@@ -227,10 +257,7 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     PyObject *id = PyLong_FromVoidPtr(function);
     PyObject *entry = id ? PyDict_GetItemWithError(x->impure, id) : NULL;
     Py_XDECREF(id);
-    if (!entry) {
-        *known = method;
-        return PyErr_Occurred() ? -1 : 0;
-    }
+    if (!entry) return PyErr_Occurred() ? -1 : check_extension(r, known, method);
     const char *why = PyUnicode_AsUTF8(PyTuple_GET_ITEM(entry, 1));
     int flags = why && strcmp(why, prints) == 0 ? THROUGH_LIBRARY | OF_PACKAGES : 0;
     if (!why || !is_the_programs(x, frame, flags)) return 0;

@@ -210,3 +210,18 @@ def test_a_seed_inside_is_the_seed_of_all_devices() -> None:
             run(x)
             drawn.append(torch.rand(4, device="cuda"))
         assert torch.equal(*drawn)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_jiterator_kernel_is_not_called_while_captured() -> None:
+    twice = torch.cuda.jiterator._create_jit_fn("template <typename T> T twice(T x) { return x + x; }")
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        return twice(x + 1) - 1
+
+    x = torch.randn(8, device="cuda")
+    with pytest.raises(thunder.CaptureError, match="custom_op"):
+        thunder.jit(program, fallback="error")(x)
+    compiled = thunder.jit(program, fallback="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), program(x))

@@ -1,4 +1,5 @@
 /* See dylib.h. */
+#define _GNU_SOURCE /* dladdr */
 #include "base/dylib.h"
 
 #include <dlfcn.h>
@@ -12,6 +13,11 @@ th_status th_dylib_open(th_ctx *ctx, const char *path, bool loaded_only, th_dyli
 }
 
 void *th_dylib_symbol(th_dylib *lib, const char *name) { return dlsym(lib, name); }
+
+const char *th_dylib_path_of(const void *address) {
+    Dl_info info;
+    return dladdr(address, &info) ? info.dli_fname : NULL;
+}
 
 void th_dylib_close(th_dylib *lib) {
     if (lib) dlclose(lib);

@@ -205,7 +205,8 @@ static bool is_extension(thx *x, const PyMethodDef *method) {
     th_dylib *library = NULL;
     if (!name || strncmp(name, "/libtorch", 9) == 0 || th_dylib_open(x->ctx, path, true, &library) != TH_OK)
         return false;
-    bool uses_torch = th_dylib_symbol(library, "aoti_torch_new_tensor_handle") != NULL; /* looked for in what it needs */
+    bool uses_torch =
+        th_dylib_symbol(library, "aoti_torch_new_tensor_handle") != NULL; /* looked for in what it needs */
     th_dylib_close(library);
     return uses_torch;
 }

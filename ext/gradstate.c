@@ -117,9 +117,10 @@ int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_
         any = flagged(r, cell->value);
     }
     if (refuse_detaching(r, callee) < 0) return -1;
-    if (!any) return 0;
     int on = thx_grad_mode(r->x);
     if (on < 0) return -1;
+    note->marks = on ? 0 : TH_MARK_GRAD_OFF;
+    if (!any) return 0;
     if (on && (r->inference || r->inside)) {
         thx_grad_needed(r, "gradients are switched on inside inference mode");
         return -1;
@@ -129,7 +130,7 @@ int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_
         thx_grad_needed(r, "torch.as_strided_scatter has a derivative of torch's own that is not compiled");
         return -1;
     }
-    note->marks = on ? 0 : TH_MARK_NO_GRAD;
+    note->marks |= on ? 0 : TH_MARK_NO_GRAD;
     return on ? look_at_hooks(r, note) : 0;
 }
 
@@ -158,17 +159,20 @@ static void find_source(void *user, th_val *value) {
     if (!s->found && s->t->values[*value].alias == s->alias) s->found = *value;
 }
 
-/* One of several views that an operation gave (chunk, split, unbind), or a view of one. */
-static bool is_one_of_several(const thx_recorder *r, th_val value) {
+/* One that torch lets nobody write to with gradients, or a view of one: it is one of several that an operation gave
+ * (chunk, split, unbind), or was made while gradients were off. NULL: neither. */
+static const char *untouchable_view(const thx_recorder *r, th_val value) {
     th_trace *t = r->t;
     for (int steps = 0; steps < 64 && value && t->values[value].alias && t->values[value].def; steps++) {
-        th_opref o = t->values[value].def;
-        if (t->ops[o].outs_list && !t->ops[o].nwrites) return true;
+        const th_op *op = &t->ops[t->values[value].def];
         source s = {t, t->values[value].alias, 0};
-        th_op_each_use(t, o, find_source, &s);
+        th_op_each_use(t, t->values[value].def, find_source, &s);
+        if (!s.found || (op->callee && cuts_gradients(r, op->callee, NULL))) return NULL;
+        if (op->outs_list && !op->nwrites) return "one of several views is written to";
+        if (op->marks & TH_MARK_GRAD_OFF && !op->nwrites) return "a view made while gradients were off is written to";
         value = s.found;
     }
-    return false;
+    return NULL;
 }
 
 typedef struct span { /* of memory, in elements */
@@ -244,10 +248,10 @@ int thx_check_write(thx_recorder *r, th_val value, thx_grad_note *note) {
     }
     if (overlaps_itself(th_type_get(r->x->ctx, t->values[value].type)))
         why = "a tensor that overlaps itself is written to";
-    else if (differentiable && is_one_of_several(r, value))
-        why = "one of several views is written to";
     else if (reads_what_it_writes(r, value))
         why = "a tensor is written to that overlaps with what is read";
+    else if (differentiable || note->grad)
+        why = untouchable_view(r, value);
     for (uint32_t i = 0; i < r->nroots && !why; i++) {
         const thx_root *root = &r->roots[i];
         uint32_t alias = t->values[root->value].alias;

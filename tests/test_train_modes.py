@@ -545,3 +545,36 @@ def test_leaf_made_inside_is_not_written_to():
         return b * w
 
     assert_same_error(lambda: f(x(), leaf()), lambda: thunder.jit(f)(x(), leaf()), "leaf Variable that requires grad")
+
+
+VIEWS = {
+    "chunk": lambda b: b.chunk(2)[0],
+    "unbind": lambda b: b.unbind(0)[1],
+    "split": lambda b: b.split(2)[1][:1],
+    "view without gradients": lambda b: torch.no_grad()(lambda: b.view_as(b))(),
+    "view of a transpose without gradients": lambda b: torch.no_grad()(lambda: b.t())()[:1],
+}
+
+
+@pytest.mark.parametrize("where", ["argument", "captured", "made inside"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_view_that_nobody_may_write_to_with_gradients(view, where):
+    """Though what it is a view of requires none until then, and nothing of it is returned."""
+    captured = x()
+
+    def f(a, w):
+        t = VIEWS[view](captured if where == "captured" else a if where == "argument" else a * 2)
+        t.mul_(w.sum())
+        return a * 1
+
+    assert_same_error(lambda: f(x(), leaf()), lambda: thunder.jit(f)(x(), leaf()), "is being modified inplace")
+
+
+def test_detached_without_gradients_may_be_written_to():
+    def f(a, w):
+        with torch.no_grad():
+            t = a.detach()
+        t.mul_(2.0)
+        return t * w
+
+    check_training(f, x(), leaf())

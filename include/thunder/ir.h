@@ -134,6 +134,7 @@ enum {                        /* marks of one operation: what a derivative and o
        TH_MARK_RECOMPUTE = 2, /* inside torch.utils.checkpoint: run again in the backward pass, not saved */
        TH_MARK_SIZED = 8,     /* may meet other sizes than stated, and fail for them: stays, also when it is dead */
        TH_MARK_RAISES = 16,   /* nobody uses it, and its kernel may raise as eager's would: stays */
+       TH_MARK_GRAD_OFF = 32, /* while it is captured: gradients were off, whatever its inputs require */
 };
 
 typedef enum th_op_kind { TH_OP_CALL = 1, TH_OP_DEL } th_op_kind;

@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import thunder
@@ -32,10 +32,15 @@ def test_generated_program(choices):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, **CHECKS)
-@given(st.randoms(use_true_random=False))
-def test_generated_program_of_ten_thousand(choices):
-    check_program(choices)
+@pytest.mark.parametrize("part", range(10))
+def test_generated_program_of_ten_thousand(part):
+    @seed(part)
+    @settings(max_examples=1000, **CHECKS)
+    @given(st.randoms(use_true_random=False))
+    def check(choices: Any) -> None:
+        check_program(choices)
+
+    check()
 
 
 def test_generated_programs_are_compiled_and_hit():

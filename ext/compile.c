@@ -505,7 +505,7 @@ static bool take_flags(const thx_recorder *r, th_trace *t) {
     }
     bool differentiable = any;
     for (uint32_t i = 0; i < r->nroots; i++) differentiable |= r->roots[i].requires_grad;
-    const uint8_t kept = (uint8_t)~(TH_MARK_GRAD_OFF | (differentiable ? 0 : TH_MARK_NO_GRAD));
+    const uint8_t kept = (uint8_t) ~(TH_MARK_GRAD_OFF | (differentiable ? 0 : TH_MARK_NO_GRAD));
     for (th_opref o = 1; o < t->nops; o++) t->ops[o].marks &= kept;
     return any;
 }

@@ -9,7 +9,8 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 import thunder
@@ -34,7 +35,7 @@ def test_generated_program(choices):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_generated_program_of_ten_thousand(part):
-    @seed(part)
+    @seeded(part)
     @settings(max_examples=1000, **CHECKS)
     @given(st.randoms(use_true_random=False))
     def check(choices: Any) -> None:

@@ -54,9 +54,11 @@ int thx_watch(thx *x, PyObject *dict) {
     return count < 0 ? -1 : count == 1 ? PyDict_Watch(x->dict_watcher, dict) : 0;
 }
 
-static void unwatch(thx *x, PyObject *dict) {
+static void unwatch(thx *x, PyObject *dict) { /* keeps a pending exception */
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
     if (x->dict_watcher >= 0 && count_watch(x, dict, -1) == 0) (void)PyDict_Unwatch(x->dict_watcher, dict);
-    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
 }
 
 void thx_guards_fini(thx *x) {

@@ -69,11 +69,13 @@ thx_origin thx_origin_of(thx *x, PyObject *file) {
     if (!file || !PyUnicode_Check(file)) return THX_USERS;
     PyObject *known = PyDict_GetItemWithError(x->origins, file);
     if (known) return (thx_origin)PyLong_AsLong(known);
+    PyObject *type, *value, *trace; /* a pending exception is kept */
+    PyErr_Fetch(&type, &value, &trace);
     thx_origin o = find(x, file);
     known = PyLong_FromLong(o);
     if (known) (void)PyDict_SetItem(x->origins, file, known);
-    PyErr_Clear();
     Py_XDECREF(known);
+    PyErr_Restore(type, value, trace);
     return o;
 }
 

@@ -164,3 +164,27 @@ def test_manager_that_is_entered_itself_is_refused():
     with pytest.raises(thunder.CaptureError, match="an iterator"):
         thunder.jit(fn)(X)
     torch.testing.assert_close(fn(X), X * 12)  # it was not used up
+
+
+def test_error_of_a_kernel_outlives_the_question_whose_code_may_catch_it(place):
+    """The inner file, in which no operation is recorded, is looked at for the first time when the kernel has raised."""
+    files = {
+        "site-packages/outer_part.py": """
+            from inner_part import same
+
+            def call(x, i):
+                return x[same(i)] * 2
+            """,
+        "site-packages/inner_part.py": """
+            def same(i):
+                try:
+                    return i
+                finally:
+                    pass
+            """,
+    }
+    call = place("outer_part", files).call
+    compiled = thunder.jit(lambda x, i: call(x, i) + 1)
+    with pytest.raises(IndexError, match="out of bounds"):
+        compiled(X, torch.tensor([9]))
+    assert torch.equal(compiled(X, torch.tensor([2])), X[[2]] * 2 + 1)

@@ -44,11 +44,46 @@ static int count_watch(thx *x, PyObject *dict, long by) { /* the number of watch
     return rc < 0 ? -1 : (int)count;
 }
 
-int thx_watch(thx *x, PyObject *dict) {
-    if (x->dict_watcher == -2) { /* 3.13.0 loses events: every check compares contents */
-        x->dict_watcher = Py_Version == 0x030D00F0 ? -1 : PyDict_AddWatcher(on_event);
-        PyErr_Clear();
+/* Is it told of a write to an attribute? Python 3.13.0 forgets to, where objects keep their values themselves. */
+static bool is_told(int watcher) {
+    PyObject *type = PyObject_CallFunction((PyObject *)&PyType_Type, "s(){}", "Watched");
+    PyObject *object = type ? PyObject_CallNoArgs(type) : NULL, *dict = NULL, *none = Py_None;
+    bool told = false;
+    if (object && PyObject_SetAttrString(object, "written", none) == 0)
+        dict = PyObject_GetAttrString(object, "__dict__");
+    if (dict && PyDict_Watch(watcher, dict) == 0) {
+        uint64_t before = dict_events;
+        told = PyObject_SetAttrString(object, "written", type) == 0 && dict_events != before;
+        (void)PyDict_Unwatch(watcher, dict);
     }
+    Py_XDECREF(dict);
+    Py_XDECREF(object);
+    Py_XDECREF(type);
+    return told;
+}
+
+/* The watcher's id, or -1: every check compares contents then, which is said once. */
+static int find_watcher(void) {
+    int watcher = PyDict_AddWatcher(on_event);
+    if (watcher >= 0 && is_told(watcher)) return watcher;
+    if (watcher >= 0) (void)PyDict_ClearWatcher(watcher);
+    PyErr_Clear();
+    PyObject *errors = PyImport_ImportModule("thunder._errors");
+    PyObject *warning = errors ? PyObject_GetAttrString(errors, "ThunderWarning") : NULL;
+    int rc = !warning
+                 ? -1
+                 : PyErr_WarnEx(warning,
+                                "this Python does not tell of all writes to dictionaries (3.13.0 does not), or has "
+                                "no watcher left: each call of a compiled function compares all that it reads, "
+                                "which takes ten times longer. Use another release of Python",
+                                1);
+    Py_XDECREF(warning);
+    Py_XDECREF(errors);
+    return rc < 0 ? -2 : -1;
+}
+
+int thx_watch(thx *x, PyObject *dict) {
+    if (x->dict_watcher == -2 && (x->dict_watcher = find_watcher()) == -2) return -1;
     if (x->dict_watcher < 0) return 0;
     int count = count_watch(x, dict, 1);
     return count < 0 ? -1 : count == 1 ? PyDict_Watch(x->dict_watcher, dict) : 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -127,6 +128,19 @@ def test_lists_are_joined_without_repetition():
     assert [e.name for e in joined] == ["python", "torch"]
 
 
+def test_an_executor_that_is_replaced_leaves_the_lists(registered):
+    try:
+        extend.add_default_executor(registered)
+        other = extend.register_executor(extend.OperatorExecutor("mine_for_tests"))
+        assert extend.get_default_executors()[0] is other
+        with pytest.raises(LookupError, match="is not registered"):
+            extend.deregister_executor(registered)
+        extend.deregister_executor(other)
+        assert not extend.get_default_executors()
+    finally:
+        extend.set_default_executors([])
+
+
 def test_built_in_executors_stay():
     with pytest.raises(ValueError, match="built in"):
         extend.deregister_executor("torch")
@@ -143,6 +157,8 @@ def test_what_is_no_executor_is_refused():
         thunder.jit(lambda x: x, executors=extend.pytorch_executor)
     with pytest.raises(TypeError, match="not int"):
         thunder.jit(lambda x: x, executors=[3])
+    with pytest.raises(TypeError, match="is a str, not NoneType"):
+        extend.get_executor(None)
     with pytest.raises(ValueError, match="identifier"):
         extend.OperatorExecutor("not a name")
 
@@ -221,11 +237,73 @@ def test_checker_declines_with_its_reason():
     assert claims.declines["narrow", "torch.nn.functional.gelu", "too wide"] == 1
 
 
-def test_error_in_a_checker_reaches_the_user():
+ANSWERS = {
+    "true": (True, None),
+    "one": (1, None),
+    "pair yes": ((True, "unheard"), None),
+    "single yes": ((True,), None),
+    "none": (None, "says no"),
+    "zero": (0, "says no"),
+    "no text": ("", "says no"),
+    "text": ("why not", "why not"),
+    "pair no": ((False, "why not"), "why not"),
+    "single no": ((False,), "says no"),
+    "empty pair": ((), "says no"),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+@pytest.mark.parametrize("asked", ["checker", "wants"])
+def test_answers_of_checkers_and_of_wants(asked, kind):
+    answer, reason = ANSWERS[kind]
+    if asked == "checker":
+        executor = extend.OperatorExecutor("answers")
+        executor.register_implementation(torch.sin, fn=torch.sin, checker=lambda x: answer)
+    else:
+        executor = Interpreter("answers")
+        executor.register_supported(torch.sin)
+        executor.wants = lambda region: answer
+    compiled = thunder.jit(lambda x: torch.sin(x), executors=[executor])
+    compiled(torch.randn(2))
+    reasons = [why for _, _, why in compiled._thunder_claims.declines]
+    assert len(units(compiled)) == (reason is None)
+    assert not reasons if reason is None else reason in reasons[0]
+
+
+def test_error_in_a_checker_reaches_the_user_and_says_whose_it_is():
     executor = extend.OperatorExecutor("broken_checker")
     executor.register_implementation(F.gelu, fn=F.gelu, checker=lambda x: x.no_such_thing)
-    with pytest.raises(AttributeError, match="no_such_thing"):
+    with pytest.raises(AttributeError, match="no_such_thing") as raised:
         thunder.jit(lambda x: F.gelu(x), executors=[executor])(torch.randn(2))
+    assert "executor 'broken_checker' was asked: its checker for torch.nn.functional.gelu" in raised.value.__notes__
+
+
+def test_checker_that_looks_at_data_is_told_so():
+    executor = extend.OperatorExecutor("curious")
+    executor.register_implementation(F.gelu, fn=F.gelu, checker=lambda x: bool((x > 0).all()))
+    with pytest.raises(RuntimeError, match=r"'curious': its checker for .*gelu uses values of tensors"):
+        thunder.jit(lambda x: F.gelu(x), executors=[executor])(torch.randn(2))
+
+
+def test_what_is_registered_later_is_known_to_later_programs():
+    executor = extend.OperatorExecutor("learns")
+    compiled = thunder.jit(lambda x: F.relu(x), executors=[executor])
+    compiled(torch.randn(2))
+    executor.register_implementation(F.relu, fn=lambda x, inplace=False: x.clamp(min=0))
+    for x in (torch.randn(3), torch.randn(3, 1)):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), F.relu(x))
+    assert [u.state for u in units(compiled)] == ["trusted", "trusted"]
+
+
+def test_an_executor_may_be_deregistered_while_it_is_used(registered):
+    registered.register_implementation(F.relu, fn=lambda x, inplace=False: x.clamp(min=0))
+    compiled = thunder.jit(lambda x: F.relu(x), executors=["mine_for_tests"])
+    compiled(torch.randn(3))
+    extend.deregister_executor(registered)
+    for x in (torch.randn(3), torch.randn(3, 1)):
+        torch.testing.assert_close(compiled(x), F.relu(x))
+    assert [u.state for u in units(compiled)] == ["trusted", "trusted"]
 
 
 def test_python_executor_runs_numpy():
@@ -537,6 +615,59 @@ def test_region_that_cannot_be_built_is_reported_once_and_runs_on_torch():
             torch.testing.assert_close(compiled(x), model(x))
     texts = [str(w.message) for w in seen]
     assert len(texts) == 3 and all("RuntimeError: no code for this" in t for t in texts)  # three different regions
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("kind", ["nothing", "exit", "cancelled"])
+def test_a_build_that_gives_nothing_to_call_is_reported_and_the_next_is_built(kind, background):
+    class Empty(Interpreter):
+        def fuse(self, region):
+            if "sin" not in str(region.trace):
+                return super().fuse(region)
+            if kind == "exit" and background:
+                raise SystemExit
+            future = Future()
+            future.cancel()
+            return None if kind != "cancelled" else future
+
+    executor = Empty("gives_nothing", background=background)
+    executor.support_all(but=[F.linear])
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+
+    def program(x, w):
+        return F.linear(x.sin() * 2, w).cos() + 1
+
+    compiled = thunder.jit(program, executors=[executor])
+    message = {"nothing": "fuse() gave NoneType", "exit": "SystemExit" if background else "NoneType"}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x, w), program(x, w))
+            assert extend.wait_for_builds(30)
+    texts = [str(w.message) for w in seen if issubclass(w.category, thunder.ThunderWarning)]
+    assert background or len(texts) == 1, texts  # those of other threads are not recorded on every Python
+    assert all(message.get(kind, "CancelledError") in text for text in texts)
+    states = sorted(u.state for u in units(compiled))
+    assert states == (["refused", "trusted"] if background else ["trusted"])
+
+
+def test_an_interrupted_build_is_begun_anew():
+    class Interrupted(Interpreter):
+        def fuse(self, region):
+            if not self.regions:
+                self.regions.append(region.trace)
+                raise KeyboardInterrupt
+            return super().fuse(region)
+
+    executor = Interrupted("interrupted")
+    executor.support_all()
+    compiled = thunder.jit(lambda x: x.sin() * 2, executors=[executor])
+    x = torch.randn(3)
+    with pytest.raises(KeyboardInterrupt):
+        compiled(x)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), x.sin() * 2)
+    assert [u.state for u in units(compiled)] == ["trusted"]
 
 
 def test_background_builds_are_swapped_in():

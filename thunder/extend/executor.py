@@ -53,6 +53,7 @@ class Executor:
         self.version = version
         self.decompose = decompose
         self._table: dict[str, Any] = {}
+        self._names: set[str] = set()  # of the operators that are its own
 
     def __repr__(self) -> str:
         return f"thunder.extend.{type(self).__name__}({self.name!r})"
@@ -92,7 +93,8 @@ class OperatorExecutor(Executor):
         """A new operator that this executor runs.
 
         Args:
-            name: an identifier; the operator is called ``thunder_<executor>::<name>`` in ``torch.library``.
+            name: an identifier; the operator is called ``thunder_<executor>::<name>`` in ``torch.library``, with a
+                number where another executor of the same name has taken that.
             like: an operation with the same signature and results of the same shapes and types; or
             meta: a function with the signature of ``fn`` that gives results of the right shape, dtype and device,
                 such as ``torch.empty_like(x)``. One of the two is needed.
@@ -110,10 +112,12 @@ class OperatorExecutor(Executor):
 
         Raises:
             TypeError: neither ``like`` nor ``meta`` was given, or the signature has no schema.
-            ValueError: the name is taken or is no identifier.
+            ValueError: this executor has an operator of that name, or it is no identifier.
         """
         if (like is None) == (meta is None):
             raise TypeError("register_operator() needs either like= or meta=")
+        if name in self._names:
+            raise ValueError(f"{self!r} has an operator {name!r} already")
         operator = Operator(
             fn,
             namespace=f"thunder_{self.name}",
@@ -127,6 +131,7 @@ class OperatorExecutor(Executor):
         operator.meta(meta if meta is not None else like)
         if backward is not None:
             operator.backward(backward, check=False)
+        self._names.add(name)
         self._table[operator.key] = Implementation(operator.function)
         if replaces is not None:
             self.register_implementation(replaces, operator)
@@ -252,8 +257,8 @@ class FusionExecutor(Executor):
         for op in but:
             self._table[operator_key(op)] = None
 
-    def wants(self, region: Any) -> bool | str:
-        """Whether a region is worth fusing: True, or the reason why not. ``region`` is as for ``fuse``."""
+    def wants(self, region: Any) -> bool | str | tuple[bool, str]:
+        """Whether a region is worth fusing, answered as a checker does. ``region`` is as for ``fuse``."""
         return True
 
     def fuse(self, region: Any) -> Callable | Future:
@@ -294,14 +299,17 @@ def operator_key(op: Any) -> str:
 
 def takes(checker: Checker | None, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, str]:
     """Whether a checker agrees to a call, and why not."""
-    if checker is None:
-        return True, ""
-    answer = checker(*args, **kwargs)
-    if isinstance(answer, str):
-        return False, answer
+    return (True, "") if checker is None else verdict(checker(*args, **kwargs), checker)
+
+
+def verdict(answer: Any, asked: Callable) -> tuple[bool, str]:
+    """Yes or no, and why not, from what was answered: a truth value, the reason why not, or a tuple of both."""
+    first, reason = (False, answer) if isinstance(answer, str) else (answer, "")
     if isinstance(answer, tuple):
-        return bool(answer[0]), str(answer[1]) if len(answer) > 1 else "its checker says no"
-    return bool(answer), "" if answer else f"{_label(checker)} says no"
+        first, reason = [*answer, False, ""][:2] if len(answer) != 1 else (answer[0], "")
+    if first:
+        return True, ""
+    return False, str(reason) or f"{_label(asked)} says no"
 
 
 def _label(checker: Checker) -> str:

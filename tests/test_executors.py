@@ -493,6 +493,85 @@ def test_right_operator_is_checked_once():
         assert len(ran) == at_registration + n
 
 
+def test_operator_of_a_list_of_tensors_with_its_derivative():
+    def weighted(xs: list[Tensor], weights: list[float], bias: Tensor | None = None, *, times: int = 1) -> Tensor:
+        total = sum(x * w for x, w in zip(xs, weights, strict=True)) * times
+        return total if bias is None else total + bias
+
+    operator = extend.op(weighted, name="weighted_for_tests")
+    operator.meta(lambda xs, weights, bias=None, *, times=1: torch.empty_like(xs[0]))
+
+    @operator.backward
+    def _(ctx, grad):
+        xs, weights, bias, times = ctx.inputs
+        found = [grad * w * times if i else None for i, w in enumerate(weights)]
+        return (found,) if bias is None else (found, grad)
+
+    def program(a, b, bias):
+        return operator([a.detach(), a * b], [0.5, 2.0], bias, times=3).sum()
+
+    def plainly(a, b, bias):
+        return weighted([a.detach(), a * b], [0.5, 2.0], bias, times=3).sum()
+
+    a, b, bias = (torch.randn(3, requires_grad=True) for _ in range(3))
+    compiled = thunder.jit(program)
+    for given in (bias, None):
+        wanted = [t for t in (a, b, given) if t is not None]
+        for call in (program, compiled, compiled):
+            ours, theirs = (torch.autograd.grad(f(a, b, given), wanted) for f in (call, plainly))
+            torch.testing.assert_close(ours, theirs)
+    assert thunder.compile_stats(compiled).fallbacks == 0
+    with pytest.raises(ValueError, match="does not agree with numerical"):
+        operator.check([torch.ones(2), torch.ones(2)], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda xs: (xs[0] * 2, xs[1].zero_())[0], "writes to 'xs'"),
+        (lambda xs: xs[1], "returns 'xs' or a view of it"),
+    ],
+)
+def test_lists_of_tensors_are_checked_too(fn, message):
+    def function(xs: list[Tensor]) -> Tensor:
+        return fn(xs)
+
+    operator = extend.op(function, name="lists_for_tests")
+    operator.meta(lambda xs: torch.empty_like(xs[0]))
+    with pytest.raises(ValueError, match=message):
+        operator.check([torch.ones(2), torch.ones(2)])
+
+
+def test_operators_of_one_name_are_two_operators():
+    def make(factor):
+        @extend.op
+        def scaled_for_tests(x: Tensor) -> Tensor:
+            return x * factor
+
+        scaled_for_tests.meta(lambda x: torch.empty_like(x))
+        return scaled_for_tests
+
+    twice, thrice = make(2), make(3)
+    compiled = [thunder.jit(lambda x, f=f: f(x * 1)) for f in (twice, thrice)]
+    for _ in range(2):
+        for call, factor in zip(compiled, (2.0, 3.0), strict=True):
+            assert torch.equal(call(torch.ones(2)), torch.full((2,), factor))
+    executor = extend.OperatorExecutor("one_name")
+    executor.register_operator("f", fn=lambda x: x * 2, like=torch.neg)
+    with pytest.raises(ValueError, match="has an operator 'f' already"):
+        executor.register_operator("f", fn=lambda x: x * 2, like=torch.neg)
+    other = extend.OperatorExecutor("one_name").register_operator("f", fn=lambda x: x * 3, like=torch.neg)
+    assert torch.equal(other._overload(torch.ones(1)), torch.full((1,), 3.0))
+
+
+def test_signature_that_torch_library_refuses_is_a_type_error():
+    def keyword_tensor(x: Tensor, *, y: Tensor) -> Tensor:
+        return x + y
+
+    with pytest.raises(TypeError, match="kwarg-only Tensor"):
+        extend.op(keyword_tensor)
+
+
 def test_operator_with_a_derivative_takes_the_place_of_torchs():
     executor = extend.OperatorExecutor("derives")
     ran = []

@@ -136,6 +136,9 @@ bool thx_under_functorch(thx *x);
 int thx_custom_init(thx *x, PyObject *module);
 int thx_custom_enter(thx *x);
 void thx_custom_leave(thx *x);
+/* ---- operator.c: calls of a user's operators ---- */
+int thx_operator_init(thx *x, PyObject *module);
+
 /* ---- pool.c ---- */
 PyObject *thx_pool_fake(thx_recorder *r, th_typeref type); /* for a value of our own rules: new reference */
 

@@ -419,8 +419,8 @@ static int module_exec(PyObject *module) {
         thx_fake_init(x, module) < 0 || thx_recorder_init(x, module) < 0 || thx_purity_init(x) < 0 ||
         thx_trace_init(x, module) < 0 || thx_autograd_init(x, module) < 0 || thx_region_init(x, module) < 0 ||
         thx_native_init(x, module) < 0 || thx_handles_init(x, module) < 0 || thx_custom_init(x, module) < 0 ||
-        thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 || thx_cuda_init(x, module) < 0 ||
-        thx_cudnn_init(x, module) < 0)
+        thx_operator_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 ||
+        thx_cuda_init(x, module) < 0 || thx_cudnn_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x) | gelu_kernel(x);
     load_contextlib(x);

@@ -503,7 +503,7 @@ def test_operator_of_a_list_of_tensors_with_its_derivative():
 
     @operator.backward
     def _(ctx, grad):
-        xs, weights, bias, times = ctx.inputs
+        _, weights, bias, times = ctx.inputs
         found = [grad * w * times if i else None for i, w in enumerate(weights)]
         return (found,) if bias is None else (found, grad)
 
@@ -562,6 +562,75 @@ def test_operators_of_one_name_are_two_operators():
         executor.register_operator("f", fn=lambda x: x * 2, like=torch.neg)
     other = extend.OperatorExecutor("one_name").register_operator("f", fn=lambda x: x * 3, like=torch.neg)
     assert torch.equal(other._overload(torch.ones(1)), torch.full((1,), 3.0))
+
+
+def _cost(call, *arguments, **keywords) -> float:
+    """Microseconds."""
+    import timeit
+
+    return min(timeit.repeat(lambda: call(*arguments, **keywords), number=2000, repeat=9)) / 2000 * 1e6
+
+
+def test_operator_costs_little_where_nothing_is_differentiated():
+    kept = torch.ones(3)
+
+    def bare(x: Tensor, s: float, ys: list[Tensor]) -> Tensor:
+        return kept
+
+    operator = extend.op(bare, name="costs_for_tests")
+    x, y = torch.ones(3), nn.Parameter(torch.ones(3))
+    assert _cost(operator, x, 2.0, [x]) - _cost(bare, x, 2.0, [x]) <= 2.0
+    with torch.no_grad():
+        assert _cost(operator, y, s=2.0, ys=[x]) - _cost(bare, y, s=2.0, ys=[x]) <= 2.0
+
+
+def test_operator_is_found_by_whoever_takes_part():
+    ran = []
+
+    def doubled(x: Tensor, others: list[Tensor]) -> Tensor:
+        ran.append(tuple(x.shape))
+        return torch.from_numpy(x.detach().numpy() * 2)
+
+    operator = extend.op(doubled, name="found_for_tests")
+    operator.meta(lambda x, others: torch.empty_like(x))
+    operator.backward(lambda ctx, grad: (grad * 2, None) if ctx.inputs[1] else grad * 2)
+    x = torch.randn(3, 4)
+    assert operator(x.to("meta"), []).is_meta and not ran
+    alone = extend.op(lambda x: doubled(x, []), name="alone_for_tests")  # torch has no loops for lists of tensors
+    alone.meta(lambda x: torch.empty_like(x))
+    torch.testing.assert_close(torch.vmap(alone)(x), x * 2)
+    assert set(ran) == {(4,)}
+    for others in ([], [x]):
+        y = x.clone().requires_grad_()
+        operator(y, others).sum().backward()
+        assert torch.equal(y.grad, torch.full_like(x, 2))
+    needs = x.clone().requires_grad_()
+    assert operator(x, [needs]).requires_grad
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        operator(x, others=[])
+    assert operator._overload in seen
+
+
+def test_operator_in_forward_mode_is_what_it_does():
+    def squared(x: Tensor) -> Tensor:
+        return x * x
+
+    operator = extend.op(squared, name="squared_for_tests")
+    operator.meta(lambda x: torch.empty_like(x))
+    operator.backward(lambda ctx, grad: grad * 2 * ctx.inputs[0])
+    x = torch.randn(3)
+    _, tangent = torch.func.jvp(operator, (x,), (torch.ones(3),))
+    torch.testing.assert_close(tangent, 2 * x)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: operator(x).sum())(x)
+    torch.testing.assert_close(thunder.grad(lambda x: operator(x).sum())(x), 2 * x)
 
 
 def test_signature_that_torch_library_refuses_is_a_type_error():

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from thunder import _verify
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from thunder import _C, _verify
 
 
 class Context:
@@ -31,8 +29,15 @@ class Context:
         self.outputs = outputs
 
 
-class Operator:
-    """A function that is one operation: made by ``thunder.extend.op`` and ``OperatorExecutor.register_operator``."""
+class Operator(_C.OperatorCall):
+    """A function that is one operation: made by ``thunder.extend.op`` and ``OperatorExecutor.register_operator``.
+
+    A call runs the function; under autograd, a capture, a mode or a transform it goes through torch's dispatcher.
+
+    Attributes:
+        function: what was decorated.
+        name, namespace: in ``torch.library``.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,6 @@ class Operator:
         if not name.isidentifier():
             raise ValueError(f"the name of an operator is an identifier, not {name!r}: pass name=")
         self.name = _free_name(namespace, name)
-        self.function = fn
         self.namespace = namespace
         self.saves = saves
         self._proven = not check  # a real run has agreed with the shape rule
@@ -66,26 +70,22 @@ class Operator:
             )
         except (ValueError, NotImplementedError) as error:
             raise TypeError(f"{self.name}: no operator can be made of this signature: {error}") from None
-        self._overload = self._library._opoverload
+        self._runs(fn, self._library._opoverload)
         self.key = f"torch.ops.{namespace}.{self.name}.default"
         functools.update_wrapper(self, fn, updated=())
 
     def __repr__(self) -> str:
         return f"<operator {self.namespace}::{self.name}>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the function; under autograd, a capture or a mode, by way of torch's dispatcher."""
-        grad = torch.is_grad_enabled()
-        for a in args:
-            kind = type(a)
-            if kind in _PLAIN:
-                if grad and a.requires_grad:
-                    return self._overload(*args, **kwargs)
-            elif isinstance(a, Tensor) or kind is list or kind is tuple:
-                return self._overload(*args, **kwargs)
-        if kwargs or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-            return self._overload(*args, **kwargs)
-        return self.function(*args)
+    def _transformed(self, *args: Any, **kwargs: Any) -> Any:
+        """A call inside transforms of ``torch.func``: ext/operator.c.
+
+        Torch runs an operator once for each element of a batch, and refuses to differentiate one that has a derivative.
+        In forward mode it would take the results for constants: there the function's own operations are transformed.
+        """
+        kinds = {layer.key() for layer in torch._C._functorch.get_interpreter_stack() or ()}
+        run = self.function if torch._C._functorch.TransformType.Jvp in kinds else self._overload
+        return run(*args, **kwargs)
 
     @property
     def has_backward(self) -> bool:
@@ -241,7 +241,8 @@ def op(fn: Callable | None = None, *, name: str | None = None, mutates: Sequence
             return my_kernel_backward(grad, x, scale)
 
     The compiler sees one operation; what happens inside is the function's own matter: a CUDA or Triton kernel, numpy,
-    a library. Without ``meta`` programs are made for the values of its results; without ``backward`` it has no gradient.
+    a library. Without ``meta`` it is run to know the shape of its results, and a program is made for each; without
+    ``backward`` it has no gradient.
 
     Args:
         fn: its parameters and result need type hints that ``torch.library.infer_schema`` knows: ``Tensor``,

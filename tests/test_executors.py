@@ -914,6 +914,43 @@ def test_wrong_kernel_is_reported_and_replaced(kind):
     assert units(compiled)[0].state == "refused" and message in units(compiled)[0].reason
 
 
+def _to_both(body):
+    class Sharing(extend.FusionExecutor):
+        def fuse(self, region):
+            return lambda *tensors: body(*tensors)
+
+    executor = Sharing("sharing")
+    for op in (F.relu, torch.mul, torch.sin, torch.Tensor.view, torch.chunk):
+        executor.register_supported(op)
+    return executor
+
+
+MEMORY = {
+    "an input": (lambda x: F.relu(x) * 1, lambda x: [x], "its result is in the memory of its input 0"),
+    "a view of an input": (lambda x: F.relu(x) * 1, lambda x: [x.view(12).view(3, 4)], "in the memory of its input 0"),
+    "a copy of a view": (lambda x: x.view(12), lambda x: [x.clone().view(12)], "torch's is a view of its input 0"),
+    "another result": (lambda x: (x.sin() * 1, x.sin() * 1.0), lambda x: [x.sin()] * 2, "in the memory of result 0"),
+    "a view as in torch": (lambda x: (x.view(12), x.view(12) * 2), lambda x: [x.view(12), x.view(12) * 2], None),
+    "views of one tensor": (lambda x: (x * 2).view(2, 6).chunk(2), lambda x: (x * 2).view(2, 6).chunk(2), None),
+    "an empty tensor": (lambda x: F.relu(x[:0]) * 1, lambda x: [x], None),
+}
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+def test_memory_of_results_is_compared(kind):
+    program, body, message = MEMORY[kind]
+    compiled = thunder.jit(program, executors=[_to_both(body)])
+    x = torch.rand(3, 4)
+    seen = []
+    for _ in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.testing.assert_close(compiled(x), program(x))
+        seen += caught
+    assert [u.state for u in units(compiled)] == ["trusted" if message is None else "refused"]
+    assert (message is None and not seen) or message in str(seen[0].message)
+
+
 def test_a_result_that_nobody_uses():
     executor = extend.OperatorExecutor("unused_result")
 

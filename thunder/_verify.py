@@ -49,7 +49,10 @@ def judge(
         found = f"it raised {type(error).__name__}: {error}" if error is not None else ""
         shown = len(expected) - region.saved  # what an operator saves for its backward nobody else has
         found = (
-            found or _writes(before, after) or _differs(region, before, expected[:shown], results and results[:shown])
+            found
+            or _writes(before, after)
+            or _differs(region, before, expected[:shown], results and results[:shown])
+            or _other_memory(before, after, expected[:shown], results and results[:shown])
         )
         if not found and region.operator is not None:
             found = _gradient_differs(region, before)
@@ -191,6 +194,31 @@ def _other_form(e: Tensor, r: Any) -> str:
     if e.numel() and any(s != t for s, t in strides):
         return f"has strides {r.stride()} where torch gives {e.stride()}"
     return ""
+
+
+def _other_memory(before: list[Any], after: list[Any], expected: list[Any], results: list[Any]) -> str:
+    """What is a view of an input in torch, is one; nothing else shares memory with an input or another result."""
+    for i, (e, r) in enumerate(zip(expected, results, strict=True)):
+        which = f"result {i}" if len(expected) > 1 else "its result"
+        theirs, ours = _sharing(e, before), _sharing(r, after)
+        if ours and not theirs:
+            return f"{which} is in the memory of its input {ours[0]} where torch's has its own"
+        if theirs and not ours:
+            return f"{which} has memory of its own where torch's is a view of its input {theirs[0]}"
+        alone = [j for j in _sharing(r, results[:i]) if not _share(e, expected[j])]
+        if alone:
+            return f"{which} is in the memory of result {alone[0]} where torch's are apart"
+    return ""
+
+
+def _sharing(t: Any, others: list[Any]) -> list[int]:
+    return [i for i, other in enumerate(others) if _share(t, other)]
+
+
+def _share(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.numel() or not b.numel():
+        return False
+    return torch._C._is_alias_of(a, b)
 
 
 def _plain(value: Any) -> Any:

@@ -46,6 +46,7 @@ typedef struct thx_recorder {
     uint32_t nconsts;
     PyObject *bound;   /* its own __torch_function__ while the capture runs: a cycle, so no longer than that (owned) */
     PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
+    PyObject *claims;  /* of the callable, or NULL (borrowed) */
     PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
     PyObject *needed;  /* the first GradNeeded, likewise (owned) */
     PyObject *doubt;   /* why torch may refuse what the code did: only the original can tell (owned) */

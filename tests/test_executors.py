@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from concurrent.futures import Future
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import thunder
+from tests import replaced_functions
+from tests.replaced_functions import scaled
 from thunder import extend
 from thunder.extend import build
 
@@ -660,6 +663,104 @@ def test_operator_with_a_derivative_takes_the_place_of_torchs():
 
 
 # ---- regions ----
+
+
+def _fast_scaled(x: Tensor, power: int = 1, *, shift: float = 0.0) -> Tensor:
+    return x.pow(power).mul(3.0).add(shift)
+
+
+def _executor_for_scaled(name, fn=_fast_scaled, **options):
+    executor = extend.OperatorExecutor(name)
+    executor.register_operator("scaled", like=scaled, fn=fn, replaces=scaled, **options)
+    return executor
+
+
+def test_operator_takes_the_place_of_a_python_function():
+    def program(x):
+        return scaled(x, 2, shift=1.0) + replaced_functions.scaled(x)
+
+    x = torch.randn(3)
+    executor = _executor_for_scaled("replaces")
+    compiled, plain = thunder.jit(program, executors=[executor]), thunder.jit(program)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), 3 * x**2 + 1 + 3 * x)
+        torch.testing.assert_close(plain(x), 3 * x**2 + 1 + 3 * x)
+    text = str(thunder.last_traces(compiled)[-1])
+    assert len(re.findall(r"replaces_scaled_\d+\(", text)) == 2
+    assert [u.state for u in units(compiled)] == ["trusted"] * 2
+    assert "scaled" not in str(thunder.last_traces(plain)[-1]).replace("functions.py", "")
+    y = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(compiled(y).sum(), y)[0], 6 * x + 3)
+    assert thunder.compile_stats(compiled).fallbacks == 0
+    assert any("has no backward" in reason for _, _, reason in compiled._thunder_claims.declines)
+
+
+def test_function_with_an_operator_in_its_place_is_else_what_it_was(monkeypatch):
+    before = inspect.signature(scaled)
+    _executor_for_scaled("replaces_too")
+    assert inspect.signature(scaled) == before and scaled is replaced_functions.scaled
+    compiled, x = thunder.jit(lambda x: scaled(x, shift=1.0)), torch.randn(3)
+    assert torch.equal(scaled(x), 3 * x)
+    assert torch.equal(torch.compile(lambda x: scaled(x) + 1, backend="eager", fullgraph=True)(x), 3 * x + 1)
+    for scale in (3.0, 4.0):
+        monkeypatch.setattr(replaced_functions, "SCALE", scale)
+        torch.testing.assert_close(compiled(x), scale * x + 1)
+    extend.OperatorExecutor("replaces_times").register_operator(
+        "times", like=replaced_functions.thrice, fn=lambda x: x * 3, replaces=replaced_functions.thrice
+    )
+    assert torch.equal(replaced_functions.thrice(x), 3 * x)  # it has a variable of its own
+    with pytest.raises(ValueError, match="no importable name"):
+        extend.OperatorExecutor("local").register_operator("f", like=torch.neg, fn=lambda x: -x, replaces=lambda x: -x)
+
+
+def test_hints_that_a_function_lacks_are_those_of_what_it_is_like():
+    def like(x: Tensor, factor: float, names: list[int]) -> tuple[Tensor, Tensor]:
+        return x * factor, x
+
+    for i, given in enumerate(({"like": like}, {"meta": like})):
+        executor = extend.OperatorExecutor(f"hints_{i}")
+        operator = executor.register_operator("f", fn=lambda x, factor, names: (x * factor, x + 0), **given)
+        compiled = thunder.jit(lambda x, f=operator: f(x, 2.0, [1, 2])[0])
+        assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    with pytest.raises(TypeError, match="has no signature"):
+        extend.OperatorExecutor("hints").register_operator("f", like=torch.neg, fn=torch.neg)
+
+
+@pytest.mark.parametrize("kind", ["forward", "gradient"])
+def test_wrong_operator_in_the_place_of_a_function_is_left_out(kind):
+    def wrong(x: Tensor, power: int = 1, *, shift: float = 0.0) -> Tensor:
+        return x * 7
+
+    def backward(ctx, grad):
+        return grad * (3.0 if kind == "forward" else 1.0)
+
+    executor = _executor_for_scaled(f"replaces_{kind}", wrong if kind == "forward" else _fast_scaled, backward=backward)
+    compiled = thunder.jit(lambda x: scaled(x) + 1, executors=[executor])
+
+    def calls():
+        for _ in range(3):
+            x = torch.linspace(1, 2, 4).requires_grad_()
+            y = compiled(x)
+            torch.testing.assert_close(y, 3 * x + 1)
+            torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.full((4,), 3.0))
+
+    text = only_warning(calls)
+    assert ("its result" if kind == "forward" else "its gradient for input 0") in text
+
+
+def test_wrong_forward_of_an_operator_with_a_derivative_is_found():
+    executor = extend.OperatorExecutor("wrong_forward")
+
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        return F.relu(x)
+
+    operator = executor.register_operator(
+        "gelu", like=F.gelu, fn=gelu, backward=lambda ctx, g: torch.ops.aten.gelu_backward(g, ctx.inputs[0])
+    )
+    executor.register_implementation(F.gelu, operator)
+    compiled, x = thunder.jit(lambda x: F.gelu(x), executors=[executor]), torch.randn(5, requires_grad=True)
+    text = only_warning(lambda: [torch.testing.assert_close(compiled(x), F.gelu(x)) for _ in range(3)])
+    assert "its result is off by" in text
 
 
 def test_region_gets_its_inputs_as_the_trace_lays_them_out():

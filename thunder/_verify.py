@@ -54,7 +54,7 @@ def judge(
             or _differs(region, before, expected[:shown], results and results[:shown])
             or _other_memory(before, after, expected[:shown], results and results[:shown])
         )
-        if not found and region.operator is not None:
+        if not found and region.differentiated:
             found = _gradient_differs(region, before)
     if not found:
         return True
@@ -264,7 +264,7 @@ def _nearer(region: Any, inputs: list[Any], i: int, e: Tensor, r: Tensor) -> boo
     if e.dtype == torch.float64 or e.dtype.is_complex:
         return False
     try:
-        truth = _exact_body_of(region.trace)(*map(_wide, inputs))[i]
+        truth = _exact_body_of(region.origin_trace or region.trace)(*map(_wide, inputs))[i]
     except Exception:  # it cannot be run so: nothing decides
         return False
     return nearer(truth, e, r)

@@ -14,6 +14,8 @@ from thunder._errors import CaptureError, ThunderWarning
 from thunder._stopwatch import stopwatch_for
 from thunder.extend import build
 from thunder.extend.executor import Executor, FusionExecutor, Implementation, takes, verdict
+from thunder.extend.operator import Operator
+from thunder.extend.replace import Replaced
 
 VERIFY = ("off", "first", "always")
 TIERS = ("background", "block")
@@ -43,7 +45,7 @@ class Claims:
         self._numbers: collections.Counter[str] = collections.Counter()
         self._refused: dict[Any, str] = {}  # body -> why its executor may not run it
         self._open: list[tuple[build.Build, Any]] = []  # what a call has to wait for, and who hears of it
-        self._origins: dict[str, tuple[str, int]] = {}  # operator -> what it stands for, results that it saves
+        self._origins: dict[str, tuple[str, Operator]] = {}  # key of an operator -> what it stands for, the operator
         self._banned: set[str] = set()  # operators that are not to stand for others
 
     @property
@@ -69,6 +71,18 @@ class Claims:
     def units(self) -> list[tuple[str, Any, str]]:
         """(name, region, kind of the program) of each unit that still exists."""
         return [(name, ref(), kind) for name, ref, kind in self._units if ref() is not None]
+
+    def stands_in(self, replaced: Replaced, differentiated: bool) -> Operator | None:
+        """The operator that stands for a function of the user's, which is captured for these executors."""
+        for executor in self.executors:
+            operator = replaced.operators.get(executor)
+            if operator is None or operator.key in self._banned:
+                continue
+            if not differentiated or operator.has_backward:
+                self._origins[operator.key] = replaced.name, operator
+                return operator
+            self.declines[executor.name, replaced.name, f"{operator!r} has no backward"] += 1
+        return None
 
     def ask(self, i: int, known: Implementation, name: str, args: tuple, kwargs: dict[str, Any]) -> int:
         """Does executor ``i`` take this call: 0 no, 1 alone, 2 with its neighbours."""
@@ -97,7 +111,7 @@ class Claims:
             return None
         if not self._agrees(self.executors[i], known.training, name, args, kwargs):
             return None
-        self._origins[operator.key] = name, operator.saves
+        self._origins[operator.key] = name, operator
         return operator.key, operator.saves
 
     def bind(self, i: int, region: Any, kind: str) -> str | None:
@@ -108,7 +122,8 @@ class Claims:
                 return None
             self.fuel -= 1
         region.claims = weakref.ref(self)
-        region.operator, region.saved, region.timed = None, 0, None
+        region.operator, region.origin_trace, region.differentiated = None, None, False
+        region.saved, region.timed = 0, None
         if region.fused:
             if not self._bind_fused(executor, region):
                 return None
@@ -129,9 +144,9 @@ class Claims:
         table = self.executors[i]._table
         known = table.get(_C.operator_key(callee)) or table.get("*")
         if callee in self._origins:
-            origin, region.saved = self._origins[callee]
-            region.operator = callee
-            region.key = _C.operator_key(origin)
+            origin, operator = self._origins[callee]
+            region.operator, region.saved = callee, operator.saves
+            region.differentiated = operator.has_backward
             region.origin_trace = _C.Trace(_origin_text(str(region.trace), callee, origin, alone=True))
             region._compare_with(_C.Trace(_origin_text(str(region.trace), callee, origin)))
         implementation = known.fn if known.native is None else known.native.bind(region.trace)

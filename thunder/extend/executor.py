@@ -12,6 +12,7 @@ import torch
 
 from thunder import _C
 from thunder.extend.operator import Operator, dotted_name
+from thunder.extend.replace import is_python, replace
 
 Checker = Callable[..., Any]
 
@@ -101,7 +102,9 @@ class OperatorExecutor(Executor):
             fn: what runs it: tensors in, tensors out. Its parameters need type hints that ``torch.library`` knows,
                 or the ones of ``like`` or ``meta`` are taken.
             tags: ``torch.Tag`` members.
-            replaces: an importable function of the user's whose calls become calls of this operator.
+            replaces: an importable function whose calls become calls of this operator: one of torch, or a Python
+                function, of a library say, with the same signature. The code of a Python function becomes a stub that
+                calls the operator while a callable with this executor is captured, and else what it was.
             backward: see ``thunder.extend.op``.
             mutates: names of the parameters that ``fn`` writes to.
             saves: how many of its last results are tensors for the backward alone: what it implements does not have
@@ -124,7 +127,7 @@ class OperatorExecutor(Executor):
             name=name,
             mutates=mutates,
             tags=tags,
-            like=like,
+            like=like if like is not None else meta,
             check=False,
             saves=saves,
         )
@@ -133,7 +136,9 @@ class OperatorExecutor(Executor):
             operator.backward(backward, check=False)
         self._names.add(name)
         self._table[operator.key] = Implementation(operator.function)
-        if replaces is not None:
+        if replaces is not None and is_python(replaces):
+            replace(replaces, self, operator)
+        elif replaces is not None:
             self.register_implementation(replaces, operator)
         return operator
 

@@ -355,19 +355,37 @@ def _free_name(namespace: str, name: str) -> str:
 
 
 def _signature(fn: Callable, like: Callable | None) -> inspect.Signature:
-    signature = inspect.signature(fn, eval_str=True)
-    missing = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
-    if not missing and signature.return_annotation is not signature.empty:
-        return signature
+    """That of ``fn``, or where it has none that of ``like``; hints that it lacks are those of ``like``.
+
+    Raises:
+        TypeError: neither has one.
+    """
+    model = _signature_of(like)
+    signature = _signature_of(fn) or model
+    if signature is None:
+        raise TypeError(f"{fn!r} has no signature: wrap it in a function with type hints")
+    hints = {} if model is None else {p.name: p.annotation for p in model.parameters.values()}
     parameters = [
-        p.replace(annotation=_guess(p)) if p.annotation is p.empty else p for p in signature.parameters.values()
+        p.replace(annotation=_guess(p, hints.get(p.name, p.empty))) if p.annotation is p.empty else p
+        for p in signature.parameters.values()
     ]
-    returns = Tensor if signature.return_annotation is signature.empty else signature.return_annotation
-    return signature.replace(parameters=parameters, return_annotation=returns)
+    returns = [signature.return_annotation, Tensor if model is None else model.return_annotation, Tensor]
+    return signature.replace(
+        parameters=parameters, return_annotation=next(r for r in returns if r is not inspect.Signature.empty)
+    )
 
 
-def _guess(p: inspect.Parameter) -> Any:
-    """The type of a parameter without a hint: that of its default, or a tensor."""
+def _signature_of(fn: Callable | None) -> inspect.Signature | None:
+    try:
+        return None if fn is None else inspect.signature(fn, eval_str=True)
+    except ValueError:  # a builtin
+        return None
+
+
+def _guess(p: inspect.Parameter, hint: Any) -> Any:
+    """The type of a parameter without a hint: that of its namesake, of its default, or a tensor."""
+    if hint is not p.empty:
+        return hint
     if p.default is p.empty:
         return Tensor
     if p.default is None:

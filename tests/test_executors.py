@@ -188,6 +188,28 @@ def test_implementation_runs_every_spelling_of_its_operator():
     assert calls
 
 
+def test_every_spelling_of_an_operator_of_torch_library_is_meant():
+    @torch.library.custom_op("tests_of_executors::spelled", mutates_args=())
+    def spelled(x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    spelled.register_fake(lambda x, factor: torch.empty_like(x))
+    packet = torch.ops.tests_of_executors.spelled
+    x = torch.randn(3)
+
+    def program(x):
+        return spelled(x, 2.0), packet(x, 3.0), packet.default(x, 4.0), torch.ops.aten.sin(x)
+
+    for op in (spelled, packet, packet.default, "torch.ops.tests_of_executors.spelled.default"):
+        executor = extend.OperatorExecutor("spells")
+        executor.register_implementation(op, fn=lambda x, factor: x * factor)
+        executor.register_implementation(torch.sin, fn=torch.sin)
+        compiled = thunder.jit(program, executors=[executor])
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), program(x))
+        assert [u.state for u in units(compiled)] == ["trusted"] * 4
+
+
 def test_trace_names_who_runs_what():
     executor = extend.OperatorExecutor("softly")
     executor.register_implementation(F.gelu, fn=F.gelu)
@@ -346,6 +368,9 @@ def test_execution_transform_and_bad_registrations():
         executor.register_implementation(F.relu, F.relu, fn=F.relu)
     with pytest.raises(TypeError, match="callable"):
         executor.register_implementation(F.relu, fn=3)
+    for option in ("checker", "grad_transform", "inference", "training"):
+        with pytest.raises(TypeError, match=f"{option} is callable, not int"):
+            executor.register_implementation(F.relu, fn=F.relu, **{option: 3})
     with pytest.raises(ValueError, match="no importable name"):
         executor.register_implementation(lambda x: x, fn=F.relu)
 

@@ -158,7 +158,8 @@ class OperatorExecutor(Executor):
 
         Args:
             op: the operator: a torch function (``torch.nn.functional.gelu``), an overload
-                (``torch.ops.aten.gelu.default``), an ``Operator``, or a dotted name. All spellings of one operator are
+                (``torch.ops.aten.gelu.default``), what ``torch.library.custom_op`` gives, an ``Operator``, or a dotted
+                name. All spellings of one operator are
                 meant: ``torch.add``, ``torch.Tensor.add`` and ``a + b``.
             op_or_fn, fn: what runs it: a function called like the operator, or an ``Operator``. An operator with a
                 backward brings its derivative along; in other cases the derivative is the one of ``op``.
@@ -180,8 +181,10 @@ class OperatorExecutor(Executor):
             raise TypeError("register_implementation() takes one of: an operator, fn=, execution_transform=")
         if not callable(given[0]):
             raise TypeError(f"an implementation is callable, not {type(given[0]).__name__}")
-        if checker is not None and not callable(checker):
-            raise TypeError(f"checker is callable, not {type(checker).__name__}")
+        optional = {"checker": checker, "grad_transform": grad_transform, "inference": inference, "training": training}
+        for name, value in optional.items():
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} is callable, not {type(value).__name__}")
         operator = given[0] if isinstance(given[0], Operator) else None
         if grad_transform is not None:
             if operator is not None and operator.has_backward:

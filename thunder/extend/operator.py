@@ -399,6 +399,8 @@ def dotted_name(function: Any) -> str:
     Raises:
         ValueError: it has none.
     """
+    if isinstance(function, torch.library.CustomOpDef):
+        function = function._opoverload
     if isinstance(function, torch._ops.OpOverload):
         space, _, rest = function.name().partition("::")
         base, _, overload = rest.partition(".")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
 import warnings
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -830,6 +832,22 @@ def test_equal_regions_are_built_once():
     assert len(executor.regions) == 4  # the first norm, gelu, residual with norm, the last residual
     assert len(units(compiled)) == 13
     check(blocks(6), (torch.randn(4, 16),), [executor])
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_region_ends_with_its_program(background):
+    executor = Interpreter("forgets", background=background)
+    executor.support_all()
+    compiled = thunder.jit(lambda x: x.sin() * 2, executors=[executor])
+    compiled(torch.randn(3))
+    extend.wait_for_builds()
+    (region,) = map(weakref.ref, units(compiled))
+    del compiled
+    gc.collect()
+    assert region() is None
+    again = thunder.jit(lambda x: x.sin() * 2, executors=[executor])
+    again(torch.randn(3))
+    assert len(executor.regions) == 1 and len(units(again)) == 1
 
 
 def test_regions_are_convex():

@@ -22,6 +22,7 @@ class Build:
     """One build of all the regions that are equal.
 
     Attributes:
+        region: the first of them; None once it is built.
         implementation: what came of it; None while it goes on and where it failed.
         error: what it raised, or None.
         seconds: how long it took.
@@ -65,6 +66,7 @@ class Build:
             error = TypeError(f"fuse() gave {type(implementation).__name__}: it gives what runs the region, a callable")
         self.implementation, self.error = (implementation if error is None else None), error
         self.seconds = time.perf_counter() - self._start
+        self.region = None  # its program may end; what was built stays
         self.done.set()
         waiting, self.waiting = self.waiting, []
         for tell in waiting:

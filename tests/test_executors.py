@@ -1074,6 +1074,11 @@ MEMORY = {
     "a view of an input": (lambda x: F.relu(x) * 1, lambda x: [x.view(12).view(3, 4)], "in the memory of its input 0"),
     "a copy of a view": (lambda x: x.view(12), lambda x: [x.clone().view(12)], "torch's is a view of its input 0"),
     "another result": (lambda x: (x.sin() * 1, x.sin() * 1.0), lambda x: [x.sin()] * 2, "in the memory of result 0"),
+    "parts of one buffer": (
+        lambda x: (x.sin() * 1, x.sin() * 1.0),
+        lambda x: torch.stack([x.sin()] * 2).unbind(),
+        None,
+    ),
     "a view as in torch": (lambda x: (x.view(12), x.view(12) * 2), lambda x: [x.view(12), x.view(12) * 2], None),
     "views of one tensor": (lambda x: (x * 2).view(2, 6).chunk(2), lambda x: (x * 2).view(2, 6).chunk(2), None),
     "an empty tensor": (lambda x: F.relu(x[:0]) * 1, lambda x: [x], None),

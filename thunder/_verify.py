@@ -205,7 +205,7 @@ def _other_memory(before: list[Any], after: list[Any], expected: list[Any], resu
             return f"{which} is in the memory of its input {ours[0]} where torch's has its own"
         if theirs and not ours:
             return f"{which} has memory of its own where torch's is a view of its input {theirs[0]}"
-        alone = [j for j in _sharing(r, results[:i]) if not _share(e, expected[j])]
+        alone = [j for j in _sharing(r, results[:i]) if _overlap(r, results[j]) and not _share(e, expected[j])]
         if alone:
             return f"{which} is in the memory of result {alone[0]} where torch's are apart"
     return ""
@@ -219,6 +219,15 @@ def _share(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.numel() or not b.numel():
         return False
     return torch._C._is_alias_of(a, b)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors in one storage: parts of it that are apart may lie between each other."""
+    if a.layout != torch.strided or b.layout != torch.strided or a.element_size() != b.element_size():
+        return True
+    used = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool, device=a.device)
+    used.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(used.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
 def _plain(value: Any) -> Any:

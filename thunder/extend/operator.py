@@ -360,7 +360,10 @@ def _signature(fn: Callable, like: Callable | None) -> inspect.Signature:
     Raises:
         TypeError: neither has one.
     """
-    model = _signature_of(like)
+    try:
+        model = _signature_of(like)
+    except NameError:  # its hints are names that are not there
+        model = None
     signature = _signature_of(fn) or model
     if signature is None:
         raise TypeError(f"{fn!r} has no signature: wrap it in a function with type hints")

@@ -46,6 +46,7 @@ typedef struct thx_recorder {
     uint32_t nconsts;
     PyObject *bound;   /* its own __torch_function__ while the capture runs: a cycle, so no longer than that (owned) */
     PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
+    PyObject *claims;  /* of the callable, or NULL (borrowed) */
     PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
     PyObject *needed;  /* the first GradNeeded, likewise (owned) */
     PyObject *doubt;   /* why torch may refuse what the code did: only the original can tell (owned) */
@@ -136,6 +137,9 @@ bool thx_under_functorch(thx *x);
 int thx_custom_init(thx *x, PyObject *module);
 int thx_custom_enter(thx *x);
 void thx_custom_leave(thx *x);
+/* ---- operator.c: calls of a user's operators ---- */
+int thx_operator_init(thx *x, PyObject *module);
+
 /* ---- pool.c ---- */
 PyObject *thx_pool_fake(thx_recorder *r, th_typeref type); /* for a value of our own rules: new reference */
 

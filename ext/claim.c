@@ -40,7 +40,7 @@ static PyObject *fake_of(void *user, th_val v) {
     return Py_XNewRef(a->fakes[v]);
 }
 
-/* The catalogue's entry; an overload torch.ops.aten.rsqrt.default is the operator torch.rsqrt. */
+/* The catalogue's entry; torch.ops.aten.rsqrt.default and torch.ops.aten.rsqrt are the operator torch.rsqrt. */
 static const th_opdef *operator_of(thx *x, th_str callee) {
     static const char aten[] = "torch.ops.aten.";
     const th_opdef *def = th_catalog_find(x->catalog, callee);
@@ -48,16 +48,23 @@ static const th_opdef *operator_of(thx *x, th_str callee) {
     char dotted[96];
     if (def || strncmp(name, aten, sizeof aten - 1) != 0) return def;
     name += sizeof aten - 1;
-    if (!(end = strchr(name, '.')) || end - name > 80) return NULL;
+    end = name + strcspn(name, ".");
+    if (end - name > 80) return NULL;
     snprintf(dotted, sizeof dotted, "torch.%.*s", (int)(end - name), name);
     th_str base = th_intern_z(x->ctx, dotted);
     return base ? th_catalog_find(x->catalog, base) : NULL;
 }
 
-static PyObject *key_of(const asking *a, const th_op *op, const th_trace *t) {
-    const th_opdef *def = operator_of(a->x, op->callee);
-    return PyUnicode_FromString(def ? def->name : th_str_get(t->ctx, op->callee));
+/* torch.ops.space.name is called for its overload torch.ops.space.name.default. */
+static PyObject *key_of_name(thx *x, th_str callee) {
+    static const char ops[] = "torch.ops.";
+    const th_opdef *def = operator_of(x, callee);
+    const char *name = def ? def->name : th_str_get(x->ctx, callee), *rest = name + sizeof ops - 1;
+    const char *dot = !def && strncmp(name, ops, sizeof ops - 1) == 0 ? strchr(rest, '.') : NULL;
+    return PyUnicode_FromFormat("%s%s", name, dot && !strchr(dot + 1, '.') ? ".default" : "");
 }
+
+static PyObject *key_of(const asking *a, const th_op *op) { return key_of_name(a->x, op->callee); }
 
 /* What executor i answers to `method`; NULL with an exception. */
 static PyObject *put(asking *a, const char *method, const th_trace *t, const th_op *op, Py_ssize_t i, PyObject *known) {
@@ -104,7 +111,7 @@ static th_status ask(void *user, th_trace *t, th_opref o, th_claim *claim) {
     asking *a = user;
     const th_op *op = &t->ops[o];
     if (op->callee_opaque || is_ours(t, op)) return TH_OK; /* a Python object is nobody's operator */
-    PyObject *key = key_of(a, op, t);
+    PyObject *key = key_of(a, op);
     if (!key) return TH_ERUN;
     th_status status = TH_OK;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a->tables) && !claim->owner && status == TH_OK; i++) {
@@ -198,7 +205,7 @@ static void add_saved(th_trace *t, th_op *op, uint32_t n) {
 
 /* The operator that takes the place of one operation: 1 it did, 0 none, -1 with an exception. */
 static int replace_one(asking *a, th_trace *t, th_op *op) {
-    PyObject *key = key_of(a, op, t);
+    PyObject *key = key_of(a, op);
     int rc = key ? 0 : -1;
     for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(a->tables); i++) {
         PyObject *known = PyDict_GetItemWithError(PyTuple_GET_ITEM(a->tables, i), key);
@@ -245,6 +252,5 @@ PyObject *thx_operator_key(PyObject *module, PyObject *dotted) {
     const char *text = PyUnicode_AsUTF8(dotted);
     th_str name = text ? th_intern_z(x->ctx, text) : 0;
     if (!name) return text ? thx_raise(x, TH_ENOMEM) : NULL;
-    const th_opdef *def = operator_of(x, name);
-    return def ? PyUnicode_FromString(def->name) : Py_NewRef(dotted);
+    return key_of_name(x, name);
 }

@@ -316,6 +316,7 @@ static int capture(compile *k) {
     Py_XDECREF(params);
     if (!k->r) return -1;
     k->r->oracle = Py_XNewRef(k->call->seen);
+    k->r->claims = k->c->claims;
     k->r->may_expect = k->c->branch_limit > 0;
     x->following = k->sizes;
     int built = build_fake_args(k);

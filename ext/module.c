@@ -330,6 +330,14 @@ static PyObject *is_capturing(PyObject *module, PyObject *unused) {
     return PyBool_FromLong(x->active != NULL);
 }
 
+static PyObject *capturing_for(PyObject *module, PyObject *unused) {
+    (void)unused;
+    thx *x = PyModule_GetState(module);
+    if (!x->active || x->active_thread != PyThread_get_thread_ident()) Py_RETURN_NONE;
+    PyObject *claims = ((thx_recorder *)x->active)->claims;
+    return Py_NewRef(claims ? claims : Py_None);
+}
+
 static PyMethodDef functions[] = {
     {"torch_abi", torch_abi, METH_NOARGS,
      "Which features of torch's C ABI are in use, and why others are off: a dict."},
@@ -353,6 +361,8 @@ static PyMethodDef functions[] = {
      "expect(number, function, args, kwargs, value): raise ValueChanged(number, found) unless function(*args, "
      "**kwargs) "
      "gives the value that the program was captured for, bit by bit."},
+    {"capturing_for", capturing_for, METH_NOARGS,
+     "The claims of the callable that this thread captures a function for, or None."},
     {"is_capturing", is_capturing, METH_NOARGS, "True while a function is being captured."},
     {NULL, NULL, 0, NULL},
 };
@@ -419,8 +429,8 @@ static int module_exec(PyObject *module) {
         thx_fake_init(x, module) < 0 || thx_recorder_init(x, module) < 0 || thx_purity_init(x) < 0 ||
         thx_trace_init(x, module) < 0 || thx_autograd_init(x, module) < 0 || thx_region_init(x, module) < 0 ||
         thx_native_init(x, module) < 0 || thx_handles_init(x, module) < 0 || thx_custom_init(x, module) < 0 ||
-        thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 || thx_cuda_init(x, module) < 0 ||
-        thx_cudnn_init(x, module) < 0)
+        thx_operator_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 ||
+        thx_cuda_init(x, module) < 0 || thx_cudnn_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x) | gelu_kernel(x);
     load_contextlib(x);

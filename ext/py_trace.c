@@ -135,22 +135,27 @@ static Py_hash_t trace_hash(trace_object *o) {
     return h == -1 ? -2 : h;
 }
 
-static bool names_thunder(const trace_object *o) {
-    bool found = false;
-    for (th_opref i = 1; i < o->t->nops && !found; i++)
-        found = o->t->ops[i].callee && strncmp(th_str_get(o->x->ctx, o->t->ops[i].callee), "thunder.", 8) == 0;
-    return found;
+/* The packages that callees begin with: torch, thunder, those of functions that operators stand for. */
+static int add_packages(const trace_object *o, PyObject *dict) {
+    for (th_opref i = 1; i < o->t->nops; i++) {
+        const char *callee = o->t->ops[i].callee ? th_str_get(o->x->ctx, o->t->ops[i].callee) : "";
+        const char *dot = strchr(callee, '.');
+        PyObject *name = dot ? PyUnicode_FromStringAndSize(callee, dot - callee) : NULL;
+        if (dot && !name) return -1;
+        PyObject *package = name && !PyDict_Contains(dict, name) ? PyImport_Import(name) : NULL;
+        int rc = package ? PyDict_SetItem(dict, name, package) : PyErr_Occurred() ? -1 : 0;
+        Py_XDECREF(package);
+        Py_XDECREF(name);
+        if (rc < 0) return -1;
+    }
+    return 0;
 }
 
 static PyObject *trace_namespace(trace_object *o, PyObject *unused) {
     (void)unused;
     PyObject *dict = PyDict_New();
     if (dict && PyDict_SetItemString(dict, "torch", o->x->torch) < 0) Py_CLEAR(dict);
-    if (dict && names_thunder(o)) {
-        PyObject *thunder = PyImport_ImportModule("thunder");
-        if (!thunder || PyDict_SetItemString(dict, "thunder", thunder) < 0) Py_CLEAR(dict);
-        Py_XDECREF(thunder);
-    }
+    if (dict && add_packages(o, dict) < 0) Py_CLEAR(dict);
     for (uint32_t i = 0; dict && i < o->t->nopaques; i++) {
         const th_opaque *q = &o->t->opaques[i];
         if (q->name && q->object && PyDict_SetItemString(dict, th_str_get(o->x->ctx, q->name), q->object) < 0)

@@ -16,6 +16,7 @@ from torch import nn
 
 import thunder
 from tests.test_executors import blocks, check, units
+from thunder.extend.native import load_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "examples" / "executor_c" / "softly.c"
@@ -119,6 +120,18 @@ def test_libraries_that_are_no_executors_are_refused(tmp_path, text, message):
     library = build(source, tmp_path / "other.so", "-Wno-missing-field-initializers")
     with pytest.raises(ImportError, match=message):
         thunder.extend.load_executor(library)
+
+
+def test_a_library_is_loaded_once(softly, tmp_path):
+    thunder.extend.deregister_executor(softly)
+    assert thunder.extend.load_executor(softly.path) is softly is thunder.get_executor("softly")
+    with pytest.raises(ImportError, match=r"thunder_softly::\w+ is there already, of another executor"):
+        thunder.extend.load_executor(build(SOURCE, tmp_path / "other.so"))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.warns(thunder.ThunderWarning, match="there is no folder"):
+        assert load_folder(tmp_path / "nowhere") == []
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):

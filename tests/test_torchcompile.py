@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import threading
 import warnings
 
@@ -346,6 +348,61 @@ def test_one_kernel_alone_is_left_to_torch():
     assert units(compiled) == []
     (reason,) = {reason for _, _, reason in compiled._thunder_claims.declines}
     assert "nothing to fuse" in reason
+
+
+class _Decorated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    @torch.compile
+    def forward(self, x):
+        return self.inner(x)
+
+    @torch.compile
+    def other(self, x):
+        return self.inner(x)
+
+
+def _compiled_by(how):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    if how == "inner method":
+        model[0].compile()
+    elif how == "inner forward":
+        model[0].forward = torch.compile(model[0].forward)
+    elif how == "forward":
+        model.forward = torch.compile(model.forward)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: torch.compile(nn.Linear(2, 2)), "a module that went"),
+        (lambda: torch.compile(lambda x: x), "a function that went"),
+        (lambda: functools.partial(torch.compile(lambda x: x)), "a function that went"),
+        (lambda: torch.compile(nn.Linear(2, 2).forward), "a function that went"),
+        (lambda: _Decorated().other, "a function that went"),
+        (_Decorated, "a module whose forward went"),
+        (lambda: nn.Sequential(nn.ReLU(), _Decorated()), "the submodule '1' whose forward went"),
+        (lambda: nn.Sequential(nn.Sequential(torch.compile(nn.Linear(2, 2)))), "the submodule '0.0' that went"),
+        (lambda: _compiled_by("inner method"), "the submodule '0' that went"),
+        (lambda: _compiled_by("inner forward"), "the submodule '0' whose forward went"),
+        (lambda: _compiled_by("forward"), "a module whose forward went"),
+    ],
+)
+def test_whatever_went_through_torch_compile_is_refused(make, what):
+    line = re.escape("executors=[thunder.extend.get_executor('torchcompile'), *thunder.get_always_executors()])")
+    with pytest.raises(TypeError, match=rf"given {what} through torch\.compile.*{line}"):
+        thunder.jit(make())
+
+
+def test_what_torch_compile_was_kept_from_is_compiled():
+    compiled = thunder.jit(torch.compiler.disable(lambda x: x * 2))
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    model = nn.Sequential(nn.ReLU())
+    model[0].forward = torch.compiler.disable(model[0].forward)
+    assert torch.equal(thunder.jit(model)(torch.ones(2)), torch.ones(2))
 
 
 def test_torch_compile_first_is_an_error_that_says_what_to_write():

@@ -178,34 +178,47 @@ def _check_options(settings: dict[str, Any], unknown: dict[str, Any]) -> None:
 
 
 def _uses_torch_compile(fn: Any) -> str | None:
-    """Say how ``fn`` went through torch.compile, or None."""
-    if type(fn).__name__ == "OptimizedModule" and type(fn).__module__.startswith("torch._dynamo"):
-        return "module"
+    """What of ``fn`` went through torch.compile, or None."""
     if isinstance(fn, functools.partial):
         return _uses_torch_compile(fn.func)
-    if isinstance(fn, torch.nn.Module):
-        if fn.__dict__.get("_compiled_call_impl") is not None:
-            return "module"
-        todo = [("", fn)]  # by hand: named_modules() costs more than the rest of jit()
-        while todo:
-            prefix, module = todo.pop()
-            for name, child in module._modules.items():
-                if child is None:
-                    continue
-                if type(child).__name__ == "OptimizedModule" or child.__dict__.get("_compiled_call_impl") is not None:
-                    return f"submodule {prefix + name!r}"
-                todo.append((f"{prefix}{name}.", child))
-    if hasattr(fn, "_torchdynamo_orig_callable"):
-        return "function"
+    if not isinstance(fn, torch.nn.Module):
+        return "a function that went" if _is_compiled_function(fn) else None
+    if part := _compiled_part(fn):
+        return f"a module{part}"
+    todo = [("", fn)]  # by hand: named_modules() costs more than the rest of jit()
+    while todo:
+        prefix, module = todo.pop()
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if part := _compiled_part(child):
+                return f"the submodule {prefix + name!r}{part}"
+            todo.append((f"{prefix}{name}.", child))
     return None
+
+
+def _compiled_part(module: torch.nn.Module) -> str | None:
+    """Whether a module went through torch.compile, or its forward: how, or None."""
+    kind, own = type(module), module.__dict__
+    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"):
+        return " that went"
+    if own.get("_compiled_call_impl") is not None:
+        return " that went"
+    forward = own.get("forward") or getattr(kind, "forward", None)
+    return " whose forward went" if _is_compiled_function(forward) else None
+
+
+def _is_compiled_function(fn: Any) -> bool:
+    """What torch.compiler.disable gives has the marks of torch.compile too."""
+    return hasattr(fn, "_torchdynamo_orig_callable") and not getattr(fn, "_torchdynamo_disable", False)
 
 
 def _check_target(fn: Any) -> None:
     how = _uses_torch_compile(fn)
     if how:
         raise TypeError(
-            f"thunder.jit was given a {how} that went through torch.compile. Compile with one of them: to have "
-            "torch.compile optimise regions of the program, pass the original and write thunder.jit(model, "
+            f"thunder.jit was given {how} through torch.compile. Compile with one of them: to have "
+            "torch.compile optimise regions of the program, leave torch.compile out and write thunder.jit(model, "
             "executors=[thunder.extend.get_executor('torchcompile'), *thunder.get_always_executors()])"
         )
     if isinstance(fn, (_C.Callable, ThunderModule)):

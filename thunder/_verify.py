@@ -49,9 +49,12 @@ def judge(
         found = f"it raised {type(error).__name__}: {error}" if error is not None else ""
         shown = len(expected) - region.saved  # what an operator saves for its backward nobody else has
         found = (
-            found or _writes(before, after) or _differs(region, before, expected[:shown], results and results[:shown])
+            found
+            or _writes(before, after)
+            or _differs(region, before, expected[:shown], results and results[:shown])
+            or _other_memory(before, after, expected[:shown], results and results[:shown])
         )
-        if not found and region.operator is not None:
+        if not found and region.differentiated:
             found = _gradient_differs(region, before)
     if not found:
         return True
@@ -193,6 +196,40 @@ def _other_form(e: Tensor, r: Any) -> str:
     return ""
 
 
+def _other_memory(before: list[Any], after: list[Any], expected: list[Any], results: list[Any]) -> str:
+    """What is a view of an input in torch, is one; nothing else shares memory with an input or another result."""
+    for i, (e, r) in enumerate(zip(expected, results, strict=True)):
+        which = f"result {i}" if len(expected) > 1 else "its result"
+        theirs, ours = _sharing(e, before), _sharing(r, after)
+        if ours and not theirs:
+            return f"{which} is in the memory of its input {ours[0]} where torch's has its own"
+        if theirs and not ours:
+            return f"{which} has memory of its own where torch's is a view of its input {theirs[0]}"
+        alone = [j for j in _sharing(r, results[:i]) if _overlap(r, results[j]) and not _share(e, expected[j])]
+        if alone:
+            return f"{which} is in the memory of result {alone[0]} where torch's are apart"
+    return ""
+
+
+def _sharing(t: Any, others: list[Any]) -> list[int]:
+    return [i for i, other in enumerate(others) if _share(t, other)]
+
+
+def _share(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.numel() or not b.numel():
+        return False
+    return torch._C._is_alias_of(a, b)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Of two tensors in one storage: parts of it that are apart may lie between each other."""
+    if a.layout != torch.strided or b.layout != torch.strided or a.element_size() != b.element_size():
+        return True
+    used = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool, device=a.device)
+    used.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(used.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+
+
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value
 
@@ -236,7 +273,7 @@ def _nearer(region: Any, inputs: list[Any], i: int, e: Tensor, r: Tensor) -> boo
     if e.dtype == torch.float64 or e.dtype.is_complex:
         return False
     try:
-        truth = _exact_body_of(region.trace)(*map(_wide, inputs))[i]
+        truth = _exact_body_of(region.origin_trace or region.trace)(*map(_wide, inputs))[i]
     except Exception:  # it cannot be run so: nothing decides
         return False
     return nearer(truth, e, r)

@@ -8,6 +8,7 @@ import contextlib
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ class Build:
     """One build of all the regions that are equal.
 
     Attributes:
+        region: the first of them; None once it is built.
         implementation: what came of it; None while it goes on and where it failed.
         error: what it raised, or None.
         seconds: how long it took.
@@ -41,8 +43,10 @@ class Build:
         self._start = time.perf_counter()
         try:
             made = self.executor.fuse(self.region)
-        except Exception as error:
+        except BaseException as error:
             self._end(None, error)
+            if not isinstance(error, Exception):
+                raise
         else:
             if isinstance(made, Future):
                 made.add_done_callback(self._compiled)
@@ -50,12 +54,19 @@ class Build:
                 self._end(made, None)
 
     def _compiled(self, made: Future) -> None:
-        error = made.exception()
-        self._end(None if error is not None else made.result(), error)
+        try:
+            result = made.result()
+        except BaseException as error:
+            self._end(None, error)
+        else:
+            self._end(result, None)
 
-    def _end(self, implementation: Callable | None, error: BaseException | None) -> None:
-        self.implementation, self.error = implementation, error
+    def _end(self, implementation: Any, error: BaseException | None) -> None:
+        if error is None and not callable(implementation):
+            error = TypeError(f"fuse() gave {type(implementation).__name__}: it gives what runs the region, a callable")
+        self.implementation, self.error = (implementation if error is None else None), error
         self.seconds = time.perf_counter() - self._start
+        self.region = None  # its program may end; what was built stays
         self.done.set()
         waiting, self.waiting = self.waiting, []
         for tell in waiting:
@@ -117,7 +128,10 @@ class Worker:
             if not said and time.monotonic() - start > _PATIENCE:
                 said = True
                 progress(f"{build.executor.name} builds regions in the background: {built} done, {left + 1} to go")
-            build.run()
+            try:
+                build.run()
+            except BaseException:  # its regions were told, or nobody can be: the next ones are built all the same
+                traceback.print_exc()
             compiling.append(build)
             built += 1
 
@@ -178,10 +192,18 @@ def start(executor: Any, region: Any, *, block: bool) -> Build:
         build = executor._built[key] = Build(executor, region)
         if block or not executor.background:
             with _patience(f"{executor.name} builds a region ..."):
-                build.run()
+                _run_here(build, key)
         else:
             worker.submit(build)
     return build
+
+
+def _run_here(build: Build, key: Any) -> None:
+    try:
+        build.run()
+    except BaseException:  # the user's interrupt says nothing of the region
+        build.executor._built.pop(key, None)
+        raise
 
 
 def finish(builds: Iterable[Build]) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from thunder import _C, _verify
-from thunder._errors import ThunderWarning
+from thunder._errors import CaptureError, ThunderWarning
 from thunder._stopwatch import stopwatch_for
 from thunder.extend import build
-from thunder.extend.executor import Executor, FusionExecutor, Implementation, takes
+from thunder.extend.executor import Executor, FusionExecutor, Implementation, takes, verdict
+from thunder.extend.operator import Operator
+from thunder.extend.replace import Replaced
 
 VERIFY = ("off", "first", "always")
 TIERS = ("background", "block")
@@ -30,11 +34,8 @@ class Claims:
     def __init__(self, executors: tuple[Executor, ...], *, verify: str, tier: str, fuel: int | None) -> None:
         names = [e.name for e in executors]
         before = executors[: names.index("torch")] if "torch" in names else executors
-        self.executors = tuple(e for e in before if e._table)
-        self.tables = tuple(dict(e._table) for e in self.executors)
+        self.executors = tuple(before)
         self.cuts = tuple(e.cut for e in self.executors)
-        self.fuses = any(isinstance(e, FusionExecutor) and "*" in e._table for e in self.executors)
-        self.operators = any(getattr(i, "operator", None) for table in self.tables for i in table.values())
         self.judge = _verify.judge
         self.verify = verify
         self.block = tier == "block"
@@ -44,12 +45,44 @@ class Claims:
         self._numbers: collections.Counter[str] = collections.Counter()
         self._refused: dict[Any, str] = {}  # body -> why its executor may not run it
         self._open: list[tuple[build.Build, Any]] = []  # what a call has to wait for, and who hears of it
-        self._origins: dict[str, tuple[str, int]] = {}  # operator -> what it stands for, results that it saves
+        self._origins: dict[str, tuple[str, Operator]] = {}  # key of an operator -> what it stands for, the operator
+        self._banned: set[str] = set()  # operators that are not to stand for others
+
+    @property
+    def tables(self) -> tuple[dict[str, Any], ...]:
+        """What each executor knows by now, by operator, as ext/claim.c reads it."""
+        tables = tuple(dict(e._table) for e in self.executors)
+        for table in tables if self._banned else ():
+            for key in [k for k, known in table.items() if _stand_in(known) in self._banned]:
+                del table[key]
+        return tables
+
+    @property
+    def fuses(self) -> bool:
+        """Somebody takes every operator into regions."""
+        return any(isinstance(e, FusionExecutor) and "*" in e._table for e in self.executors)
+
+    @property
+    def operators(self) -> bool:
+        """Some implementation has a derivative of its own."""
+        return any(_stand_in(known) for e in self.executors for known in list(e._table.values()))
 
     @property
     def units(self) -> list[tuple[str, Any, str]]:
         """(name, region, kind of the program) of each unit that still exists."""
         return [(name, ref(), kind) for name, ref, kind in self._units if ref() is not None]
+
+    def stands_in(self, replaced: Replaced, differentiated: bool) -> Operator | None:
+        """The operator that stands for a function of the user's, which is captured for these executors."""
+        for executor in self.executors:
+            operator = replaced.operators.get(executor)
+            if operator is None or operator.key in self._banned:
+                continue
+            if not differentiated or operator.has_backward:
+                self._origins[operator.key] = replaced.name, operator
+                return operator
+            self.declines[executor.name, replaced.name, f"{operator!r} has no backward"] += 1
+        return None
 
     def ask(self, i: int, known: Implementation, name: str, args: tuple, kwargs: dict[str, Any]) -> int:
         """Does executor ``i`` take this call: 0 no, 1 alone, 2 with its neighbours."""
@@ -59,7 +92,8 @@ class Claims:
         return 2 if isinstance(executor, FusionExecutor) else 1
 
     def _agrees(self, executor: Executor, checker: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
-        agrees, reason = takes(checker, args, kwargs)
+        with _asking(executor, f"its checker for {name}"):
+            agrees, reason = takes(checker, args, kwargs)
         if not agrees:
             self.declines[executor.name, name, reason] += 1
         return agrees
@@ -77,7 +111,7 @@ class Claims:
             return None
         if not self._agrees(self.executors[i], known.training, name, args, kwargs):
             return None
-        self._origins[operator.key] = name, operator.saves
+        self._origins[operator.key] = name, operator
         return operator.key, operator.saves
 
     def bind(self, i: int, region: Any, kind: str) -> str | None:
@@ -88,7 +122,8 @@ class Claims:
                 return None
             self.fuel -= 1
         region.claims = weakref.ref(self)
-        region.operator, region.saved, region.timed = None, 0, None
+        region.operator, region.origin_trace, region.differentiated = None, None, False
+        region.saved, region.timed = 0, None
         if region.fused:
             if not self._bind_fused(executor, region):
                 return None
@@ -106,11 +141,12 @@ class Claims:
 
     def _bind_operator(self, i: int, region: Any) -> str | None:
         (callee,) = region.trace.operations()
-        known = self.tables[i].get(_C.operator_key(callee)) or self.tables[i].get("*")
+        table = self.executors[i]._table
+        known = table.get(_C.operator_key(callee)) or table.get("*")
         if callee in self._origins:
-            origin, region.saved = self._origins[callee]
-            region.operator = callee
-            region.key = _C.operator_key(origin)
+            origin, operator = self._origins[callee]
+            region.operator, region.saved = callee, operator.saves
+            region.differentiated = operator.has_backward
             region.origin_trace = _C.Trace(_origin_text(str(region.trace), callee, origin, alone=True))
             region._compare_with(_C.Trace(_origin_text(str(region.trace), callee, origin)))
         implementation = known.fn if known.native is None else known.native.bind(region.trace)
@@ -121,9 +157,10 @@ class Claims:
         return callee.removesuffix(".default").rpartition(".")[2]
 
     def _bind_fused(self, executor: FusionExecutor, region: Any) -> bool:
-        wanted = executor.wants(region)
-        if wanted is not True:
-            self.declines[executor.name, "a region", str(wanted)] += 1
+        with _asking(executor, "wants()"):
+            wanted, reason = verdict(executor.wants(region), executor.wants)
+        if not wanted:
+            self.declines[executor.name, "a region", reason] += 1
             return False
         made = build.start(executor, region, block=self.block)
         if made.error is not None:
@@ -187,10 +224,28 @@ class Claims:
     def ban(self, region: Any, reason: str) -> None:
         """An operator that stands for another computes something else: it is not taken again."""
         self._report(region, reason)
-        for table in self.tables:
-            known = table.get(region.key)
-            if getattr(known, "operator", None) is not None and known.operator.key == region.operator:
-                del table[region.key]
+        self._banned.add(region.operator)
+
+
+def _stand_in(known: Any) -> str | None:
+    """The operator with a derivative of its own that takes another's place."""
+    operator = getattr(known, "operator", None)
+    return None if operator is None else operator.key
+
+
+@contextlib.contextmanager
+def _asking(executor: Executor, what: str) -> Iterator[None]:
+    """What an executor raises when it is asked says who was asked."""
+    try:
+        yield
+    except CaptureError as error:
+        raise RuntimeError(
+            f"executor {executor.name!r}: {what} uses values of tensors. It is asked before the program runs: the "
+            "tensors have shape, dtype, device and strides, and no data"
+        ) from error
+    except Exception as error:
+        error.add_note(f"executor {executor.name!r} was asked: {what}")
+        raise
 
 
 def _origin_text(text: str, callee: str, origin: str, *, alone: bool = False) -> str:

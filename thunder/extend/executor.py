@@ -12,6 +12,7 @@ import torch
 
 from thunder import _C
 from thunder.extend.operator import Operator, dotted_name
+from thunder.extend.replace import is_python, replace
 
 Checker = Callable[..., Any]
 
@@ -53,6 +54,7 @@ class Executor:
         self.version = version
         self.decompose = decompose
         self._table: dict[str, Any] = {}
+        self._names: set[str] = set()  # of the operators that are its own
 
     def __repr__(self) -> str:
         return f"thunder.extend.{type(self).__name__}({self.name!r})"
@@ -92,14 +94,17 @@ class OperatorExecutor(Executor):
         """A new operator that this executor runs.
 
         Args:
-            name: an identifier; the operator is called ``thunder_<executor>::<name>`` in ``torch.library``.
+            name: an identifier; the operator is called ``thunder_<executor>::<name>`` in ``torch.library``, with a
+                number where another executor of the same name has taken that.
             like: an operation with the same signature and results of the same shapes and types; or
             meta: a function with the signature of ``fn`` that gives results of the right shape, dtype and device,
                 such as ``torch.empty_like(x)``. One of the two is needed.
             fn: what runs it: tensors in, tensors out. Its parameters need type hints that ``torch.library`` knows,
                 or the ones of ``like`` or ``meta`` are taken.
             tags: ``torch.Tag`` members.
-            replaces: an importable function of the user's whose calls become calls of this operator.
+            replaces: an importable function whose calls become calls of this operator: one of torch, or a Python
+                function, of a library say, with the same signature. The code of a Python function becomes a stub that
+                calls the operator while a callable with this executor is captured, and else what it was.
             backward: see ``thunder.extend.op``.
             mutates: names of the parameters that ``fn`` writes to.
             saves: how many of its last results are tensors for the backward alone: what it implements does not have
@@ -110,25 +115,30 @@ class OperatorExecutor(Executor):
 
         Raises:
             TypeError: neither ``like`` nor ``meta`` was given, or the signature has no schema.
-            ValueError: the name is taken or is no identifier.
+            ValueError: this executor has an operator of that name, or it is no identifier.
         """
         if (like is None) == (meta is None):
             raise TypeError("register_operator() needs either like= or meta=")
+        if name in self._names:
+            raise ValueError(f"{self!r} has an operator {name!r} already")
         operator = Operator(
             fn,
             namespace=f"thunder_{self.name}",
             name=name,
             mutates=mutates,
             tags=tags,
-            like=like,
+            like=like if like is not None else meta,
             check=False,
             saves=saves,
         )
         operator.meta(meta if meta is not None else like)
         if backward is not None:
             operator.backward(backward, check=False)
+        self._names.add(name)
         self._table[operator.key] = Implementation(operator.function)
-        if replaces is not None:
+        if replaces is not None and is_python(replaces):
+            replace(replaces, self, operator)
+        elif replaces is not None:
             self.register_implementation(replaces, operator)
         return operator
 
@@ -148,7 +158,8 @@ class OperatorExecutor(Executor):
 
         Args:
             op: the operator: a torch function (``torch.nn.functional.gelu``), an overload
-                (``torch.ops.aten.gelu.default``), an ``Operator``, or a dotted name. All spellings of one operator are
+                (``torch.ops.aten.gelu.default``), what ``torch.library.custom_op`` gives, an ``Operator``, or a dotted
+                name. All spellings of one operator are
                 meant: ``torch.add``, ``torch.Tensor.add`` and ``a + b``.
             op_or_fn, fn: what runs it: a function called like the operator, or an ``Operator``. An operator with a
                 backward brings its derivative along; in other cases the derivative is the one of ``op``.
@@ -170,8 +181,10 @@ class OperatorExecutor(Executor):
             raise TypeError("register_implementation() takes one of: an operator, fn=, execution_transform=")
         if not callable(given[0]):
             raise TypeError(f"an implementation is callable, not {type(given[0]).__name__}")
-        if checker is not None and not callable(checker):
-            raise TypeError(f"checker is callable, not {type(checker).__name__}")
+        optional = {"checker": checker, "grad_transform": grad_transform, "inference": inference, "training": training}
+        for name, value in optional.items():
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} is callable, not {type(value).__name__}")
         operator = given[0] if isinstance(given[0], Operator) else None
         if grad_transform is not None:
             if operator is not None and operator.has_backward:
@@ -252,8 +265,8 @@ class FusionExecutor(Executor):
         for op in but:
             self._table[operator_key(op)] = None
 
-    def wants(self, region: Any) -> bool | str:
-        """Whether a region is worth fusing: True, or the reason why not. ``region`` is as for ``fuse``."""
+    def wants(self, region: Any) -> bool | str | tuple[bool, str]:
+        """Whether a region is worth fusing, answered as a checker does. ``region`` is as for ``fuse``."""
         return True
 
     def fuse(self, region: Any) -> Callable | Future:
@@ -294,14 +307,17 @@ def operator_key(op: Any) -> str:
 
 def takes(checker: Checker | None, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, str]:
     """Whether a checker agrees to a call, and why not."""
-    if checker is None:
-        return True, ""
-    answer = checker(*args, **kwargs)
-    if isinstance(answer, str):
-        return False, answer
+    return (True, "") if checker is None else verdict(checker(*args, **kwargs), checker)
+
+
+def verdict(answer: Any, asked: Callable) -> tuple[bool, str]:
+    """Yes or no, and why not, from what was answered: a truth value, the reason why not, or a tuple of both."""
+    first, reason = (False, answer) if isinstance(answer, str) else (answer, "")
     if isinstance(answer, tuple):
-        return bool(answer[0]), str(answer[1]) if len(answer) > 1 else "its checker says no"
-    return bool(answer), "" if answer else f"{_label(checker)} says no"
+        first, reason = [*answer, False, ""][:2] if len(answer) != 1 else (answer[0], "")
+    if first:
+        return True, ""
+    return False, str(reason) or f"{_label(asked)} says no"
 
 
 def _label(checker: Checker) -> str:

@@ -44,6 +44,10 @@ class NativeExecutor(OperatorExecutor):
     def _define(self, op: Any) -> str:
         """A new operator, in ``torch.ops.thunder_<executor>``."""
         space = f"thunder_{self.name}"
+        if torch._C._jit_get_schemas_for_operator(f"{space}::{op.name}"):
+            raise ImportError(
+                f"{self.path}: operator {space}::{op.name} is there already, of another executor called {self.name!r}"
+            )
         if self._library is None:
             self._library = torch.library.Library(space, "FRAGMENT")
         try:
@@ -135,7 +139,7 @@ _C_NAMES = {
 
 
 def load_executor(path: str | Path) -> NativeExecutor:
-    """Load an executor written in C and register it.
+    """Load an executor written in C and register it; one that is loaded already is registered once more.
 
     Args:
         path: of a shared object that exports ``thunder_executor`` of ``include/thunder/executor.h``.
@@ -147,12 +151,20 @@ def load_executor(path: str | Path) -> NativeExecutor:
         ImportError: it cannot be opened, lacks the symbol, or was built for another version of the interface; the
             message says which.
     """
-    return register_executor(NativeExecutor(path))
+    key = str(Path(path).resolve())
+    if key not in _loaded:
+        _loaded[key] = NativeExecutor(path)
+    return register_executor(_loaded[key])
+
+
+_loaded: dict[str, NativeExecutor] = {}  # by path: a process loads a library once
 
 
 def load_folder(folder: str | Path) -> list[NativeExecutor]:
     """Load every shared object of a folder; one that cannot be is left out with a warning."""
     found = []
+    if not Path(folder).is_dir():
+        warnings.warn(f"THUNDER_EXECUTORS: there is no folder {folder}", ThunderWarning, stacklevel=2)
     for path in sorted(Path(folder).glob("*.so")):
         try:
             found.append(load_executor(path))

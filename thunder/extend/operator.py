@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from thunder import _verify
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from thunder import _C, _verify
 
 
 class Context:
@@ -30,8 +29,15 @@ class Context:
         self.outputs = outputs
 
 
-class Operator:
-    """A function that is one operation: made by ``thunder.extend.op`` and ``OperatorExecutor.register_operator``."""
+class Operator(_C.OperatorCall):
+    """A function that is one operation: made by ``thunder.extend.op`` and ``OperatorExecutor.register_operator``.
+
+    A call runs the function; under autograd, a capture, a mode or a transform it goes through torch's dispatcher.
+
+    Attributes:
+        function: what was decorated.
+        name, namespace: in ``torch.library``.
+    """
 
     def __init__(
         self,
@@ -46,10 +52,10 @@ class Operator:
         saves: int = 0,
         example: Any = None,
     ) -> None:
-        self.name = name or getattr(fn, "__name__", "")
-        if not self.name.isidentifier():
-            raise ValueError(f"the name of an operator is an identifier, not {self.name!r}: pass name=")
-        self.function = fn
+        name = name or getattr(fn, "__name__", "")
+        if not name.isidentifier():
+            raise ValueError(f"the name of an operator is an identifier, not {name!r}: pass name=")
+        self.name = _free_name(namespace, name)
         self.namespace = namespace
         self.saves = saves
         self._proven = not check  # a real run has agreed with the shape rule
@@ -62,28 +68,24 @@ class Operator:
             self._library = torch.library.custom_op(
                 f"{namespace}::{self.name}", self._typed(fn), mutates_args=self._mutates, tags=tuple(tags) or None
             )
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             raise TypeError(f"{self.name}: no operator can be made of this signature: {error}") from None
-        self._overload = self._library._opoverload
+        self._runs(fn, self._library._opoverload)
         self.key = f"torch.ops.{namespace}.{self.name}.default"
         functools.update_wrapper(self, fn, updated=())
 
     def __repr__(self) -> str:
         return f"<operator {self.namespace}::{self.name}>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the function; under autograd, a capture or a mode, by way of torch's dispatcher."""
-        grad = torch.is_grad_enabled()
-        for a in args:
-            kind = type(a)
-            if kind in _PLAIN:
-                if grad and a.requires_grad:
-                    return self._overload(*args, **kwargs)
-            elif isinstance(a, Tensor) or kind is list or kind is tuple:
-                return self._overload(*args, **kwargs)
-        if kwargs or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
-            return self._overload(*args, **kwargs)
-        return self.function(*args)
+    def _transformed(self, *args: Any, **kwargs: Any) -> Any:
+        """A call inside transforms of ``torch.func``: ext/operator.c.
+
+        Torch runs an operator once for each element of a batch, and refuses to differentiate one that has a derivative.
+        In forward mode it would take the results for constants: there the function's own operations are transformed.
+        """
+        kinds = {layer.key() for layer in torch._C._functorch.get_interpreter_stack() or ()}
+        run = self.function if torch._C._functorch.TransformType.Jvp in kinds else self._overload
+        return run(*args, **kwargs)
 
     @property
     def has_backward(self) -> bool:
@@ -111,7 +113,8 @@ class Operator:
         """Decorator: the derivative, ``rule(ctx, *grads)``.
 
         ``grads`` are the gradients of the results (None where there is none), ``ctx`` is a ``Context``. Returns the
-        gradients of the tensor arguments in order, None for one without; a single one need not be in a tuple.
+        gradients of the tensor arguments in order, None for one without; a single one need not be in a tuple. That of
+        a list of tensors is a list.
         It is compared with numerical differences on the example, in float64, unless ``check`` is false.
 
         Raises:
@@ -152,7 +155,7 @@ class Operator:
         """The function, checked: a program was compiled for what its shape rule says."""
         if self._meta is None:
             return self.function(*args, **kwargs)
-        before = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+        before = _copied(args)
         result = self.function(*args, **kwargs)
         _compare_meta(self, _flat(result), before, kwargs)
         _compare_writes(self, _flat(result), before, args)
@@ -185,16 +188,20 @@ class _Backward:
         inputs, outputs = ctx.thunder_inputs(), ctx.thunder_outputs()
         answer = self.rule(Context(inputs, outputs), *grads)
         given = list(answer) if isinstance(answer, (tuple, list)) else [answer]
-        places = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
+        places = [i for i, a in enumerate(inputs) if isinstance(a, Tensor) or (a and _is_tensor_list(a))]
         if len(given) != len(places):
             raise ValueError(
                 f"the backward of {self.operator!r} gave {len(given)} gradients for {len(places)} tensor arguments: "
                 "return one for each, None where there is none"
             )
-        result: list[Any] = [None] * ctx.thunder_positional
+        result: list[Any] = [[None] * len(a) if _is_tensor_list(a) else None for a in inputs]
         for place, gradient in zip(places, given, strict=True):
-            result[place] = gradient
-        return tuple(result)
+            if gradient is not None:
+                result[place] = gradient
+        # For a schema with lists torch wants what the dispatcher passed on, without defaults at the end;
+        # its spec has an argument of its own besides.
+        spec = getattr(getattr(ctx, "_pt_metadata", None), "input_spec", None)
+        return tuple(result[: ctx.thunder_positional if spec is None else spec.num_children - 1])
 
 
 def _keep(saves: int, ctx: Any, inputs: tuple, output: Any, keyword_only_inputs: Any = None) -> None:
@@ -203,16 +210,16 @@ def _keep(saves: int, ctx: Any, inputs: tuple, output: Any, keyword_only_inputs:
     outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
     if saves:
         ctx.mark_non_differentiable(*outputs[-saves:])
-    tensors = [a for a in (*inputs, *outputs) if isinstance(a, Tensor)]
-    ctx.save_for_backward(*tensors)
-    plan = [None if isinstance(a, Tensor) else (a,) for a in (*inputs, *outputs)]
+    leaves, spec = pytree.tree_flatten((inputs, outputs))
+    ctx.save_for_backward(*(a for a in leaves if isinstance(a, Tensor)))
+    plan = [None if isinstance(a, Tensor) else (a,) for a in leaves]
 
-    def items() -> list[Any]:
+    def items() -> Any:
         saved = iter(ctx.saved_tensors)
-        return [next(saved) if entry is None else entry[0] for entry in plan]
+        return pytree.tree_unflatten([next(saved) if entry is None else entry[0] for entry in plan], spec)
 
-    ctx.thunder_inputs = lambda: tuple(items()[: len(inputs)])
-    ctx.thunder_outputs = lambda: tuple(items()[len(inputs) :])
+    ctx.thunder_inputs = lambda: items()[0]
+    ctx.thunder_outputs = lambda: items()[1]
 
 
 def op(fn: Callable | None = None, *, name: str | None = None, mutates: Sequence[str] = (), example: Any = None) -> Any:
@@ -234,19 +241,21 @@ def op(fn: Callable | None = None, *, name: str | None = None, mutates: Sequence
             return my_kernel_backward(grad, x, scale)
 
     The compiler sees one operation; what happens inside is the function's own matter: a CUDA or Triton kernel, numpy,
-    a library. Without ``meta`` it cannot be captured; without ``backward`` it has no gradient.
+    a library. Without ``meta`` it is run to know the shape of its results, and a program is made for each; without
+    ``backward`` it has no gradient.
 
     Args:
         fn: its parameters and result need type hints that ``torch.library.infer_schema`` knows: ``Tensor``,
             ``Tensor | None``, ``list[Tensor]``, ``int``, ``float``, ``bool``, ``str``, ``torch.dtype``, ....
-        name: in place of the function's own.
+        name: in place of the function's own. In ``torch.library`` it gets a number where it is taken, so that two
+            functions of one name, or one that was defined anew, are two operators.
         mutates: names of the parameters that it writes to.
         example: a tuple of arguments, a list of such tuples, or a function that gives one of them. ``meta`` and
             ``backward`` run the function on it and raise ValueError where they disagree with it.
 
     Raises:
         TypeError: the signature has no schema.
-        ValueError: the name is taken.
+        ValueError: the function has no name that is an identifier.
     """
     if fn is None:
         return functools.partial(op, name=name, mutates=mutates, example=example)
@@ -260,19 +269,26 @@ def _flat(result: Any) -> list[Any]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
+def _is_tensor_list(a: Any) -> bool:
+    return isinstance(a, (list, tuple)) and all(isinstance(t, Tensor) for t in a)
+
+
+def _copied(args: Sequence[Any]) -> list[Any]:
+    return pytree.tree_map_only(Tensor, lambda a: a.detach().clone(), list(args))
+
+
 def _check_meta(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
     if operator._meta is None:
         raise ValueError(f"{operator!r} has no shape rule: write @{operator.name}.meta")
-    copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
     with torch.no_grad():
-        real = _flat(operator.function(*copies, **kwargs))
+        real = _flat(operator.function(*_copied(args), **kwargs))
     _compare_meta(operator, real, args, kwargs)
 
 
 def _compare_meta(operator: Operator, real: list[Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """``real`` is what the function gave for these arguments."""
     with torch.no_grad(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fakes = pytree.tree_map_only(Tensor, mode.from_tensor, list(args))
         told = _flat(operator._meta(*fakes, **kwargs))
     if len(real) != len(told):
         raise ValueError(f"{operator!r} gives {len(real)} results, its shape rule {len(told)}")
@@ -287,7 +303,7 @@ def _compare_meta(operator: Operator, real: list[Any], args: Sequence[Any], kwar
 
 
 def _check_writes(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
-    copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+    copies = _copied(args)
     with torch.no_grad():
         results = _flat(operator.function(*copies, **kwargs))
     _compare_writes(operator, results, args, copies)
@@ -295,24 +311,31 @@ def _check_writes(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> No
 
 def _compare_writes(operator: Operator, results: list[Any], args: Sequence[Any], copies: Sequence[Any]) -> None:
     """``copies`` are the arguments after the call, ``args`` as they were before it."""
-    names = list(operator._signature.parameters)
-    for i, (before, after) in enumerate(zip(args, copies, strict=True)):
-        if not isinstance(before, Tensor) or names[i] in operator._mutates:
+    for name, befores, afters in zip(operator._signature.parameters, args, copies, strict=False):
+        if name in operator._mutates:
             continue
-        if not _verify._same_bits(before, after):
-            raise ValueError(f"{operator!r} writes to {names[i]!r}: say mutates=[{names[i]!r}]")
-        for r in results:
-            if isinstance(r, Tensor) and r.numel() and r.untyped_storage()._cdata == after.untyped_storage()._cdata:
-                raise ValueError(f"{operator!r} returns {names[i]!r} or a view of it: return a new tensor")
+        for before, after in zip(pytree.tree_leaves(befores), pytree.tree_leaves(afters), strict=True):
+            if not isinstance(before, Tensor):
+                continue
+            if not _verify._same_bits(before, after):
+                raise ValueError(f"{operator!r} writes to {name!r}: say mutates=[{name!r}]")
+            for r in pytree.tree_leaves(results):
+                if isinstance(r, Tensor) and r.numel() and torch._C._is_alias_of(r, after):
+                    raise ValueError(f"{operator!r} returns {name!r} or a view of it: return a new tensor")
 
 
 def _check_gradient(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> None:
+    leaves, spec = pytree.tree_flatten(list(args))
     double = [
-        a.detach().double().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        a.detach().double().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in leaves
     ]
+
+    def call(*given: Any) -> Any:
+        return operator._overload(*pytree.tree_unflatten(list(given), spec), **kwargs)
+
     wrong = ""
     try:
-        torch.autograd.gradcheck(lambda *a: operator._overload(*a, **kwargs), double, raise_exception=True)
+        torch.autograd.gradcheck(call, double, raise_exception=True)
     except Exception as error:
         wrong = str(error)
     if wrong:
@@ -322,20 +345,50 @@ def _check_gradient(operator: Operator, args: tuple, kwargs: dict[str, Any]) -> 
 # ---- signatures and names ----
 
 
+def _free_name(namespace: str, name: str) -> str:
+    """``name``, with a number where ``torch.library`` has one of that name: what was compiled for that goes on."""
+    known, found, n = vars(getattr(torch.ops, namespace)), name, 0
+    while found in known or torch._C._jit_get_schemas_for_operator(f"{namespace}::{found}"):
+        n += 1
+        found = f"{name}_{n}"
+    return found
+
+
 def _signature(fn: Callable, like: Callable | None) -> inspect.Signature:
-    signature = inspect.signature(fn, eval_str=True)
-    missing = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
-    if not missing and signature.return_annotation is not signature.empty:
-        return signature
+    """That of ``fn``, or where it has none that of ``like``; hints that it lacks are those of ``like``.
+
+    Raises:
+        TypeError: neither has one.
+    """
+    try:
+        model = _signature_of(like)
+    except NameError:  # its hints are names that are not there
+        model = None
+    signature = _signature_of(fn) or model
+    if signature is None:
+        raise TypeError(f"{fn!r} has no signature: wrap it in a function with type hints")
+    hints = {} if model is None else {p.name: p.annotation for p in model.parameters.values()}
     parameters = [
-        p.replace(annotation=_guess(p)) if p.annotation is p.empty else p for p in signature.parameters.values()
+        p.replace(annotation=_guess(p, hints.get(p.name, p.empty))) if p.annotation is p.empty else p
+        for p in signature.parameters.values()
     ]
-    returns = Tensor if signature.return_annotation is signature.empty else signature.return_annotation
-    return signature.replace(parameters=parameters, return_annotation=returns)
+    returns = [signature.return_annotation, Tensor if model is None else model.return_annotation, Tensor]
+    return signature.replace(
+        parameters=parameters, return_annotation=next(r for r in returns if r is not inspect.Signature.empty)
+    )
 
 
-def _guess(p: inspect.Parameter) -> Any:
-    """The type of a parameter without a hint: that of its default, or a tensor."""
+def _signature_of(fn: Callable | None) -> inspect.Signature | None:
+    try:
+        return None if fn is None else inspect.signature(fn, eval_str=True)
+    except ValueError:  # a builtin
+        return None
+
+
+def _guess(p: inspect.Parameter, hint: Any) -> Any:
+    """The type of a parameter without a hint: that of its namesake, of its default, or a tensor."""
+    if hint is not p.empty:
+        return hint
     if p.default is p.empty:
         return Tensor
     if p.default is None:
@@ -349,6 +402,8 @@ def dotted_name(function: Any) -> str:
     Raises:
         ValueError: it has none.
     """
+    if isinstance(function, torch.library.CustomOpDef):
+        function = function._opoverload
     if isinstance(function, torch._ops.OpOverload):
         space, _, rest = function.name().partition("::")
         base, _, overload = rest.partition(".")

@@ -17,7 +17,7 @@ _always: list[Executor] = [pytorch_executor, python_executor]
 
 
 def register_executor(executor: Executor) -> Executor:
-    """Let users name an executor. One of the same name is replaced.
+    """Let users name an executor. One of the same name is replaced, in the lists of default and always executors too.
 
     Raises:
         TypeError: it is no executor.
@@ -27,7 +27,10 @@ def register_executor(executor: Executor) -> Executor:
         raise TypeError(f"an executor derives from thunder.extend.Executor, {type(executor).__name__} does not")
     if executor.name in ("torch", "python") and _registry[executor.name] is not executor:
         raise ValueError(f"the executor {executor.name!r} is built in and cannot be replaced")
+    former = _registry.get(executor.name)
     _registry[executor.name] = executor
+    for group in (_default, _always):
+        group[:] = _distinct(executor if e is former else e for e in group)
     return executor
 
 
@@ -35,11 +38,14 @@ def deregister_executor(executor: Executor | str) -> None:
     """Forget an executor, in the lists of default and always executors too.
 
     Raises:
-        LookupError: there is none of that name.
+        LookupError: it is not registered, or there is none of that name.
+        ValueError: ``torch`` and ``python`` stay.
     """
     found = _find(executor)
     if found in (pytorch_executor, python_executor):
         raise ValueError(f"the executor {found.name!r} is built in and cannot be removed")
+    if _registry.get(found.name) is not found:
+        raise LookupError(f"{found!r} is not registered")
     del _registry[found.name]
     for group in (_default, _always):
         if found in group:
@@ -104,7 +110,10 @@ def get_executor(name: str) -> Executor:
 
     Raises:
         LookupError: no such executor; the message lists the known ones.
+        TypeError: it is no name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an executor is a str, not {type(name).__name__}")
     found = _registry.get(name)
     if found is None:
         near = difflib.get_close_matches(name, _registry, 1)

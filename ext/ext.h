@@ -96,7 +96,7 @@ typedef struct thx {
     unsigned long active_thread;
     bool compiling; /* some thread captures: others run the original meanwhile */
     PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch,
-        *forbid_data_ptr, *functorch_level;
+        *forbid_data_ptr, *increment_version, *functorch_level;
     PyObject *casts;               /* dict: kind of operation and of its arguments -> what autocast casts: autocast.c */
     PyObject *to_copy, *tensor_to; /* torch's overload of casts; Tensor.to */
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */

@@ -115,6 +115,7 @@ static int load_functions(thx *x) {
         {&x->no_dispatch, (PyObject *)x->Tensor, "__torch_dispatch__"},
         {&x->fake_dispatch, (PyObject *)x->FakeTensor, "__torch_dispatch__"},
         {&x->functorch_level, x->torch_c, "_functorch.maybe_current_level"},
+        {&x->increment_version, x->torch_c, "_increment_version"},
         {&x->forbid_data_ptr, x->torch_c, "_set_throw_on_mutable_data_ptr"},
         {&x->get_script_optimize, x->torch_c, "_get_graph_executor_optimize"},
         {&x->set_script_optimize, x->torch_c, "_set_graph_executor_optimize"},

@@ -1,18 +1,20 @@
 /* thunder._C.OperatorCall: what a call of a user's operator costs where nobody has to hear of it.
  *
- *     operator(x, 0.5)    the Python function itself, where no mode and no gradient takes part
+ *     operator(x, 0.5)    the Python function itself, where no mode, autocast or gradient takes part
  *                         torch's dispatcher, by way of the overload, where one does
  *                         what Python says, `_transformed`, inside torch.func
  *
  * thunder.extend.Operator derives from it. A tensor of another class than torch.Tensor and nn.Parameter, one without
  * data and one in a nested structure go through the dispatcher as well.
  */
+#include "ambient.h"
 #include "capture.h"
 
 typedef struct operator_call {
     PyObject_HEAD vectorcallfunc vectorcall;
     thx *x;
     PyObject *function, *overload; /* owned */
+    PyObject *written;             /* owned: tuple of (place, name) of the arguments that it writes to */
 } operator_call;
 
 static bool has_modes(thx *x) {
@@ -59,6 +61,29 @@ static bool is_plain(thx *x, PyObject *o, bool grad, bool inside) {
     return true;
 }
 
+static PyObject *argument_at(PyObject *const *args, Py_ssize_t n, PyObject *kwnames, PyObject *place) { /* borrowed */
+    Py_ssize_t at = PyLong_AsSsize_t(PyTuple_GET_ITEM(place, 0));
+    if (at < n) return args[at];
+    for (Py_ssize_t i = 0; kwnames && i < PyTuple_GET_SIZE(kwnames); i++)
+        if (PyUnicode_Compare(PyTuple_GET_ITEM(kwnames, i), PyTuple_GET_ITEM(place, 1)) == 0) return args[n + i];
+    return NULL;
+}
+
+/* Autograd knows of no write that a kernel does: tell it, as the dispatcher would. */
+static int tell_writes(const operator_call *c, PyObject *const *args, Py_ssize_t n, PyObject *kwnames) {
+    int rc = 0;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(c->written) && rc == 0; i++) {
+        PyObject *value = argument_at(args, n, kwnames, PyTuple_GET_ITEM(c->written, i));
+        if (!value || value == Py_None) continue;
+        PyObject *tensors = thx_is_tensor(c->x, value) ? PyTuple_Pack(1, value) : Py_NewRef(value);
+        PyObject *done = tensors ? PyObject_CallOneArg(c->x->increment_version, tensors) : NULL;
+        Py_XDECREF(tensors);
+        Py_XDECREF(done);
+        rc = done ? 0 : -1;
+    }
+    return rc;
+}
+
 static PyObject *operator_call_call(PyObject *self, PyObject *const *args, size_t nargsf, PyObject *kwnames) {
     operator_call *c = (operator_call *)self;
     thx *x = c->x;
@@ -72,9 +97,12 @@ static PyObject *operator_call_call(PyObject *self, PyObject *const *args, size_
     }
     int grad = thx_grad_mode(x);
     if (grad < 0) return NULL;
-    bool plain = !has_modes(x);
+    bool plain = !has_modes(x) && !thx_autocast_is_on(x); /* torch.library.register_autocast */
     for (Py_ssize_t i = 0; plain && i < n; i++) plain = is_plain(x, args[i], grad, false);
-    return PyObject_Vectorcall(plain ? c->function : c->overload, args, nargsf, kwnames);
+    PyObject *result = PyObject_Vectorcall(plain ? c->function : c->overload, args, nargsf, kwnames);
+    if (plain && result && c->written && tell_writes(c, args, PyVectorcall_NARGS(nargsf), kwnames) < 0)
+        Py_CLEAR(result);
+    return result;
 }
 
 static PyObject *operator_call_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
@@ -87,10 +115,12 @@ static PyObject *operator_call_new(PyTypeObject *type, PyObject *args, PyObject 
 static PyObject *operator_call_runs(PyObject *self, PyTypeObject *cls, PyObject *const *args, Py_ssize_t n,
                                     PyObject *kwnames) {
     operator_call *c = (operator_call *)self;
-    if (n != 2 || kwnames) return PyErr_Format(PyExc_TypeError, "_runs(function, overload)");
+    if (n != 3 || kwnames || !PyTuple_Check(args[2]))
+        return PyErr_Format(PyExc_TypeError, "_runs(function, overload, written)");
     c->x = PyType_GetModuleState(cls);
     Py_XSETREF(c->function, Py_NewRef(args[0]));
     Py_XSETREF(c->overload, Py_NewRef(args[1]));
+    Py_XSETREF(c->written, Py_NewRef(args[2]));
     Py_RETURN_NONE;
 }
 
@@ -98,6 +128,7 @@ static int operator_call_traverse(operator_call *c, visitproc visit, void *arg) 
     Py_VISIT(Py_TYPE(c));
     Py_VISIT(c->function);
     Py_VISIT(c->overload);
+    Py_VISIT(c->written);
     return 0;
 }
 
@@ -105,6 +136,7 @@ static int operator_call_clear(operator_call *c) {
     c->x = NULL; /* nothing is called any more */
     Py_CLEAR(c->function);
     Py_CLEAR(c->overload);
+    Py_CLEAR(c->written);
     return 0;
 }
 
@@ -118,7 +150,8 @@ static void operator_call_dealloc(operator_call *c) {
 
 static PyMethodDef operator_call_methods[] = {
     {"_runs", (PyCFunction)(void (*)(void))operator_call_runs, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
-     "_runs(function, overload)\n\nWhat a call runs: `function`, or what torch's dispatcher has."},
+     "_runs(function, overload, written)\n\nWhat a call runs: `function`, or what torch's dispatcher has; "
+     "(place, name) of the arguments that it writes to."},
     {NULL, NULL, 0, NULL},
 };
 static PyMemberDef operator_call_members[] = {

@@ -1301,3 +1301,21 @@ def test_inputs_whose_elements_share_memory_are_compared_too():
     for _ in range(2):
         torch.testing.assert_close(compiled(x), F.gelu(x))
     assert units(compiled)[0].state == "trusted"
+
+
+def test_a_call_of_an_operator_tells_autograd_what_it_writes():
+    """A kernel writes past torch: the version of its argument is what a backward would look at."""
+
+    @thunder.extend.op(name="doubled_in_place", mutates=["x", "more"])
+    def doubled_(by: float, x: torch.Tensor, more: list[torch.Tensor]) -> None:
+        for t in (x, *more):
+            t.data.mul_(by)
+
+    w, a, b = torch.ones(2, requires_grad=True), torch.ones(2), torch.ones(2)
+    for call in (lambda: doubled_(2.0, a, [b]), lambda: doubled_(2.0, more=[b], x=a)):
+        out = (w * a).sum() + (w * b).sum()
+        before = a._version, b._version
+        call()
+        assert (a._version, b._version) == tuple(v + 1 for v in before)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()

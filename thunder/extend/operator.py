@@ -70,7 +70,8 @@ class Operator(_C.OperatorCall):
             )
         except (ValueError, NotImplementedError) as error:
             raise TypeError(f"{self.name}: no operator can be made of this signature: {error}") from None
-        self._runs(fn, self._library._opoverload)
+        written = tuple((list(self._signature.parameters).index(name), name) for name in self._mutates)
+        self._runs(fn, self._library._opoverload, written)
         self.key = f"torch.ops.{namespace}.{self.name}.default"
         functools.update_wrapper(self, fn, updated=())
 

@@ -158,15 +158,40 @@ static void find_source(void *user, th_val *value) {
     if (!s->found && s->t->values[*value].alias == s->alias) s->found = *value;
 }
 
-/* One of several views that an operation gave (chunk, split, unbind), or a view of one. */
-static bool is_one_of_several(const thx_recorder *r, th_val value) {
+static bool gives_several(const thx_recorder *r, const th_op *op) {
+    (void)r;
+    return op->outs_list && !op->nwrites;
+}
+
+static bool gives_detached(const thx_recorder *r, const th_op *op) {
+    return op->callee && !op->nwrites && cuts_gradients(r, op->callee, NULL);
+}
+
+/* Is it a view that such an operation gave, or a view of one? */
+static bool is_view_by(const thx_recorder *r, th_val value, bool (*such)(const thx_recorder *, const th_op *)) {
     th_trace *t = r->t;
     for (int steps = 0; steps < 64 && value && t->values[value].alias && t->values[value].def; steps++) {
         th_opref o = t->values[value].def;
-        if (t->ops[o].outs_list && !t->ops[o].nwrites) return true;
+        if (such(r, &t->ops[o])) return true;
         source s = {t, t->values[value].alias, 0};
         th_op_each_use(t, o, find_source, &s);
         value = s.found;
+    }
+    return false;
+}
+
+/* One of several views that an operation gave (chunk, split, unbind), or a view of one. */
+static bool is_one_of_several(const thx_recorder *r, th_val value) { return is_view_by(r, value, gives_several); }
+
+/* Does a view of what is written lose its place in autograd's graph? torch raises when it is used again: it follows
+ * writes to its base only for a view that is an operation's one result, made while gradients were on. */
+static bool strands_a_view(const thx_recorder *r, th_val written) {
+    const th_trace *t = r->t;
+    uint32_t alias = t->values[written].alias;
+    for (th_val v = 1; alias && v < t->nvalues; v++) {
+        th_opref o = t->values[v].alias == alias ? t->values[v].def : 0;
+        if (!o || t->ops[o].nwrites || gives_detached(r, &t->ops[o])) continue;
+        if (t->ops[o].marks & TH_MARK_NO_GRAD || is_one_of_several(r, v)) return true;
     }
     return false;
 }
@@ -242,10 +267,15 @@ int thx_check_write(thx_recorder *r, th_val value, thx_grad_note *note) {
         note->marks |= TH_MARK_NO_GRAD;
         r->hidden_write = true;
     }
+    if (note->grad &&
+        is_view_by(r, value, gives_detached)) /* its memory then holds what its base has no gradient for */
+        return thx_grad_needed(r, "what requires grad is written to a tensor through .data or detach()"), -1;
     if (overlaps_itself(th_type_get(r->x->ctx, t->values[value].type)))
         why = "a tensor that overlaps itself is written to";
     else if (differentiable && is_one_of_several(r, value))
         why = "one of several views is written to";
+    else if (note->grad && strands_a_view(r, value))
+        why = "a tensor is written to of which views were made together, or while gradients were off";
     else if (reads_what_it_writes(r, value))
         why = "a tensor is written to that overlaps with what is read";
     for (uint32_t i = 0; i < r->nroots && !why; i++) {

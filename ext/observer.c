@@ -398,6 +398,31 @@ static int emit_slow(thx_recording *c, PyObject **result, const long *versions) 
     return *result ? 0 : -1;
 }
 
+/* Did an operation draw or write before it raised? Keeps the pending exception. */
+static bool has_acted(const thx_recording *c, const long *versions) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    bool acted = c->r->saw_random || c->random;
+    for (uint32_t i = 0; i < c->r->ninputs && !acted; i++) acted = version_of(c->r->x, c->r->inputs[i]) != versions[i];
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return acted;
+}
+
+/* An operation raised under torch's fake kernels: is it to be called in another way? The code may catch the error, and
+ * what the operation did before shows in eager alone. */
+static PyObject *slow_otherwise(thx_recording *c, const long *versions) {
+    bool acted = has_acted(c, versions);
+    thx_sizes_spoil(c->r, "an operation was recorded in parts");
+    PyObject *result = thx_call_otherwise(c), *type, *value, *trace;
+    if (result || !acted) return result;
+    PyErr_Fetch(&type, &value, &trace);
+    thx_doubt(c->r, "an operation raises that has drawn random numbers or written");
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return NULL;
+}
+
 static PyObject *slow(thx_recording *c) {
     thx_recorder *r = c->r;
     bool copies = r->real_inputs || r->x->saw_extent;
@@ -423,7 +448,7 @@ static PyObject *slow(thx_recording *c) {
     PyObject *result = thx_call_under_fake_mode(r, c->func, args, kwargs);
     r->nslow++;
     if (!result)
-        thx_sizes_spoil(r, "an operation was recorded in parts"), result = thx_call_otherwise(c);
+        result = slow_otherwise(c, versions);
     else if (note_statistics(c), emit_slow(c, &result, versions) < 0)
         Py_CLEAR(result);
     if (versions != fixed) PyMem_Free(versions);

@@ -639,3 +639,127 @@ def infinite_numbers_in_both_branches():
         x = X(grad=True)
         out = yield (f, x, c) if i == 0 else (x, c)
         yield Seen(error=backward(out), x=x)
+
+
+@program("views")
+def one_of_several_views_after_a_write_to_their_base():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(x):
+        base = x * w
+        part = base.chunk(1)[0]
+        base[0] += 1
+        return part, base
+
+    out = yield f, X()
+    yield Seen(needs=out[0].shape, base=out[1])
+    yield X(1.0)
+
+
+@program("views")
+def view_made_without_gradients_after_a_write_to_its_base():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(x):
+        base = x * w
+        with torch.no_grad():
+            part = base[1:]
+        base.add_(1)
+        try:
+            return part * 2
+        except RuntimeError:
+            return base
+
+    yield f, X()
+    yield (X(1.0),)
+
+
+@program("writes")
+def write_through_data_leaves_the_version():
+    def f(x):
+        x.data.add_(1)
+        return x[:2]
+
+    x, w = X(), nn.Parameter(torch.ones(4))
+    for i in range(3):
+        loss = (x * w).sum()  # keeps x as it is
+        with torch.no_grad():
+            out = yield (f, x) if i == 0 else (x,)
+        yield Seen(error=backward(loss), x=x, w=w, version=x._version, out=out)
+    x = X(grad=True)
+    with torch.no_grad():
+        out = yield x
+    yield Seen(error=backward((out, x)), x=x, version=x._version)
+
+
+@program("writes")
+def write_through_data_of_a_buffer_while_training():
+    class Smoothed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            self.mean.data.mul_(0.9).add_(x.detach(), alpha=0.1)
+            return x * self.weight - self.mean
+
+    model = Smoothed()
+    out = yield model, X()
+    for i in range(3):
+        yield Seen(error=backward(out), model=model, version=model.mean._version)
+        out = yield (X(i),)
+
+
+@program("writes")
+def part_of_a_strided_leaf_written_without_gradients():
+    x = torch.zeros(8)[::2].requires_grad_()
+
+    def f(x):
+        x.copy_(x + 1)
+        x[:2].neg_()
+        return x
+
+    for i in range(3):
+        with torch.inference_mode() if i == 1 else torch.no_grad():
+            yield (f, x) if i == 0 else (x,)
+        yield Seen(x=x)
+
+
+@program("random")
+def numbers_drawn_by_an_operation_that_raises():
+    def f(x):
+        try:
+            return nn.functional.dropout(x, 0.5, True)
+        except RuntimeError:
+            return torch.zeros(4)
+
+    yield f, X()
+    yield (torch.arange(4),)  # draws, then cannot divide
+    yield (X(),)
+
+
+def add_severed(name: str, compute) -> None:
+    def calls():
+        w = nn.Parameter(torch.full((4,), 2.0))
+
+        def f(x):
+            return compute(x, w)
+
+        for i in range(3):
+            x = X(float(i))
+            out = yield (f, x) if i == 0 else (x,)
+            yield Seen(error=backward(out), w=w, x=x)
+
+    calls.__name__ = f"memory_that_takes_what_requires_grad_{name}"
+    program("gradients")(calls)
+
+
+for _name, _compute in {
+    "through_detach": lambda x, w: (t := x.sin(), t.detach().mul_(w), t * 3)[2],
+    "through_data": lambda x, w: (t := x.sin(), t.data.mul_(w), t * 3)[2],
+    "through_detach_of_an_input": lambda x, w: (d := x.detach(), d.mul_(w), d[:2].neg_(), x + 1)[3],
+    "through_a_view_of_what_was_detached": lambda x, w: (t := x.sin(), t.detach()[1:].mul_(w[1:]), t * 3)[2],
+    "and_is_used_by_both_names": lambda x, w: (t := x.sin(), d := t.detach(), d.mul_(w), t * 3 + d)[3],
+}.items():
+    add_severed(_name, _compute)

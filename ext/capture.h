@@ -119,6 +119,7 @@ int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
+int thx_refuse_lazy(thx_recorder *r); /* a tensor that shows other values than it holds: CaptureError; -1 */
 void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
 int thx_recorder_init(thx *x, PyObject *module);
 

@@ -61,11 +61,10 @@ static int look_at_hooks(thx_recorder *r, thx_grad_note *note) {
     return -1;
 }
 
-/* The real tensor that a fake stands for, when it is an input of the capture as it came; borrowed. */
+/* The real tensor that a tensor stands for, when it is an input of the capture as it came; borrowed. */
 static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
-    if (!thx_is_fake(r->x, tensor)) return tensor;
-    thx_cell *cell = thx_recorder_cell(r, tensor);
-    PyErr_Clear();
+    thx_cell *cell = thx_recorder_known(r, tensor);
+    if (!cell && !thx_is_fake(r->x, tensor)) return tensor;
     for (uint32_t i = 0; cell && i < r->nroots; i++)
         if (r->roots[i].value == cell->value) return r->roots[i].real;
     return NULL;
@@ -334,10 +333,9 @@ int thx_gradstate_init(thx *x, PyObject *module) {
 }
 
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor) {
-    if (thx_is_fake(r->x, tensor)) {
-        thx_cell *cell = thx_recorder_cell(r, tensor);
-        return cell ? flagged(r, cell->value) : -1;
-    }
+    thx_cell *cell = thx_recorder_known(r, tensor); /* of a real tensor too: it may have been written to */
+    if (!cell && thx_is_fake(r->x, tensor)) cell = thx_recorder_cell(r, tensor);
+    if (cell || thx_is_fake(r->x, tensor)) return cell ? flagged(r, cell->value) : -1;
     PyObject *flag = r->x->requires_grad_get(tensor, r->x->requires_grad_closure);
     Py_XDECREF(flag);
     return flag ? flag == Py_True : -1;

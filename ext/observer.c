@@ -124,6 +124,12 @@ static th_node out_tensor(thx_recorder *r, PyObject *out, const thx_grad_note *n
                           "call it outside the compiled function");
         return 0;
     }
+    PyObject *negated = PyObject_CallOneArg(x->is_neg, out); /* a singleton */
+    Py_XDECREF(negated);
+    if (negated != Py_False) {
+        if (negated) thx_refuse_lazy(r);
+        return 0;
+    }
     if (!thx_fake_adopt(x, out)) return 0;
     thx_meta meta;
     if (thx_read_meta(x, out, true, &meta) < 0) return 0;
@@ -606,6 +612,19 @@ static int note_asked(thx_recorder *r, PyObject *args) {
     return thx_recorder_cell(r, first) ? 0 : -1;
 }
 
+/* A question about a tensor of the surroundings: its fake answers, to which the program may have done something. */
+static PyObject *ask(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
+    PyObject *first = PyTuple_Check(args) && PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
+    thx_cell *cell = first && thx_is_tensor(r->x, first) ? thx_recorder_known(r, first) : NULL;
+    if (!cell || cell->key == first || !thx_is_fake(r->x, cell->key)) return PyObject_Call(func, args, kwargs);
+    PyObject *with = PyTuple_New(PyTuple_GET_SIZE(args)), *answer = NULL;
+    for (Py_ssize_t i = 0; with && i < PyTuple_GET_SIZE(args); i++)
+        PyTuple_SET_ITEM(with, i, Py_NewRef(i ? PyTuple_GET_ITEM(args, i) : cell->key));
+    if (with) answer = PyObject_Call(func, with, kwargs);
+    Py_XDECREF(with);
+    return answer;
+}
+
 static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3 || n > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
@@ -616,7 +635,7 @@ static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     if ((f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_GRAD) && note_asked(r, args) < 0) return NULL;
     if (f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_SKIP) {
         r->nqueries++;
-        PyObject *answer = PyObject_Call(func, args, kwargs);
+        PyObject *answer = ask(r, func, args, kwargs);
         return r->sizes && answer ? thx_sizes_answer(r, &f, args, kwargs, answer) : answer;
     }
     PyObject *tuple = PyTuple_Check(args) ? Py_NewRef(args) : PySequence_Tuple(args), *result = NULL;

@@ -76,6 +76,11 @@ static bool plain_class(thx *x, PyTypeObject *type) {
     return plain;
 }
 
+int thx_refuse_lazy(thx_recorder *r) {
+    return thx_capture_error(r, "a lazily conjugated or negated tensor", "its memory holds other values than it shows",
+                             "pass x.resolve_conj().resolve_neg()");
+}
+
 static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
     thx *x = r->x;
     if (!plain_class(x, Py_TYPE(tensor))) {
@@ -101,10 +106,7 @@ static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
         PyObject *lazy = PyObject_CallMethod(tensor, i ? "is_neg" : "is_conj", NULL);
         Py_XDECREF(lazy);
         if (!lazy) return -1;
-        if (lazy == Py_True)
-            return thx_capture_error(r, "a lazily conjugated or negated tensor",
-                                     "its memory holds other values than it shows",
-                                     "pass x.resolve_conj().resolve_neg()");
+        if (lazy == Py_True) return thx_refuse_lazy(r);
     }
     PyObject *quantized = PyObject_GetAttrString(tensor, "is_quantized");
     bool bad = quantized == Py_True;

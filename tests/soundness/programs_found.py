@@ -763,3 +763,75 @@ for _name, _compute in {
     "and_is_used_by_both_names": lambda x, w: (t := x.sin(), d := t.detach(), d.mul_(w), t * 3 + d)[3],
 }.items():
     add_severed(_name, _compute)
+
+
+# ---- tensors of the surroundings that the program has changed ----
+
+
+@program("metadata")
+def shape_of_a_global_tensor_that_is_changed_in_place():
+    world = state(t=torch.zeros(4))
+
+    def f(x):
+        world.t.unsqueeze_(0)
+        return x.expand(3, 4) * world.t.shape[0] + world.t.dim(), len(world.t), world.t.stride()
+
+    for i in range(3):
+        yield (f, X()) if i == 0 else (X(i),)
+        yield Seen(t=world.t)
+
+
+@program("metadata")
+def size_of_a_global_tensor_that_is_resized():
+    world = state(t=torch.zeros(4))
+
+    def f(x):
+        world.t.resize_(2)
+        return x * world.t.shape[0] * world.t.numel()
+
+    yield f, X()
+    yield (X(),)
+    world.t = torch.zeros(4)
+    yield (X(),)
+
+
+@program("grad modes")
+def global_tensor_that_takes_what_requires_grad_is_asked():
+    world = state(t=torch.zeros(4))
+
+    def f(x):
+        world.t.copy_(x)
+        if world.t.requires_grad:
+            return x, world.t.is_leaf, world.t.grad_fn is None
+        return x * 2
+
+    for x in (X(), X(grad=True), X(grad=True)[:]):
+        world.t = torch.zeros(4)
+        out = yield (f, x) if not x.requires_grad else (x,)
+        yield Seen(error=backward(out), x=x, t=world.t)
+
+
+# ---- lazy conjugation and negation ----
+
+
+def add_lazy(name: str, compute) -> None:
+    def calls():
+        for i in range(4):
+            z = torch.complex(X(), X(i)).requires_grad_(i % 2 == 1)
+            out = yield (compute, z) if i == 0 else (z,)
+            yield Seen(error=backward(out.abs()), z=z, conjugated=out.is_conj(), negated=out.is_neg())
+
+    calls.__name__ = f"negated_view_{name}"
+    program("views")(calls)
+
+
+for _name, _compute in {
+    "times_two": lambda z: z.conj().imag * 2,
+    "negated_again": lambda z: z.conj().imag.neg(),
+    "in_a_chain": lambda z: (z * 2).conj().imag.add(1).mul(z.abs()),
+    "of_a_product": lambda z: (z.conj() * 1j).view(2, 2).mH.imag.reshape(4),
+    "itself": lambda z: z.conj().imag,
+    "by_torch": lambda z: torch._neg_view(z.real) + 1,
+    "of_a_conjugated_part": lambda z: z.conj()[1:].imag.sum(),
+}.items():
+    add_lazy(_name, _compute)

@@ -67,6 +67,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_place *places;             /* floats that are no arguments: they come after those */
     uint32_t nplaces;
     PyObject *formula;    /* owned: from all these to the literals; NULL: there are none */
+    PyObject *absent;     /* owned; as in thx_recorder; NULL: none */
     PyObject *expected;   /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
     uint64_t number;      /* its own, from 1 */
     thx_resume **resumes; /* how to go on from other entries */

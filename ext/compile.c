@@ -23,6 +23,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     for (uint32_t i = 0; i < e->nargs; i++) thx_spec_fini(&e->args[i]);
     PyMem_Free(e->args);
     Py_XDECREF(e->kwnames);
+    Py_XDECREF(e->absent);
     Py_XDECREF(e->expected);
     PyMem_Free(e->numbers);
     thx_places_free(e);
@@ -205,6 +206,8 @@ static int collect_outputs(compile *k) {
         Py_SETREF(k->result, all);
     }
     if (thx_result_init(k->r, &e->result, k->result, &inputs, e->guards, &k->outputs) < 0) return -1;
+    if (thx_recorder_check_attributes(k->r, k->outputs.items, k->outputs.count) < 0) return -1;
+    e->absent = Py_XNewRef(k->r->absent);
     e->nresults = k->outputs.count;
     k->values = PyMem_Calloc(e->nresults + e->nwrites + 1, sizeof *k->values);
     if (!k->values) return PyErr_NoMemory(), -1;

@@ -86,12 +86,23 @@ int thx_arguments_match(thx *x, const thx_entry *e, PyObject *const *args, Py_ss
     return same;
 }
 
+static bool still_absent(const thx_entry *e, const thx_leaves *leaves) {
+    for (Py_ssize_t i = 0; e->absent && i < PyList_GET_SIZE(e->absent); i++) {
+        PyObject *note = PyList_GET_ITEM(e->absent, i);
+        long leaf = PyLong_AsLong(PyTuple_GET_ITEM(note, 0));
+        PyObject *tensor = leaf < 0 ? PyTuple_GET_ITEM(note, 1) : leaves->items[leaf];
+        if (thx_has_own_attribute(tensor, PyTuple_GET_ITEM(note, 2))) return false;
+    }
+    return true;
+}
+
 int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,
                       Py_ssize_t npositional, PyObject *kwnames, thx_leaves *leaves) {
     if (e->dead || memcmp(&e->ambient, a, sizeof *a) != 0) return 0;
     int same = thx_arguments_match(c->x, e, args, npositional, kwnames, leaves);
     for (uint32_t i = 0; i < e->nidentical && same == 1; i++)
         same = leaves->items[e->identical[i].leaf] == e->identical[i].tensor;
+    if (same == 1 && !still_absent(e, leaves)) same = 0;
     thx_guards_pin(e->guards, e->running > 1); /* the tensors of a run that goes on stay */
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
     if (holds == 1 && e->main.literals.sizes && !thx_sizes_hold(c->x, e, leaves)) return 0;

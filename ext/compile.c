@@ -566,6 +566,23 @@ static int check_leaves(compile *k, const th_joint *joint) {
     return 0;
 }
 
+/* A result that is a view of an input to which the call copies new contents at its end is differentiated as a view of
+ * the former ones. */
+static int check_returned_views(compile *k, const th_joint *joint) {
+    const th_trace *t = joint->t;
+    const th_node_data *result = &t->nodes[t->result];
+    for (uint32_t i = 0; i < joint->nresults; i++) {
+        const th_node_data *d = &t->nodes[t->kids[result->u.kids + i]];
+        uint32_t alias = d->kind == TH_N_VALUE ? t->values[d->u.ref].alias : 0;
+        for (uint32_t m = 0; alias && m < joint->nmutated; m++) {
+            if (t->values[joint->mutated[m]].alias != alias || joint->mutated[m] == d->u.ref) continue;
+            PyErr_SetString(k->x->GradNeeded, "a view of an input is returned that the function has written to");
+            return -1;
+        }
+    }
+    return 0;
+}
+
 /* Join the program with its derivative and split it in two. */
 static int differentiate(compile *k) {
     thx *x = k->x;
@@ -591,6 +608,7 @@ static int differentiate(compile *k) {
     rc = no_derivative(k, th_grad_join(copy, &options, &joint));
     thx_autocast_on(x, &cast);
     if (rc == 0) rc = check_leaves(k, &joint);
+    if (rc == 0) rc = check_returned_views(k, &joint);
     if (rc == 0 && (joint.ntangents || joint.nmutated)) {
         th_fuel fuel = {.left = -1};
         th_trace *forward = NULL;

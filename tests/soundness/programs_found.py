@@ -835,3 +835,85 @@ for _name, _compute in {
     "of_a_conjugated_part": lambda z: z.conj()[1:].imag.sum(),
 }.items():
     add_lazy(_name, _compute)
+
+
+# ---- gradients that do not come in ----
+
+
+def add_unused(name: str, compute, use) -> None:
+    def calls():
+        for i in range(4):
+            x = torch.zeros(4, requires_grad=True) if i < 3 else X(2.0, grad=True)
+            out = yield (compute, x) if i == 0 else (x,)
+            grad = torch.autograd.grad(use(out), x, create_graph=i == 2)[0]
+            yield Seen(error=backward(grad) if i == 2 and grad.requires_grad else "", grad=grad.detach(), x=x)
+
+    calls.__name__ = f"infinite_derivative_of_what_is_not_used_{name}"
+    program("gradients")(calls)
+
+
+def _parts(x):
+    y = x.sqrt()
+    a, b = (x * 3).split(2)
+    return a * 2, y + 1, b.sin(), torch.cat([y, x])
+
+
+for _name, _compute, _use in (
+    ("of_two", lambda x: (x * 2, x.log()), lambda out: out[0].sum()),
+    ("of_three", lambda x: (x * 2, x.log(), x.sqrt(), x.sin()), lambda out: (out[0] + out[3]).sum()),
+    ("beside_a_part", _parts, lambda out: out[0].sum()),
+    ("beside_two_parts", _parts, lambda out: (out[0] + out[2]).sum()),
+    ("and_a_concatenation", _parts, lambda out: out[0].sum() + out[3][4:].sum() * 0.5),
+    ("of_a_norm", lambda x: (x.norm(), x * 2, x.view(2, 2).mT @ x.view(2, 2)), lambda out: out[1].sum() + out[2].sum()),
+):
+    add_unused(_name, _compute, _use)
+
+
+@program("grad modes")
+def hooks_where_a_gradient_does_not_come_in():
+    said = []
+
+    def f(x):
+        y = x.log()
+        y.register_hook(lambda g: said.append(1))
+        return x * 2, y
+
+    for i in range(3):
+        x = X(2.0, grad=True)
+        out = yield (f, x) if i == 0 else (x,)
+        yield Seen(error=backward(out[i % 2]), x=x, said=said)
+
+
+@program("module state")
+def attribute_that_a_parameter_gets_after_the_capture():
+    w = nn.Parameter(torch.ones(4))
+    yield lambda x: x * w * getattr(w, "factor", 1.0), X()
+    w.factor = 2.0
+    yield (X(),)
+
+
+# ---- views of inputs that take new contents, which have gradients of their own ----
+
+
+def add_returned_view(name: str, compute) -> None:
+    def calls():
+        w = nn.Parameter(torch.tensor([1.0, 2.0, -1.0, 0.5]))
+        x = X()
+        for i in range(4):
+            out = yield (lambda x: compute(x, w), x) if i == 0 else (x,)
+            if i > 1:
+                yield Seen(error=backward(out), w=w, x=x)
+                x = X(float(i), grad=True) * 1
+
+    calls.__name__ = f"returned_view_of_an_input_that_is_written_to_{name}"
+    program("gradients")(calls)
+
+
+for _name, _compute in {
+    "by_itself": lambda x, w: (t := x.expand(1, 4)[0], t.mul_(w), x)[::2],
+    "whole": lambda x, w: (t := x[:], t.mul_(w), x)[::2],
+    "of_another_shape": lambda x, w: (t := x.view(2, 2), x.mul_(w), x * 2)[::2],
+    "in_part": lambda x, w: (t := x[1:3], t.mul_(w[1:3]), x * 1)[::2],
+    "alone": lambda x, w: (t := x[1:3], x.mul_(w), t)[2],
+}.items():
+    add_returned_view(_name, _compute)

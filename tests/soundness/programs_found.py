@@ -912,7 +912,7 @@ def add_returned_view(name: str, compute) -> None:
 for _name, _compute in {
     "by_itself": lambda x, w: (t := x.expand(1, 4)[0], t.mul_(w), x)[::2],
     "whole": lambda x, w: (t := x[:], t.mul_(w), x)[::2],
-    "of_another_shape": lambda x, w: (t := x.view(2, 2), x.mul_(w), x * 2)[::2],
+    "of_another_shape": lambda x, w: (x.view(2, 2), x.mul_(w), x * 2)[::2],
     "in_part": lambda x, w: (t := x[1:3], t.mul_(w[1:3]), x * 1)[::2],
     "alone": lambda x, w: (t := x[1:3], x.mul_(w), t)[2],
 }.items():

@@ -11,6 +11,7 @@
 #include "autograd.h"
 
 #include "ambient.h"
+#include "guards.h"
 #include "lower.h"
 #include "region.h"
 #include "transform.h"
@@ -901,6 +902,23 @@ static bool keeps_graph(thx *x) {
     return keep != Py_False; /* unknown: yes */
 }
 
+/* A backward function of the user's reads what has changed since it was compiled: eager's would see it. */
+static int check_reads(thx *x, const thx_gradient *g) {
+    int holds = g->reads ? thx_guards_check(x, g->reads) : 1;
+    if (holds) return holds < 0 ? -1 : 0;
+    PyObject *cause = thx_guards_cause(x, g->reads);
+    if (!cause || cause == Py_None) {
+        Py_XDECREF(cause);
+        return cause ? 0 : -1;
+    }
+    PyErr_Format(PyExc_RuntimeError,
+                 "thunder: a backward function reads what has changed since the forward call: %S. Pass it to the "
+                 "forward and keep it in ctx",
+                 PyTuple_GET_ITEM(cause, 0));
+    Py_DECREF(cause);
+    return -1;
+}
+
 /* apply(ctx, *gradients), called by the engine. */
 static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     thx *x = PyModule_GetState(module);
@@ -920,7 +938,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
                         "they have already been freed). Saved intermediate values of the graph are freed when you call "
                         ".backward() or autograd.grad(). Specify retain_graph=True if you need to backward through the "
                         "graph a second time or if you need to access saved tensors after calling backward.");
-    else
+    else if (check_reads(x, p->g) == 0)
         s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
     int graph = thx_grad_mode(x), batched = s.shown ? any_batched(x, a + 1, p->g->ntangents) : 0;
     thx_autocast cast;

@@ -30,6 +30,7 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     uint32_t nkept, *kept;       /* results that retain their gradients */
     uint64_t *depends; /* by input that requires grad, then by kept result: bits of the incoming gradients that its own
                           depends on */
+    struct thx_guards *reads; /* what backward functions of the user's read, as it was; the entry's; NULL: nothing */
     struct thx_partial *partials; /* backward programs without gradients that did not come in; owned */
     uint32_t nsaved;
     thx_saved *saved;

@@ -44,6 +44,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t generation; /* of the guards, when `roots` was filled */
     th_trace *captured;
     thx_program main;
+    thx_guards *reads;        /* owned: see thx_gradient; NULL: none */
     thx_gradient *gradient;   /* owned; NULL: nothing to differentiate */
     bool inference;           /* the program's operations run in an inference mode of its own */
     const th_plan *placed;    /* the plan that result_slots and writes belong to */

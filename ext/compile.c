@@ -35,6 +35,8 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     thx_guards_free(x, e->guards);
     th_trace_free(e->captured);
     thx_program_fini(&e->main);
+    if (e->gradient) e->gradient->reads = NULL;
+    thx_guards_free(x, e->reads);
     Py_XDECREF((PyObject *)e->gradient);
     PyMem_Free(e->sharing);
     PyMem_Free(e->roots);
@@ -583,6 +585,28 @@ static int check_returned_views(compile *k, const th_joint *joint) {
     return 0;
 }
 
+/* The backward of a torch.autograd.Function of the user's was run for the derivative: what it reads must be the same
+ * when the gradients are computed. */
+static int watch_backwards(compile *k) {
+    const th_trace *t = k->e->captured;
+    PyObject *roots = PyList_New(0);
+    int rc = roots ? 0 : -1;
+    for (th_opref o = 1; o < t->nops && rc == 0; o++) {
+        PyObject *callee = t->ops[o].callee_opaque ? thx_callable(k->x, t, &t->ops[o]) : NULL;
+        if (!callee || !PyMethod_Check(callee) || PyMethod_GET_FUNCTION(callee) != k->x->function_apply) continue;
+        PyObject *backward = PyObject_GetAttrString(PyMethod_GET_SELF(callee), "backward");
+        rc = backward ? PyList_Append(roots, backward) : -1;
+        Py_XDECREF(backward);
+    }
+    if (rc == 0 && PyList_GET_SIZE(roots)) {
+        k->e->reads = thx_guards_new(k->x, roots);
+        if (!k->e->reads) rc = -1;
+        if (k->e->gradient) k->e->gradient->reads = k->e->reads;
+    }
+    Py_XDECREF(roots);
+    return rc;
+}
+
 /* Join the program with its derivative and split it in two. */
 static int differentiate(compile *k) {
     thx *x = k->x;
@@ -619,6 +643,7 @@ static int differentiate(compile *k) {
         if (rc == 0) {
             th_trace_free(e->main.t);
             e->main.t = forward;
+            rc = watch_backwards(k);
         }
     }
     th_joint_fini(&joint);

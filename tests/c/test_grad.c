@@ -194,13 +194,12 @@ static void marks_keep_operations_out_of_the_derivative(void) {
     th_ctx_free(ctx);
 }
 
-static const char *const backward =
-    "def backward(a: \"cpu f32[2]\", g: \"cpu f32[2]\", h: \"cpu f32[2]\"):\n"
-    "    t0: \"cpu f32[2]\" = torch.mul(h, a)\n"
-    "    t1: \"cpu f32[2]\" = torch.mul(g, a)\n"
-    "    t2: \"cpu f32[2]\" = torch.add(t1, t0)\n"
-    "    t3: \"cpu f32[4]\" = torch.cat([t2, t0])\n"
-    "    return (t2, t3, t0)\n";
+static const char *const backward = "def backward(a: \"cpu f32[2]\", g: \"cpu f32[2]\", h: \"cpu f32[2]\"):\n"
+                                    "    t0: \"cpu f32[2]\" = torch.mul(h, a)\n"
+                                    "    t1: \"cpu f32[2]\" = torch.mul(g, a)\n"
+                                    "    t2: \"cpu f32[2]\" = torch.add(t1, t0)\n"
+                                    "    t3: \"cpu f32[4]\" = torch.cat([t2, t0])\n"
+                                    "    return (t2, t3, t0)\n";
 
 static void what_is_computed_of_absent_gradients_is_not(void) {
     th_ctx *ctx = th_ctx_new(NULL, NULL);

@@ -917,3 +917,33 @@ for _name, _compute in {
     "alone": lambda x, w: (t := x[1:3], x.mul_(w), t)[2],
 }.items():
     add_returned_view(_name, _compute)
+
+
+# ---- what is moved from one container to another ----
+
+
+@program("containers")
+def tensor_of_an_argument_is_moved_to_state():
+    world = state(table={"t": None})
+
+    def f(x, d):
+        world.table["t"] = d["t"]
+        d["t"] = x
+
+    d = {"t": X(2.0)}
+    for i in range(4):
+        yield (f, X(i), d) if i == 0 else (X(i), d)
+        yield Seen(table=world.table, d=d)
+
+
+@program("containers")
+def tensors_are_moved_between_attributes():
+    world = state(a=X(), b=X(1.0), kept=[X(2.0)])
+
+    def f(x):
+        world.kept[0], world.a, world.b = world.b, world.kept[0], x * 2
+        return x + 1
+
+    for i in range(4):
+        yield (f, X(i)) if i == 0 else (X(i),)
+        yield Seen(world=world)

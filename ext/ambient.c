@@ -62,9 +62,15 @@ static int read_by_abi(thx *x, thx_ambient *a) {
     return abi->function_modes() > 0 || abi->dispatch_modes() > 0;
 }
 
+/* torch.autograd.forward_ad: its tensors carry tangents, which no program computes. */
+static bool has_tangents(thx *x) {
+    PyObject *level = PyDict_GetItemWithError(x->forward_ad, x->n.current_level);
+    return level && PyLong_Check(level) && PyLong_AsLong(level) >= 0;
+}
+
 int thx_ambient_read(thx *x, thx_ambient *a) {
     memset(a, 0, sizeof *a);
-    if (thx_under_functorch(x)) return 1;
+    if (thx_under_functorch(x) || has_tangents(x)) return 1;
     int modes = x->abi.state ? read_by_abi(x, a) : read_by_python(x, a);
     if (modes == 0 && a->autocast && read_autocast(x, a) < 0) return -1;
     return modes;

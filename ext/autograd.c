@@ -11,6 +11,7 @@
 #include "autograd.h"
 
 #include "ambient.h"
+#include "guards.h"
 #include "lower.h"
 #include "region.h"
 #include "transform.h"
@@ -37,6 +38,7 @@ static void gradient_dealloc(thx_gradient *g) {
     thx_program_fini(&g->backward);
     thx_program_fini(&g->again);
     thx_program_fini(&g->batched);
+    thx_partials_free(g->partials);
     PyMem_Free(g->wrt);
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->base_of);
@@ -106,27 +108,26 @@ static bool is_used(th_trace *t, th_val v) {
 /* Gradients that lie in each other's memory, as those of a stack that is summed up: a leaf keeps the one that it gets
  * and adds to it in place. Eager copies one that something else is computed of, too, and so do we. (Of others it does
  * not: after torch.stack([a, b]).sum(0) the gradients of a and b are one memory in eager.) */
-static int find_shared(thx_gradient *g) {
-    th_trace *t = g->backward.t;
+int thx_find_shared(const thx_gradient *g, th_trace *t, bool **shared) {
     const th_node_data *result = &t->nodes[t->result];
-    g->shared = PyMem_Calloc(g->nwrt + 1, sizeof *g->shared);
-    if (!g->shared) return PyErr_NoMemory(), -1;
+    bool *of = *shared = PyMem_Calloc(g->nwrt + 1, sizeof *of);
+    if (!of) return PyErr_NoMemory(), -1;
     for (uint32_t i = 0; i < g->nwrt; i++) {
         const th_node_data *a = &t->nodes[t->kids[result->u.kids + i]];
         uint32_t alias = a->kind == TH_N_VALUE ? t->values[a->u.ref].alias : 0;
-        for (uint32_t k = 0; alias && k < i && !g->shared[i]; k++) {
+        for (uint32_t k = 0; alias && k < i && !of[i]; k++) {
             const th_node_data *b = &t->nodes[t->kids[result->u.kids + k]];
-            g->shared[i] = b->kind == TH_N_VALUE && b->u.ref != a->u.ref && t->values[b->u.ref].alias == alias &&
-                           (is_used(t, a->u.ref) || is_used(t, b->u.ref));
+            of[i] = b->kind == TH_N_VALUE && b->u.ref != a->u.ref && t->values[b->u.ref].alias == alias &&
+                    (is_used(t, a->u.ref) || is_used(t, b->u.ref));
         }
     }
     return 0;
 }
 
-static int copy_shared(const thx_gradient *g, PyObject *result) {
+static int copy_shared(const thx_gradient *g, const bool *shared, PyObject *result) {
     for (uint32_t i = 0; i < g->nwrt; i++) {
         PyObject *grad = PyTuple_GET_ITEM(result, i + 1);
-        if (!g->shared[i] || grad == Py_None) continue;
+        if (!shared[i] || grad == Py_None) continue;
         PyObject *copy = PyObject_CallMethod(grad, "clone", NULL);
         if (!copy) return -1;
         PyTuple_SET_ITEM(result, i + 1, copy);
@@ -353,8 +354,9 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     int rc = !g->kept || !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
-                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 || find_shared(g) < 0 ||
-                     find_dependences(g) < 0 || find_stale(g, f) < 0
+                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 ||
+                     thx_find_shared(g, g->backward.t, &g->shared) < 0 || find_dependences(g) < 0 ||
+                     find_stale(g, f) < 0
                  ? -1
                  : 0;
     for (uint32_t i = 0; rc == 0 && i < g->nwrt; i++) g->wrt[i] = index_of(f->inputs, f->ninputs, g->wrt[i]);
@@ -828,8 +830,10 @@ static void fill_again(sources *s, th_slot *slots) {
 
 /* The backward is itself to be differentiated: compute the gradients from the inputs, operation by operation under
  * autograd. */
-static PyObject *backward_graph(sources *s) {
+static PyObject *backward_graph(sources *s, uint64_t absent) {
     thx *x = s->x;
+    thx_program *program = NULL;
+    bool *shared;
     thx_gradient *g = s->p->g;
     if (g->again_random) {
         PyErr_SetString(
@@ -853,18 +857,23 @@ static PyObject *backward_graph(sources *s) {
         Py_SETREF(s->p->inputs[i], copy);
         s->p->versions[i] = version_of(x, copy);
     }
-    if (!g->again.plan && thx_program_lower(x, &g->again, true) < 0) return NULL;
-    return run_gradients(x, g, &g->again, fill_again, s);
+    if (absent && thx_partial_find(x, g, absent, true, &program, &shared) < 0) return NULL;
+    if (!program && !g->again.plan && thx_program_lower(x, &g->again, true) < 0) return NULL;
+    return run_gradients(x, g, program ? program : &g->again, fill_again, s);
+}
+
+/* Which of the gradients did not come in, by bit. Hooks of the user's are asked either way. */
+static uint64_t absent_of(const thx_gradient *g, PyObject *const *grads) {
+    uint64_t absent = 0;
+    for (uint32_t i = 0; i < g->ntangents && g->ntangents <= 64; i++)
+        if (grads[i] == Py_None) absent |= UINT64_C(1) << i;
+    return absent;
 }
 
 /* A gradient that depends on none of those that came in is none, as in eager. */
-static void drop_undefined(const thx_gradient *g, PyObject *const *grads, PyObject *result) {
-    uint64_t defined = 0;
-    if (g->ntangents > 64) return;
-    for (uint32_t i = 0; i < g->ntangents; i++)
-        if (grads[i] != Py_None) defined |= UINT64_C(1) << i;
+static void drop_undefined(const thx_gradient *g, uint64_t absent, PyObject *result) {
     for (uint32_t i = 0; i < g->nwrt + g->nkept; i++) {
-        if (!g->depends[i] || g->depends[i] & defined) continue;
+        if (!g->depends[i] || g->depends[i] & ~absent) continue;
         Py_DECREF(PyTuple_GET_ITEM(result, i + 1));
         PyTuple_SET_ITEM(result, i + 1, Py_NewRef(Py_None));
     }
@@ -893,6 +902,23 @@ static bool keeps_graph(thx *x) {
     return keep != Py_False; /* unknown: yes */
 }
 
+/* A backward function of the user's reads what has changed since it was compiled: eager's would see it. */
+static int check_reads(thx *x, const thx_gradient *g) {
+    int holds = g->reads ? thx_guards_check(x, g->reads) : 1;
+    if (holds) return holds < 0 ? -1 : 0;
+    PyObject *cause = thx_guards_cause(x, g->reads);
+    if (!cause || cause == Py_None) {
+        Py_XDECREF(cause);
+        return cause ? 0 : -1;
+    }
+    PyErr_Format(PyExc_RuntimeError,
+                 "thunder: a backward function reads what has changed since the forward call: %S. Pass it to the "
+                 "forward and keep it in ctx",
+                 PyTuple_GET_ITEM(cause, 0));
+    Py_DECREF(cause);
+    return -1;
+}
+
 /* apply(ctx, *gradients), called by the engine. */
 static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     thx *x = PyModule_GetState(module);
@@ -903,7 +929,8 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
         return NULL;
     }
     sources s = {x, p, NULL, NULL, false};
-    bool keep = keeps_graph(x);
+    uint64_t absent = absent_of(p->g, a + 1);
+    bool keep = keeps_graph(x), *shared = p->g->shared;
     PyObject *result = NULL;
     if (p->freed)
         PyErr_SetString(PyExc_RuntimeError,
@@ -911,7 +938,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
                         "they have already been freed). Saved intermediate values of the graph are freed when you call "
                         ".backward() or autograd.grad(). Specify retain_graph=True if you need to backward through the "
                         "graph a second time or if you need to access saved tensors after calling backward.");
-    else
+    else if (check_reads(x, p->g) == 0)
         s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
     int graph = thx_grad_mode(x), batched = s.shown ? any_batched(x, a + 1, p->g->ntangents) : 0;
     thx_autocast cast;
@@ -919,17 +946,19 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     if (s.shown && graph >= 0 && thx_autocast_off(x, &cast) == 0) {
         s.tangents = settle_tangents(x, p->g, a + 1, p->g->backward.t, graph || batched);
         if (s.tangents && graph)
-            result = backward_graph(&s);
+            result = backward_graph(&s, p->g->hooks ? 0 : absent);
         else if (s.tangents) {
             thx_program *program = batched ? batched_program(x, p->g) : &p->g->backward;
+            if (absent && !batched && !p->g->hooks && thx_partial_find(x, p->g, absent, false, &program, &shared) < 0)
+                program = NULL;
             s.spend = program && program->checked && !keep; /* else the run may have to start over */
             p->freed |= s.spend;
             result = program ? run_gradients(x, p->g, program, fill_backward, &s) : NULL;
         }
         thx_autocast_on(x, &cast);
     }
-    if (result) drop_undefined(p->g, a + 1, result);
-    if (result && !graph && copy_shared(p->g, result) < 0) Py_CLEAR(result);
+    if (result) drop_undefined(p->g, absent, result);
+    if (result && !graph && copy_shared(p->g, shared, result) < 0) Py_CLEAR(result);
     result = hand_out(p, result);
     if (result && !keep) {
         p->freed = true;

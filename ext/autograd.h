@@ -30,6 +30,8 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     uint32_t nkept, *kept;       /* results that retain their gradients */
     uint64_t *depends; /* by input that requires grad, then by kept result: bits of the incoming gradients that its own
                           depends on */
+    struct thx_guards *reads; /* what backward functions of the user's read, as it was; the entry's; NULL: nothing */
+    struct thx_partial *partials; /* backward programs without gradients that did not come in; owned */
     uint32_t nsaved;
     thx_saved *saved;
     int64_t bytes, bytes_kept;
@@ -55,6 +57,14 @@ typedef struct thx_forward {
 } thx_forward;
 int thx_forward_run(thx *x, thx_forward *f);
 void thx_forward_fini(thx_forward *f);
+
+/* By input that requires grad: its gradient lies in the memory of one before it. */
+int thx_find_shared(const thx_gradient *g, th_trace *backward, bool **shared);
+
+/* absent.c: the program for calls where these gradients (by bit) do not come in, and what of its gradients is shared;
+ * both are left as they are where there is no such program. again: of the one for create_graph. */
+int thx_partial_find(thx *x, thx_gradient *g, uint64_t absent, bool again, thx_program **program, bool **shared);
+void thx_partials_free(struct thx_partial *p);
 
 int thx_autograd_init(thx *x, PyObject *module);
 

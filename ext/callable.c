@@ -531,6 +531,7 @@ static int callable_clear(thx_callable_object *c) {
 
 static int entry_traverse(const thx_entry *e, visitproc visit, void *arg) {
     int rc = thx_guards_traverse(e->guards, visit, arg);
+    if (!rc && e->reads) rc = thx_guards_traverse(e->reads, visit, arg);
     Py_VISIT(e->formula);
     for (uint32_t i = 0; i < e->nargs && !rc; i++) rc = thx_spec_traverse(&e->args[i], visit, arg);
     if (rc || (rc = thx_spec_traverse(&e->result, visit, arg))) return rc;

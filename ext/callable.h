@@ -44,6 +44,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t generation; /* of the guards, when `roots` was filled */
     th_trace *captured;
     thx_program main;
+    thx_guards *reads;        /* owned: see thx_gradient; NULL: none */
     thx_gradient *gradient;   /* owned; NULL: nothing to differentiate */
     bool inference;           /* the program's operations run in an inference mode of its own */
     const th_plan *placed;    /* the plan that result_slots and writes belong to */
@@ -67,6 +68,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_place *places;             /* floats that are no arguments: they come after those */
     uint32_t nplaces;
     PyObject *formula;    /* owned: from all these to the literals; NULL: there are none */
+    PyObject *absent;     /* owned; as in thx_recorder; NULL: none */
     PyObject *expected;   /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
     uint64_t number;      /* its own, from 1 */
     thx_resume **resumes; /* how to go on from other entries */

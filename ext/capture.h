@@ -44,12 +44,13 @@ typedef struct thx_recorder {
     uint32_t nroots, cap_roots;
     PyObject **consts; /* by value: the real tensor of a value without input roots, once evaluated (owned) */
     uint32_t nconsts;
-    PyObject *bound;   /* its own __torch_function__ while the capture runs: a cycle, so no longer than that (owned) */
-    PyObject *params;  /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
-    PyObject *claims;  /* of the callable, or NULL (borrowed) */
-    PyObject *error;   /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
-    PyObject *needed;  /* the first GradNeeded, likewise (owned) */
-    PyObject *doubt;   /* why torch may refuse what the code did: only the original can tell (owned) */
+    PyObject *bound;  /* its own __torch_function__ while the capture runs: a cycle, so no longer than that (owned) */
+    PyObject *params; /* dict: id of a tensor -> (dict, key, dotted name) in the module tree, or NULL */
+    PyObject *claims; /* of the callable, or NULL (borrowed) */
+    PyObject *error;  /* the first CaptureError: raised at the end even if user code swallowed it (owned) */
+    PyObject *absent; /* list of (leaf or -1, tensor or None, name): attributes that a tensor was asked for and lacks */
+    PyObject *needed; /* the first GradNeeded, likewise (owned) */
+    PyObject *doubt;  /* why torch may refuse what the code did: only the original can tell (owned) */
     PyObject **inputs; /* tensors of the operation being recorded: fakes, or real ones that have none yet (borrowed) */
     uint32_t ninputs, cap_inputs;
     bool real_inputs;   /* some of them came as real tensors */
@@ -105,8 +106,14 @@ PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf);
 /* Where the current value of a fake or a real tensor is kept, made when new; NULL with an exception. */
 thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor);
 thx_cell *thx_recorder_known(thx_recorder *r, PyObject *tensor); /* the same, NULL when it is new */
-PyObject *thx_recorder_fake(thx_recorder *r, PyObject *tensor);  /* the fake of a real tensor, or itself: borrowed */
-th_val thx_recorder_value(void *recorder, PyObject *tensor);     /* 0 with an exception */
+/* The code asks for an attribute that no tensor has of itself. 0: nor has this one, which each call looks at again; -1
+ * with CaptureError: the caller's tensor has it. */
+bool thx_has_own_attribute(PyObject *tensor, PyObject *name);
+int thx_recorder_missing(thx_recorder *r, PyObject *fake, PyObject *name);
+/* -1 with CaptureError: the program gave attributes to what stands for an input, or to one of its results. */
+int thx_recorder_check_attributes(thx_recorder *r, PyObject *const *results, uint32_t n);
+PyObject *thx_recorder_fake(thx_recorder *r, PyObject *tensor); /* the fake of a real tensor, or itself: borrowed */
+th_val thx_recorder_value(void *recorder, PyObject *tensor);    /* 0 with an exception */
 int thx_recorder_define(thx_recorder *r, PyObject *fake, th_val value); /* bind or re-bind a fake */
 int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kwargs, PyObject **result);
 /* The real tensor of a value that depends on no input: borrowed; NULL without exception when it does depend on one. */
@@ -119,7 +126,9 @@ int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
                                th_val value); /* value: an input of the trace already */
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
+#define THX_TENSOR_ATTRIBUTE "an attribute of a tensor"
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
+int thx_refuse_lazy(thx_recorder *r); /* a tensor that shows other values than it holds: CaptureError; -1 */
 void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
 int thx_recorder_init(thx *x, PyObject *module);
 

@@ -23,6 +23,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     for (uint32_t i = 0; i < e->nargs; i++) thx_spec_fini(&e->args[i]);
     PyMem_Free(e->args);
     Py_XDECREF(e->kwnames);
+    Py_XDECREF(e->absent);
     Py_XDECREF(e->expected);
     PyMem_Free(e->numbers);
     thx_places_free(e);
@@ -34,6 +35,8 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     thx_guards_free(x, e->guards);
     th_trace_free(e->captured);
     thx_program_fini(&e->main);
+    if (e->gradient) e->gradient->reads = NULL;
+    thx_guards_free(x, e->reads);
     Py_XDECREF((PyObject *)e->gradient);
     PyMem_Free(e->sharing);
     PyMem_Free(e->roots);
@@ -205,6 +208,8 @@ static int collect_outputs(compile *k) {
         Py_SETREF(k->result, all);
     }
     if (thx_result_init(k->r, &e->result, k->result, &inputs, e->guards, &k->outputs) < 0) return -1;
+    if (thx_recorder_check_attributes(k->r, k->outputs.items, k->outputs.count) < 0) return -1;
+    e->absent = Py_XNewRef(k->r->absent);
     e->nresults = k->outputs.count;
     k->values = PyMem_Calloc(e->nresults + e->nwrites + 1, sizeof *k->values);
     if (!k->values) return PyErr_NoMemory(), -1;
@@ -565,6 +570,45 @@ static int check_leaves(compile *k, const th_joint *joint) {
     return 0;
 }
 
+/* A result that is a view of an input to which the call copies new contents at its end is differentiated as a view of
+ * the former ones. */
+static int check_returned_views(compile *k, const th_joint *joint) {
+    const th_trace *t = joint->t;
+    const th_node_data *result = &t->nodes[t->result];
+    for (uint32_t i = 0; i < joint->nresults; i++) {
+        const th_node_data *d = &t->nodes[t->kids[result->u.kids + i]];
+        uint32_t alias = d->kind == TH_N_VALUE ? t->values[d->u.ref].alias : 0;
+        for (uint32_t m = 0; alias && m < joint->nmutated; m++) {
+            if (t->values[joint->mutated[m]].alias != alias || joint->mutated[m] == d->u.ref) continue;
+            PyErr_SetString(k->x->GradNeeded, "a view of an input is returned that the function has written to");
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* The backward of a torch.autograd.Function of the user's was run for the derivative: what it reads must be the same
+ * when the gradients are computed. */
+static int watch_backwards(compile *k) {
+    const th_trace *t = k->e->captured;
+    PyObject *roots = PyList_New(0);
+    int rc = roots ? 0 : -1;
+    for (th_opref o = 1; o < t->nops && rc == 0; o++) {
+        PyObject *callee = t->ops[o].callee_opaque ? thx_callable(k->x, t, &t->ops[o]) : NULL;
+        if (!callee || !PyMethod_Check(callee) || PyMethod_GET_FUNCTION(callee) != k->x->function_apply) continue;
+        PyObject *backward = PyObject_GetAttrString(PyMethod_GET_SELF(callee), "backward");
+        rc = backward ? PyList_Append(roots, backward) : -1;
+        Py_XDECREF(backward);
+    }
+    if (rc == 0 && PyList_GET_SIZE(roots)) {
+        k->e->reads = thx_guards_new(k->x, roots);
+        if (!k->e->reads) rc = -1;
+        if (k->e->gradient) k->e->gradient->reads = k->e->reads;
+    }
+    Py_XDECREF(roots);
+    return rc;
+}
+
 /* Join the program with its derivative and split it in two. */
 static int differentiate(compile *k) {
     thx *x = k->x;
@@ -590,6 +634,7 @@ static int differentiate(compile *k) {
     rc = no_derivative(k, th_grad_join(copy, &options, &joint));
     thx_autocast_on(x, &cast);
     if (rc == 0) rc = check_leaves(k, &joint);
+    if (rc == 0) rc = check_returned_views(k, &joint);
     if (rc == 0 && (joint.ntangents || joint.nmutated)) {
         th_fuel fuel = {.left = -1};
         th_trace *forward = NULL;
@@ -600,6 +645,7 @@ static int differentiate(compile *k) {
         if (rc == 0) {
             th_trace_free(e->main.t);
             e->main.t = forward;
+            rc = watch_backwards(k);
         }
     }
     th_joint_fini(&joint);

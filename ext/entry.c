@@ -86,12 +86,23 @@ int thx_arguments_match(thx *x, const thx_entry *e, PyObject *const *args, Py_ss
     return same;
 }
 
+static bool still_absent(const thx_entry *e, const thx_leaves *leaves) {
+    for (Py_ssize_t i = 0; e->absent && i < PyList_GET_SIZE(e->absent); i++) {
+        PyObject *note = PyList_GET_ITEM(e->absent, i);
+        long leaf = PyLong_AsLong(PyTuple_GET_ITEM(note, 0));
+        PyObject *tensor = leaf < 0 ? PyTuple_GET_ITEM(note, 1) : leaves->items[leaf];
+        if (thx_has_own_attribute(tensor, PyTuple_GET_ITEM(note, 2))) return false;
+    }
+    return true;
+}
+
 int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,
                       Py_ssize_t npositional, PyObject *kwnames, thx_leaves *leaves) {
     if (e->dead || memcmp(&e->ambient, a, sizeof *a) != 0) return 0;
     int same = thx_arguments_match(c->x, e, args, npositional, kwnames, leaves);
     for (uint32_t i = 0; i < e->nidentical && same == 1; i++)
         same = leaves->items[e->identical[i].leaf] == e->identical[i].tensor;
+    if (same == 1 && !still_absent(e, leaves)) same = 0;
     thx_guards_pin(e->guards, e->running > 1); /* the tensors of a run that goes on stay */
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
     if (holds == 1 && e->main.literals.sizes && !thx_sizes_hold(c->x, e, leaves)) return 0;
@@ -114,25 +125,41 @@ static PyObject *output_leaf(void *user, uint32_t leaf) {
     return Py_XNewRef(thx_slot_object(o->x, &o->slots[o->e->result_slots[leaf]]));
 }
 
-static int replay_write(thx *x, const thx_write *w, th_slot *slots) {
-    PyObject *value = w->constant ? w->constant : thx_slot_object(x, &slots[w->slot]);
-    return !value                   ? -1
-           : PyType_Check(w->dict)  ? PyObject_SetAttr(w->dict, w->key, value)
+static int replay_write(const thx_write *w, PyObject *value) {
+    return PyType_Check(w->dict)    ? PyObject_SetAttr(w->dict, w->key, value)
            : PyODict_Check(w->dict) ? PyODict_SetItem(w->dict, w->key, value)
                                     : PyDict_SetItem(w->dict, w->key, value);
 }
 
+/* What is written to attributes; new references, as a change may drop the last one to what a later one writes. */
+static PyObject *written_values(thx *x, const thx_entry *e, th_slot *slots) {
+    PyObject *values = PyTuple_New(e->nwrites);
+    for (uint32_t i = 0; values && i < e->nwrites; i++) {
+        const thx_write *w = &e->writes[i];
+        PyObject *value = w->constant ? w->constant : thx_slot_object(x, &slots[w->slot]);
+        if (!value)
+            Py_CLEAR(values);
+        else
+            PyTuple_SET_ITEM(values, i, Py_NewRef(value));
+    }
+    return values;
+}
+
 /* Changes of Python state, in the order in which they were found. */
 static int replay(thx *x, const thx_entry *e, th_slot *slots, PyObject *const *contents, const thx_inputs *inputs) {
-    PyObject **owners = e->effects.count ? thx_effects_owners(&e->effects, inputs) : NULL;
-    int rc = e->effects.count && !owners ? -1 : 0;
+    PyObject *values = written_values(x, e, slots);
+    PyObject **owners = values && e->effects.count ? thx_effects_owners(&e->effects, inputs) : NULL;
+    int rc = !values || (e->effects.count && !owners) ? -1 : 0;
     uint32_t write = 0;
     for (uint32_t i = 0; rc == 0 && i < e->effects.count; i++) {
-        for (; rc == 0 && write < e->effects.items[i].after; write++) rc = replay_write(x, &e->writes[write], slots);
+        for (; rc == 0 && write < e->effects.items[i].after; write++)
+            rc = replay_write(&e->writes[write], PyTuple_GET_ITEM(values, write));
         if (rc == 0) rc = thx_effect_apply(&e->effects.items[i], owners[i], contents[i]);
     }
-    for (; rc == 0 && write < e->nwrites; write++) rc = replay_write(x, &e->writes[write], slots);
+    for (; rc == 0 && write < e->nwrites; write++)
+        rc = replay_write(&e->writes[write], PyTuple_GET_ITEM(values, write));
     thx_effects_forget(&e->effects, owners);
+    Py_XDECREF(values);
     return rc;
 }
 

@@ -44,7 +44,7 @@ enum { THX_CODES = 256, THX_DEVICES = 32 }; /* of the caches below; others take 
 typedef struct thx_names { /* interned attribute names */
     PyObject *torch_function, *torch_dispatch, *dict, *class_, *device, *enter, *exit, *self, *name, *module, *qualname,
         *objclass, *fields, *fake_device, *type, *index, *dtype, *requires_grad, *version, *tags, *wrapped, *to_save,
-        *materialize_grads, *pending, *saved_tensors, *parameters, *buffers, *modules;
+        *materialize_grads, *pending, *saved_tensors, *current_level, *parameters, *buffers, *modules;
 } thx_names;
 
 typedef struct thx {
@@ -95,8 +95,8 @@ typedef struct thx {
     PyObject *active; /* the Recorder of the capture in progress, or NULL (borrowed) */
     unsigned long active_thread;
     bool compiling; /* some thread captures: others run the original meanwhile */
-    PyObject *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag, *fake_dispatch,
-        *forbid_data_ptr, *increment_version, *functorch_level;
+    PyObject *forward_ad, *no_function, *no_dispatch, *strided, *is_functorch, *is_alias_of, *random_tag,
+        *fake_dispatch, *forbid_data_ptr, *increment_version, *functorch_level;
     PyObject *casts;               /* dict: kind of operation and of its arguments -> what autocast casts: autocast.c */
     PyObject *to_copy, *tensor_to; /* torch's overload of casts; Tensor.to */
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */

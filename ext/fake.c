@@ -40,12 +40,31 @@ static PyObject *get_device(PyObject *module, PyObject *fake) {
     return PyObject_GetAttr(fake, x->n.fake_device);
 }
 
+/* Called for attributes that the fake has not. */
+static PyObject *get_missing(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+    thx *x = PyModule_GetState(module);
+    thx_recorder *r = (thx_recorder *)x->active;
+    if (n != 2) return PyErr_Format(PyExc_TypeError, "__getattr__ takes a tensor and a name");
+    if (r && !r->depth && x->active_thread == PyThread_get_thread_ident() && thx_recorder_missing(r, a[0], a[1]) < 0)
+        return NULL;
+    return PyErr_Format(PyExc_AttributeError, "'Tensor' object has no attribute '%U'", a[1]);
+}
+
 static PyMethodDef fake_methods[] = {
     {"fake_mode", get_fake_mode, METH_O, NULL},
     {"device", get_device, METH_O, NULL},
     {"__torch_dispatch__", (PyCFunction)(void (*)(void))thx_torch_dispatch, METH_FASTCALL, NULL},
+    {"__getattr__", (PyCFunction)(void (*)(void))get_missing, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
+
+static int set_method(PyObject *dict, PyMethodDef *def, PyObject *module) {
+    PyObject *function = PyCFunction_New(def, module), *method = function ? PyInstanceMethod_New(function) : NULL;
+    int rc = method ? PyDict_SetItemString(dict, def->ml_name, method) : -1;
+    Py_XDECREF(method);
+    Py_XDECREF(function);
+    return rc;
+}
 
 static int set_property(PyObject *dict, PyMethodDef *def, PyObject *module) {
     PyObject *function = PyCFunction_New(def, module);
@@ -92,7 +111,8 @@ static PyObject *make_class(thx *x, PyObject *device) {
     if (named < 0 || PyDict_SetItemString(dict, "_fake_device", device) < 0 ||
         PyDict_SetItemString(dict, "__torch_function__", off) < 0 ||
         PyDict_SetItemString(dict, "__torch_dispatch__", dispatch) < 0 ||
-        set_property(dict, &fake_methods[0], x->module) < 0 || set_property(dict, &fake_methods[1], x->module) < 0)
+        set_property(dict, &fake_methods[0], x->module) < 0 || set_property(dict, &fake_methods[1], x->module) < 0 ||
+        set_method(dict, &fake_methods[3], x->module) < 0)
         goto done;
     cls = PyObject_CallFunction((PyObject *)&PyType_Type, "sOO", "Fake", bases, dict);
 done:

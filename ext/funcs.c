@@ -104,6 +104,8 @@ static const char *const refused[] = {"register_post_accumulate_grad_hook",
                                       "__cuda_array_interface__",
                                       "set_",
                                       "storage_offset",
+                                      "_make_dual",
+                                      "_unpack_dual",
                                       NULL};
 static const char *const parted[] = {"index_put", "index_put_", "__setitem__", "index_fill", "index_fill_", NULL};
 /* How a tensor came to be: the fakes of a capture came another way. */

@@ -61,11 +61,10 @@ static int look_at_hooks(thx_recorder *r, thx_grad_note *note) {
     return -1;
 }
 
-/* The real tensor that a fake stands for, when it is an input of the capture as it came; borrowed. */
+/* The real tensor that a tensor stands for, when it is an input of the capture as it came; borrowed. */
 static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
-    if (!thx_is_fake(r->x, tensor)) return tensor;
-    thx_cell *cell = thx_recorder_cell(r, tensor);
-    PyErr_Clear();
+    thx_cell *cell = thx_recorder_known(r, tensor);
+    if (!cell && !thx_is_fake(r->x, tensor)) return tensor;
     for (uint32_t i = 0; cell && i < r->nroots; i++)
         if (r->roots[i].value == cell->value) return r->roots[i].real;
     return NULL;
@@ -159,20 +158,48 @@ static void find_source(void *user, th_val *value) {
     if (!s->found && s->t->values[*value].alias == s->alias) s->found = *value;
 }
 
-/* One that torch lets nobody write to with gradients, or a view of one: it is one of several that an operation gave
- * (chunk, split, unbind), or was made while gradients were off. NULL: neither. */
-static const char *untouchable_view(const thx_recorder *r, th_val value) {
+/* Torch lets nobody write with gradients to such a view, nor to one made while they were off. */
+static bool gives_several(const thx_recorder *r, const th_op *op) {
+    (void)r;
+    return op->outs_list && !op->nwrites;
+}
+
+static bool gives_gradless(const thx_recorder *r, const th_op *op) {
+    (void)r;
+    return op->marks & TH_MARK_GRAD_OFF && !op->nwrites;
+}
+
+static bool gives_detached(const thx_recorder *r, const th_op *op) {
+    return op->callee && !op->nwrites && cuts_gradients(r, op->callee, NULL);
+}
+
+/* Is it a view that such an operation gave, or a view of one? */
+static bool is_view_by(const thx_recorder *r, th_val value, bool (*such)(const thx_recorder *, const th_op *)) {
     th_trace *t = r->t;
     for (int steps = 0; steps < 64 && value && t->values[value].alias && t->values[value].def; steps++) {
-        const th_op *op = &t->ops[t->values[value].def];
+        th_opref o = t->values[value].def;
+        if (such(r, &t->ops[o])) return true;
         source s = {t, t->values[value].alias, 0};
-        th_op_each_use(t, t->values[value].def, find_source, &s);
-        if (!s.found || (op->callee && cuts_gradients(r, op->callee, NULL))) return NULL;
-        if (op->outs_list && !op->nwrites) return "one of several views is written to";
-        if (op->marks & TH_MARK_GRAD_OFF && !op->nwrites) return "a view made while gradients were off is written to";
+        th_op_each_use(t, o, find_source, &s);
         value = s.found;
     }
-    return NULL;
+    return false;
+}
+
+/* One of several views that an operation gave (chunk, split, unbind), or a view of one. */
+static bool is_one_of_several(const thx_recorder *r, th_val value) { return is_view_by(r, value, gives_several); }
+
+/* Does a view of what is written lose its place in autograd's graph? torch raises when it is used again: it follows
+ * writes to its base only for a view that is an operation's one result, made while gradients were on. */
+static bool strands_a_view(const thx_recorder *r, th_val written) {
+    const th_trace *t = r->t;
+    uint32_t alias = t->values[written].alias;
+    for (th_val v = 1; alias && v < t->nvalues; v++) {
+        th_opref o = t->values[v].alias == alias ? t->values[v].def : 0;
+        if (!o || t->ops[o].nwrites || gives_detached(r, &t->ops[o])) continue;
+        if (t->ops[o].marks & TH_MARK_NO_GRAD || is_one_of_several(r, v)) return true;
+    }
+    return false;
 }
 
 typedef struct span { /* of memory, in elements */
@@ -246,12 +273,19 @@ int thx_check_write(thx_recorder *r, th_val value, thx_grad_note *note) {
         note->marks |= TH_MARK_NO_GRAD;
         r->hidden_write = true;
     }
+    if (note->grad &&
+        is_view_by(r, value, gives_detached)) /* its memory then holds what its base has no gradient for */
+        return thx_grad_needed(r, "what requires grad is written to a tensor through .data or detach()"), -1;
     if (overlaps_itself(th_type_get(r->x->ctx, t->values[value].type)))
         why = "a tensor that overlaps itself is written to";
+    else if (differentiable && is_one_of_several(r, value))
+        why = "one of several views is written to";
+    else if (note->grad && is_view_by(r, value, gives_gradless))
+        why = "a view made while gradients were off is written to";
+    else if (note->grad && strands_a_view(r, value))
+        why = "a tensor is written to of which views were made together, or while gradients were off";
     else if (reads_what_it_writes(r, value))
         why = "a tensor is written to that overlaps with what is read";
-    else if (differentiable || note->grad)
-        why = untouchable_view(r, value);
     for (uint32_t i = 0; i < r->nroots && !why; i++) {
         const thx_root *root = &r->roots[i];
         uint32_t alias = t->values[root->value].alias;
@@ -308,10 +342,9 @@ int thx_gradstate_init(thx *x, PyObject *module) {
 }
 
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor) {
-    if (thx_is_fake(r->x, tensor)) {
-        thx_cell *cell = thx_recorder_cell(r, tensor);
-        return cell ? flagged(r, cell->value) : -1;
-    }
+    thx_cell *cell = thx_recorder_known(r, tensor); /* of a real tensor too: it may have been written to */
+    if (!cell && thx_is_fake(r->x, tensor)) cell = thx_recorder_cell(r, tensor);
+    if (cell || thx_is_fake(r->x, tensor)) return cell ? flagged(r, cell->value) : -1;
     PyObject *flag = r->x->requires_grad_get(tensor, r->x->requires_grad_closure);
     Py_XDECREF(flag);
     return flag ? flag == Py_True : -1;

@@ -124,6 +124,12 @@ static th_node out_tensor(thx_recorder *r, PyObject *out, const thx_grad_note *n
                           "call it outside the compiled function");
         return 0;
     }
+    PyObject *negated = PyObject_CallOneArg(x->is_neg, out); /* a singleton */
+    Py_XDECREF(negated);
+    if (negated != Py_False) {
+        if (negated) thx_refuse_lazy(r);
+        return 0;
+    }
     if (!thx_fake_adopt(x, out)) return 0;
     thx_meta meta;
     if (thx_read_meta(x, out, true, &meta) < 0) return 0;
@@ -398,6 +404,31 @@ static int emit_slow(thx_recording *c, PyObject **result, const long *versions) 
     return *result ? 0 : -1;
 }
 
+/* Did an operation draw or write before it raised? Keeps the pending exception. */
+static bool has_acted(const thx_recording *c, const long *versions) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    bool acted = c->r->saw_random || c->random;
+    for (uint32_t i = 0; i < c->r->ninputs && !acted; i++) acted = version_of(c->r->x, c->r->inputs[i]) != versions[i];
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return acted;
+}
+
+/* An operation raised under torch's fake kernels: is it to be called in another way? The code may catch the error, and
+ * what the operation did before shows in eager alone. */
+static PyObject *slow_otherwise(thx_recording *c, const long *versions) {
+    bool acted = has_acted(c, versions);
+    thx_sizes_spoil(c->r, "an operation was recorded in parts");
+    PyObject *result = thx_call_otherwise(c), *type, *value, *trace;
+    if (result || !acted) return result;
+    PyErr_Fetch(&type, &value, &trace);
+    thx_doubt(c->r, "an operation raises that has drawn random numbers or written");
+    PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return NULL;
+}
+
 static PyObject *slow(thx_recording *c) {
     thx_recorder *r = c->r;
     bool copies = r->real_inputs || r->x->saw_extent;
@@ -423,7 +454,7 @@ static PyObject *slow(thx_recording *c) {
     PyObject *result = thx_call_under_fake_mode(r, c->func, args, kwargs);
     r->nslow++;
     if (!result)
-        thx_sizes_spoil(r, "an operation was recorded in parts"), result = thx_call_otherwise(c);
+        result = slow_otherwise(c, versions);
     else if (note_statistics(c), emit_slow(c, &result, versions) < 0)
         Py_CLEAR(result);
     if (versions != fixed) PyMem_Free(versions);
@@ -581,6 +612,19 @@ static int note_asked(thx_recorder *r, PyObject *args) {
     return thx_recorder_cell(r, first) ? 0 : -1;
 }
 
+/* A question about a tensor of the surroundings: its fake answers, to which the program may have done something. */
+static PyObject *ask(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
+    PyObject *first = PyTuple_Check(args) && PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
+    thx_cell *cell = first && thx_is_tensor(r->x, first) ? thx_recorder_known(r, first) : NULL;
+    if (!cell || cell->key == first || !thx_is_fake(r->x, cell->key)) return PyObject_Call(func, args, kwargs);
+    PyObject *with = PyTuple_New(PyTuple_GET_SIZE(args)), *answer = NULL;
+    for (Py_ssize_t i = 0; with && i < PyTuple_GET_SIZE(args); i++)
+        PyTuple_SET_ITEM(with, i, Py_NewRef(i ? PyTuple_GET_ITEM(args, i) : cell->key));
+    if (with) answer = PyObject_Call(func, with, kwargs);
+    Py_XDECREF(with);
+    return answer;
+}
+
 static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3 || n > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
@@ -591,7 +635,7 @@ static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     if ((f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_GRAD) && note_asked(r, args) < 0) return NULL;
     if (f.kind == THX_FUNC_QUERY || f.kind == THX_FUNC_SKIP) {
         r->nqueries++;
-        PyObject *answer = PyObject_Call(func, args, kwargs);
+        PyObject *answer = ask(r, func, args, kwargs);
         return r->sizes && answer ? thx_sizes_answer(r, &f, args, kwargs, answer) : answer;
     }
     PyObject *tuple = PyTuple_Check(args) ? Py_NewRef(args) : PySequence_Tuple(args), *result = NULL;

@@ -54,6 +54,7 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          environment_text,
                                          "a weak reference",
                                          "a lazily conjugated or negated tensor",
+                                         THX_TENSOR_ATTRIBUTE,
                                          NULL};
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
@@ -179,7 +180,8 @@ static bool reads_numbers(PyObject *function) {
 
 /* torch.are_deterministic_algorithms_enabled() and the like end in these: what they say is asked again at each call. */
 static bool tells_of_a_setting(const PyMethodDef *method, PyObject *function) {
-    if (!(method->ml_flags & METH_NOARGS) || strncmp(method->ml_name, "_get_", 5) != 0) return false;
+    bool named = strncmp(method->ml_name, "_get_", 5) == 0 || strncmp(method->ml_name, "is_anomaly_", 11) == 0;
+    if (!(method->ml_flags & METH_NOARGS) || !named) return false;
     PyObject *self = PyCFunction_GET_SELF(function);
     const char *name = self && PyModule_Check(self) ? PyModule_GetName(self) : "";
     PyErr_Clear();

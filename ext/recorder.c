@@ -76,6 +76,11 @@ static bool plain_class(thx *x, PyTypeObject *type) {
     return plain;
 }
 
+int thx_refuse_lazy(thx_recorder *r) {
+    return thx_capture_error(r, "a lazily conjugated or negated tensor", "its memory holds other values than it shows",
+                             "pass x.resolve_conj().resolve_neg()");
+}
+
 static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
     thx *x = r->x;
     if (!plain_class(x, Py_TYPE(tensor))) {
@@ -101,10 +106,7 @@ static int refuse_tensor(thx_recorder *r, PyObject *tensor) {
         PyObject *lazy = PyObject_CallMethod(tensor, i ? "is_neg" : "is_conj", NULL);
         Py_XDECREF(lazy);
         if (!lazy) return -1;
-        if (lazy == Py_True)
-            return thx_capture_error(r, "a lazily conjugated or negated tensor",
-                                     "its memory holds other values than it shows",
-                                     "pass x.resolve_conj().resolve_neg()");
+        if (lazy == Py_True) return thx_refuse_lazy(r);
     }
     PyObject *quantized = PyObject_GetAttrString(tensor, "is_quantized");
     bool bad = quantized == Py_True;
@@ -399,6 +401,70 @@ int thx_capture_error(thx_recorder *r, const char *construct, const char *reason
     return -1;
 }
 
+/* ---- attributes that somebody gives a tensor ---- */
+
+static int refuse_attribute(thx_recorder *r) {
+    return thx_capture_error(r, THX_TENSOR_ATTRIBUTE, "a program does not hold what else there is to a tensor",
+                             "keep it in an object or a dictionary");
+}
+
+static PyObject *fake_of(const thx_recorder *r, const thx_root *root) { /* borrowed, or NULL */
+    const thx_cell *cell = r->cap_cells && root->real ? probe(r->cells, r->cap_cells, root->real) : NULL;
+    return cell && cell->key ? cell->fake : NULL;
+}
+
+static bool is_called_by_torch(thx *x) {
+    PyFrameObject *frame = PyThreadState_GetFrame(PyThreadState_Get());
+    PyCodeObject *code = frame ? PyFrame_GetCode(frame) : NULL;
+    bool torch = !code || code_of(x, code)->torch;
+    Py_XDECREF(code);
+    Py_XDECREF(frame);
+    return torch;
+}
+
+static int note_absent(thx_recorder *r, const thx_root *root, PyObject *name) {
+    PyObject *note = Py_BuildValue("(iOO)", (int)root->leaf, root->leaf < 0 ? root->real : Py_None, name);
+    if (!r->absent) r->absent = PyList_New(0);
+    int rc = note && r->absent ? PyList_Append(r->absent, note) : -1;
+    Py_XDECREF(note);
+    return rc;
+}
+
+bool thx_has_own_attribute(PyObject *tensor, PyObject *name) {
+    PyObject **place = _PyObject_GetDictPtr(tensor);
+    return place && *place && PyDict_Contains(*place, name) == 1;
+}
+
+int thx_recorder_missing(thx_recorder *r, PyObject *fake, PyObject *name) {
+    const char *text = PyUnicode_AsUTF8(name);
+    if (!text || strncmp(text, "__", 2) == 0 || is_called_by_torch(r->x)) return text ? 0 : -1;
+    for (uint32_t i = 0; i < r->nroots; i++) {
+        const thx_root *root = &r->roots[i];
+        if (fake_of(r, root) != fake) continue;
+        return thx_has_own_attribute(root->real, name) ? refuse_attribute(r) : note_absent(r, root, name);
+    }
+    return 0;
+}
+
+static bool has_attributes(PyObject *fake) {
+    PyObject **place = _PyObject_GetDictPtr(fake), *dict = place ? *place : NULL, *key, *value;
+    bool found = false;
+    for (Py_ssize_t at = 0; dict && !found && PyDict_Next(dict, &at, &key, &value);)
+        found = PyUnicode_Check(key) && !_PyType_Lookup(Py_TYPE(fake), key) && /* that torch's own fakes have */
+                PyUnicode_CompareWithASCIIString(key, "_is_param") != 0;
+    return found;
+}
+
+int thx_recorder_check_attributes(thx_recorder *r, PyObject *const *results, uint32_t n) {
+    bool found = false;
+    for (uint32_t i = 0; i < r->nroots && !found; i++) {
+        PyObject *fake = fake_of(r, &r->roots[i]);
+        found = fake && has_attributes(fake);
+    }
+    for (uint32_t i = 0; i < n && !found; i++) found = thx_is_fake(r->x, results[i]) && has_attributes(results[i]);
+    return found ? refuse_attribute(r) : 0;
+}
+
 /* ---- running ---- */
 
 typedef struct surroundings { /* state of torch that is different while a program is captured */
@@ -609,6 +675,7 @@ static void recorder_dealloc(thx_recorder *r) {
     PyMem_Free(r->pool);
     Py_XDECREF(r->params);
     Py_XDECREF(r->error);
+    Py_XDECREF(r->absent);
     Py_XDECREF(r->needed);
     Py_XDECREF(r->doubt);
     Py_XDECREF(r->rng_last);

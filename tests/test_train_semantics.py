@@ -642,3 +642,42 @@ def test_training_and_no_grad_calls_take_turns():
         with torch.no_grad():
             pair.same(x() + call)
     pair.assert_compiled(misses=2)
+
+
+GAIN = 2.0
+
+
+class Amplified(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return amplify(grad)
+
+
+def amplify(grad):
+    return grad * GAIN
+
+
+def test_state_that_a_backward_function_reads_must_not_change_after_the_forward(monkeypatch):
+    compiled = thunder.jit(lambda x: Amplified.apply(x))
+
+    def gradient(**changes):
+        x = torch.ones(2, requires_grad=True)
+        out = compiled(x).sum()
+        for name, value in changes.items():
+            monkeypatch.setitem(globals(), name, value)
+        out.backward()
+        return x.grad[0].item()
+
+    assert gradient() == gradient() == 2.0
+    monkeypatch.setitem(globals(), "GAIN", 5.0)
+    assert gradient() == gradient() == 5.0
+    with pytest.raises(RuntimeError, match="GAIN changed"):
+        gradient(GAIN=7.0)
+    assert gradient() == 7.0
+    with pytest.raises(RuntimeError, match="amplify"):
+        gradient(amplify=lambda grad: grad)
+    assert gradient() == 1.0

@@ -50,13 +50,19 @@ def asks_types(code: CodeType) -> tuple[str, ...]:
     found = []
     ops = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL")]
     for at, i in enumerate(ops):
-        if i.opname.startswith("LOAD_") and i.argval == "type" and "FAST" not in i.opname:
+        if i.argval == "type" and i.opname.startswith("LOAD_") and _is_no_attribute(ops, at):
             call = next((n for n in range(at + 1, len(ops)) if ops[n].opname.startswith("CALL")), at)
             if call > at and ops[call].arg == 1 and _looked_at(ops[call + 1 :]):
                 found.append(ops[at + 1].argval if call == at + 2 and "FAST" in ops[at + 1].opname else "")
         elif i.opname == "LOAD_ATTR" and i.argval == "__class__" and _looked_at(ops[at + 1 :]):
             found.append(ops[at - 1].argval if at and "FAST" in ops[at - 1].opname else "")
     return tuple(dict.fromkeys(found))
+
+
+def _is_no_attribute(ops: list[dis.Instruction], at: int) -> bool:
+    """Is it the builtin that the instruction loads, and not ``x.device.type``?"""
+    attribute = ops[at].opname in ("LOAD_ATTR", "LOAD_METHOD")
+    return "FAST" not in ops[at].opname and (not attribute or ops[at - 1].argval == "builtins")
 
 
 def _looked_at(following: list[dis.Instruction]) -> bool:

@@ -89,6 +89,10 @@ typedef struct th_halves {
     int64_t bytes, bytes_kept; /* of intermediate results saved: as autograd would, and as chosen */
 } th_halves;
 
+/* Take what is computed of some gradients alone out of a trace whose last `ntangents` inputs they are (bit by gradient:
+ * it does not come in); its results are None then. TH_DECLINED: it cannot be told; the trace is unspecified. */
+th_status th_grad_without(th_trace *t, uint32_t ntangents, uint64_t absent);
+
 th_status th_grad_split(const th_joint *joint, th_remat remat, th_halves *out);
 void th_halves_fini(th_ctx *ctx, th_halves *halves);
 

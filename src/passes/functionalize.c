@@ -25,6 +25,7 @@
  * member knows about storage or outside state. No write reads elements that partly overlap those it writes.
  *
  * What is returned keeps its identity: the tensor that was mutated is returned itself, a view of it is a view of it.
+ * An input that is only written to through .data is written back through it, so that its version stays.
  */
 #include "ops/meta.h"
 #include "passes/pass.h"
@@ -34,9 +35,12 @@
 
 #include <string.h>
 
+static const char data_getter[] = "torch.Tensor.data.__get__";
+
 typedef struct group {
     bool written, refused, taken, has_input;
-    bool kept; /* a member retains its gradient: that of whatever version it has in the end */
+    bool shown; /* a write changes the version of the base: it does not go through .data */
+    bool kept;  /* a member retains its gradient: that of whatever version it has in the end */
     th_val base;
     th_opref base_def, used_by; /* used_by: the last operation that took a member */
     th_opref first_write;
@@ -196,6 +200,20 @@ static bool returns_dest(const pass *p, const th_op *op, th_val dest) {
            p->members[out].offset == p->members[dest].offset;
 }
 
+/* Does a write to `v` change the version of its base? Not where `v` came by .data. */
+static bool is_shown(const pass *p, th_val v) {
+    const th_trace *t = p->t;
+    while (v != group_of(p, v)->base) {
+        const th_op *op = &t->ops[t->values[v].def];
+        const th__write *w = p->writes[t->values[v].def];
+        th_val from = w ? w->dest : th__node_as_value(t, th__op_arg(t, op, 0, NULL));
+        if (th__op_is(t, op, data_getter)) return false;
+        if (!from || p->members[from].group != p->members[v].group) return true;
+        v = from;
+    }
+    return true;
+}
+
 static th_status examine_write(pass *p, th_opref op) {
     th_trace *t = p->t;
     th_op data = t->ops[op];
@@ -212,6 +230,7 @@ static th_status examine_write(pass *p, th_opref op) {
     }
     if (status == TH_DECLINED) return TH_OK;
     p->writes[op] = w;
+    group_of(p, w->dest)->shown |= is_shown(p, w->dest);
     p->region = &w->region;
     p->skip = 1;
     if (!group_of(p, w->dest)->refused) {
@@ -318,10 +337,20 @@ static th_val emit_as_strided(pass *p, th_val of, const th__view *view, int64_t 
     return out;
 }
 
+/* A view of `v` that requires no grad: torch.as_strided_scatter does not take every layout of what does, also where
+ * gradients are off. */
+static th_val emit_detached(pass *p, th_val v) {
+    th_node arg = th_node_value(p->t, v);
+    th_val out = emit(p, data_getter, p->t->values[v].type, 1, &arg, 0);
+    if (out) share(p->t, out, v, p->t->values[v].offset);
+    return out;
+}
+
 static th_val emit_scatter(pass *p, th_val into, th_val contents, const th__view *region, int64_t offset) {
     th_trace *t = p->t;
-    th_typeref type = t->values[into].type;
+    th_typeref type = th_type_set_grad(t->ctx, t->values[into].type, false);
     int64_t start = t->values[into].offset;
+    if (p->marks & TH_MARK_NO_GRAD && type != t->values[into].type) into = emit_detached(p, into);
     th_node args[] = {th_node_value(t, into), th_node_value(t, contents), ints(t, region->ndim, region->shape),
                       ints(t, region->ndim, region->stride), offset == KEEP_OFFSET ? 0 : th_node_int(t, offset)};
     th_val out = emit(p, "torch.as_strided_scatter", type, offset == KEEP_OFFSET ? 4 : 5, args, 0);
@@ -559,12 +588,15 @@ static void rewrite_op(pass *p, th_opref op) {
 
 static void write_back(pass *p, th_val x, const group *g) {
     th_trace *t = p->t;
-    th_node args[] = {th_node_value(t, x), th_node_value(t, g->current)};
+    p->file = g->file;
+    p->line = g->line;
+    th_val to = g->shown ? x : emit_detached(p, x), writes[] = {x, to};
+    th_node args[] = {th_node_value(t, to), th_node_value(t, g->current)};
     th_trace_op(t, &(th_op_args){.kind = TH_OP_CALL,
                                  .callee = th_intern_z(t->ctx, "torch.Tensor.copy_"),
                                  .args = th_node_seq(t, TH_N_TUPLE, 2, args),
-                                 .nwrites = 1,
-                                 .writes = &x,
+                                 .nwrites = g->shown ? 1 : 2,
+                                 .writes = writes,
                                  .file = g->file,
                                  .line = g->line});
 }

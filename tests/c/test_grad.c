@@ -194,6 +194,40 @@ static void marks_keep_operations_out_of_the_derivative(void) {
     th_ctx_free(ctx);
 }
 
+static const char *const backward = "def backward(a: \"cpu f32[2]\", g: \"cpu f32[2]\", h: \"cpu f32[2]\"):\n"
+                                    "    t0: \"cpu f32[2]\" = torch.mul(h, a)\n"
+                                    "    t1: \"cpu f32[2]\" = torch.mul(g, a)\n"
+                                    "    t2: \"cpu f32[2]\" = torch.add(t1, t0)\n"
+                                    "    t3: \"cpu f32[4]\" = torch.cat([t2, t0])\n"
+                                    "    return (t2, t3, t0)\n";
+
+static void what_is_computed_of_absent_gradients_is_not(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_trace *t = check_parse(ctx, backward);
+    char *printed = NULL;
+    CHECK(th_grad_without(t, 2, 2) == TH_OK);
+    CHECK(th_trace_verify(t) == TH_OK);
+    CHECK(t->ninputs == 3);
+    CHECK(count_calls(t, "torch.mul") == 1 && count_calls(t, "torch.add") == 0);
+    CHECK(count_calls(t, "torch.zeros") == 1 && count_calls(t, "torch.cat") == 1);
+    CHECK(th_trace_print(t, &printed, NULL) == TH_OK);
+    CHECK(strstr(printed, ", None)"));
+    th_ctx_alloc(ctx, printed, 0);
+    th_trace_free(t);
+    th_ctx_free(ctx);
+}
+
+static void a_comparison_of_absent_gradients_is_declined(void) {
+    th_ctx *ctx = th_ctx_new(NULL, NULL);
+    th_trace *t = check_parse(ctx, "def backward(g: \"cpu f32[2]\", h: \"cpu f32[2]\"):\n"
+                                   "    t0: \"cpu b8[2]\" = torch.eq(h, 0)\n"
+                                   "    t1: \"cpu f32[2]\" = torch.mul(g, t0)\n"
+                                   "    return t1\n");
+    CHECK(th_grad_without(t, 2, 2) == TH_DECLINED);
+    th_trace_free(t);
+    th_ctx_free(ctx);
+}
+
 static void memory_may_run_out_at_any_request(void) {
     long survived = 0;
     for (long n = 1;; n++) {
@@ -226,6 +260,8 @@ int main(void) {
     what_is_made_again_is_made_where_it_is_needed();
     an_operation_without_a_rule_is_declined_with_its_reason();
     marks_keep_operations_out_of_the_derivative();
+    what_is_computed_of_absent_gradients_is_not();
+    a_comparison_of_absent_gradients_is_declined();
     memory_may_run_out_at_any_request();
     return check_report("test_grad");
 }

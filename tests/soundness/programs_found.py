@@ -639,3 +639,311 @@ def infinite_numbers_in_both_branches():
         x = X(grad=True)
         out = yield (f, x, c) if i == 0 else (x, c)
         yield Seen(error=backward(out), x=x)
+
+
+@program("views")
+def one_of_several_views_after_a_write_to_their_base():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(x):
+        base = x * w
+        part = base.chunk(1)[0]
+        base[0] += 1
+        return part, base
+
+    out = yield f, X()
+    yield Seen(needs=out[0].shape, base=out[1])
+    yield X(1.0)
+
+
+@program("views")
+def view_made_without_gradients_after_a_write_to_its_base():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(x):
+        base = x * w
+        with torch.no_grad():
+            part = base[1:]
+        base.add_(1)
+        try:
+            return part * 2
+        except RuntimeError:
+            return base
+
+    yield f, X()
+    yield (X(1.0),)
+
+
+@program("writes")
+def write_through_data_leaves_the_version():
+    def f(x):
+        x.data.add_(1)
+        return x[:2]
+
+    x, w = X(), nn.Parameter(torch.ones(4))
+    for i in range(3):
+        loss = (x * w).sum()  # keeps x as it is
+        with torch.no_grad():
+            out = yield (f, x) if i == 0 else (x,)
+        yield Seen(error=backward(loss), x=x, w=w, version=x._version, out=out)
+    x = X(grad=True)
+    with torch.no_grad():
+        out = yield x
+    yield Seen(error=backward((out, x)), x=x, version=x._version)
+
+
+@program("writes")
+def write_through_data_of_a_buffer_while_training():
+    class Smoothed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            self.mean.data.mul_(0.9).add_(x.detach(), alpha=0.1)
+            return x * self.weight - self.mean
+
+    model = Smoothed()
+    out = yield model, X()
+    for i in range(3):
+        yield Seen(error=backward(out), model=model, version=model.mean._version)
+        out = yield (X(i),)
+
+
+@program("writes")
+def part_of_a_strided_leaf_written_without_gradients():
+    x = torch.zeros(8)[::2].requires_grad_()
+
+    def f(x):
+        x.copy_(x + 1)
+        x[:2].neg_()
+        return x
+
+    for i in range(3):
+        with torch.inference_mode() if i == 1 else torch.no_grad():
+            yield (f, x) if i == 0 else (x,)
+        yield Seen(x=x)
+
+
+@program("random")
+def numbers_drawn_by_an_operation_that_raises():
+    def f(x):
+        try:
+            return nn.functional.dropout(x, 0.5, True)
+        except RuntimeError:
+            return torch.zeros(4)
+
+    yield f, X()
+    yield (torch.arange(4),)  # draws, then cannot divide
+    yield (X(),)
+
+
+def add_severed(name: str, compute) -> None:
+    def calls():
+        w = nn.Parameter(torch.full((4,), 2.0))
+
+        def f(x):
+            return compute(x, w)
+
+        for i in range(3):
+            x = X(float(i))
+            out = yield (f, x) if i == 0 else (x,)
+            yield Seen(error=backward(out), w=w, x=x)
+
+    calls.__name__ = f"memory_that_takes_what_requires_grad_{name}"
+    program("gradients")(calls)
+
+
+for _name, _compute in {
+    "through_detach": lambda x, w: (t := x.sin(), t.detach().mul_(w), t * 3)[2],
+    "through_data": lambda x, w: (t := x.sin(), t.data.mul_(w), t * 3)[2],
+    "through_detach_of_an_input": lambda x, w: (d := x.detach(), d.mul_(w), d[:2].neg_(), x + 1)[3],
+    "through_a_view_of_what_was_detached": lambda x, w: (t := x.sin(), t.detach()[1:].mul_(w[1:]), t * 3)[2],
+    "and_is_used_by_both_names": lambda x, w: (t := x.sin(), d := t.detach(), d.mul_(w), t * 3 + d)[3],
+}.items():
+    add_severed(_name, _compute)
+
+
+# ---- tensors of the surroundings that the program has changed ----
+
+
+@program("metadata")
+def shape_of_a_global_tensor_that_is_changed_in_place():
+    world = state(t=torch.zeros(4))
+
+    def f(x):
+        world.t.unsqueeze_(0)
+        return x.expand(3, 4) * world.t.shape[0] + world.t.dim(), len(world.t), world.t.stride()
+
+    for i in range(3):
+        yield (f, X()) if i == 0 else (X(i),)
+        yield Seen(t=world.t)
+
+
+@program("metadata")
+def size_of_a_global_tensor_that_is_resized():
+    world = state(t=torch.zeros(4))
+
+    def f(x):
+        world.t.resize_(2)
+        return x * world.t.shape[0] * world.t.numel()
+
+    yield f, X()
+    yield (X(),)
+    world.t = torch.zeros(4)
+    yield (X(),)
+
+
+@program("grad modes")
+def global_tensor_that_takes_what_requires_grad_is_asked():
+    world = state(t=torch.zeros(4))
+
+    def f(x):
+        world.t.copy_(x)
+        if world.t.requires_grad:
+            return x, world.t.is_leaf, world.t.grad_fn is None
+        return x * 2
+
+    for x in (X(), X(grad=True), X(grad=True)[:]):
+        world.t = torch.zeros(4)
+        out = yield (f, x) if not x.requires_grad else (x,)
+        yield Seen(error=backward(out), x=x, t=world.t)
+
+
+# ---- lazy conjugation and negation ----
+
+
+def add_lazy(name: str, compute) -> None:
+    def calls():
+        for i in range(4):
+            z = torch.complex(X(), X(i)).requires_grad_(i % 2 == 1)
+            out = yield (compute, z) if i == 0 else (z,)
+            yield Seen(error=backward(out.abs()), z=z, conjugated=out.is_conj(), negated=out.is_neg())
+
+    calls.__name__ = f"negated_view_{name}"
+    program("views")(calls)
+
+
+for _name, _compute in {
+    "times_two": lambda z: z.conj().imag * 2,
+    "negated_again": lambda z: z.conj().imag.neg(),
+    "in_a_chain": lambda z: (z * 2).conj().imag.add(1).mul(z.abs()),
+    "of_a_product": lambda z: (z.conj() * 1j).view(2, 2).mH.imag.reshape(4),
+    "itself": lambda z: z.conj().imag,
+    "by_torch": lambda z: torch._neg_view(z.real) + 1,
+    "of_a_conjugated_part": lambda z: z.conj()[1:].imag.sum(),
+}.items():
+    add_lazy(_name, _compute)
+
+
+# ---- gradients that do not come in ----
+
+
+def add_unused(name: str, compute, use) -> None:
+    def calls():
+        for i in range(4):
+            x = torch.zeros(4, requires_grad=True) if i < 3 else X(2.0, grad=True)
+            out = yield (compute, x) if i == 0 else (x,)
+            grad = torch.autograd.grad(use(out), x, create_graph=i == 2)[0]
+            yield Seen(error=backward(grad) if i == 2 and grad.requires_grad else "", grad=grad.detach(), x=x)
+
+    calls.__name__ = f"infinite_derivative_of_what_is_not_used_{name}"
+    program("gradients")(calls)
+
+
+def _parts(x):
+    y = x.sqrt()
+    a, b = (x * 3).split(2)
+    return a * 2, y + 1, b.sin(), torch.cat([y, x])
+
+
+for _name, _compute, _use in (
+    ("of_two", lambda x: (x * 2, x.log()), lambda out: out[0].sum()),
+    ("of_three", lambda x: (x * 2, x.log(), x.sqrt(), x.sin()), lambda out: (out[0] + out[3]).sum()),
+    ("beside_a_part", _parts, lambda out: out[0].sum()),
+    ("beside_two_parts", _parts, lambda out: (out[0] + out[2]).sum()),
+    ("and_a_concatenation", _parts, lambda out: out[0].sum() + out[3][4:].sum() * 0.5),
+    ("of_a_norm", lambda x: (x.norm(), x * 2, x.view(2, 2).mT @ x.view(2, 2)), lambda out: out[1].sum() + out[2].sum()),
+):
+    add_unused(_name, _compute, _use)
+
+
+@program("grad modes")
+def hooks_where_a_gradient_does_not_come_in():
+    said = []
+
+    def f(x):
+        y = x.log()
+        y.register_hook(lambda g: said.append(1))
+        return x * 2, y
+
+    for i in range(3):
+        x = X(2.0, grad=True)
+        out = yield (f, x) if i == 0 else (x,)
+        yield Seen(error=backward(out[i % 2]), x=x, said=said)
+
+
+@program("module state")
+def attribute_that_a_parameter_gets_after_the_capture():
+    w = nn.Parameter(torch.ones(4))
+    yield lambda x: x * w * getattr(w, "factor", 1.0), X()
+    w.factor = 2.0
+    yield (X(),)
+
+
+# ---- views of inputs that take new contents, which have gradients of their own ----
+
+
+def add_returned_view(name: str, compute) -> None:
+    def calls():
+        w = nn.Parameter(torch.tensor([1.0, 2.0, -1.0, 0.5]))
+        x = X()
+        for i in range(4):
+            out = yield (lambda x: compute(x, w), x) if i == 0 else (x,)
+            if i > 1:
+                yield Seen(error=backward(out), w=w, x=x)
+                x = X(float(i), grad=True) * 1
+
+    calls.__name__ = f"returned_view_of_an_input_that_is_written_to_{name}"
+    program("gradients")(calls)
+
+
+for _name, _compute in {
+    "by_itself": lambda x, w: (t := x.expand(1, 4)[0], t.mul_(w), x)[::2],
+    "whole": lambda x, w: (t := x[:], t.mul_(w), x)[::2],
+    "of_another_shape": lambda x, w: (x.view(2, 2), x.mul_(w), x * 2)[::2],
+    "in_part": lambda x, w: (t := x[1:3], t.mul_(w[1:3]), x * 1)[::2],
+    "alone": lambda x, w: (t := x[1:3], x.mul_(w), t)[2],
+}.items():
+    add_returned_view(_name, _compute)
+
+
+# ---- what is moved from one container to another ----
+
+
+@program("containers")
+def tensor_of_an_argument_is_moved_to_state():
+    world = state(table={"t": None})
+
+    def f(x, d):
+        world.table["t"] = d["t"]
+        d["t"] = x
+
+    d = {"t": X(2.0)}
+    for i in range(4):
+        yield (f, X(i), d) if i == 0 else (X(i), d)
+        yield Seen(table=world.table, d=d)
+
+
+@program("containers")
+def tensors_are_moved_between_attributes():
+    world = state(a=X(), b=X(1.0), kept=[X(2.0)])
+
+    def f(x):
+        world.kept[0], world.a, world.b = world.b, world.kept[0], x * 2
+        return x + 1
+
+    for i in range(4):
+        yield (f, X(i)) if i == 0 else (X(i),)
+        yield Seen(world=world)

@@ -16,7 +16,7 @@ for module in pkgutil.iter_modules(package.__path__):
 
 
 KNOWN = {
-    "infinite_derivative_of_a_result_that_is_not_used": "a gradient that does not come in counts as zeros",
+    "attribute_that_a_parameter_gets_after_the_capture": "a tensor without attributes is not looked at again",
 }
 
 

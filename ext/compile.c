@@ -511,8 +511,7 @@ static bool take_flags(const thx_recorder *r, th_trace *t) {
     }
     bool differentiable = any;
     for (uint32_t i = 0; i < r->nroots; i++) differentiable |= r->roots[i].requires_grad;
-    const uint8_t kept = (uint8_t) ~(TH_MARK_GRAD_OFF | (differentiable ? 0 : TH_MARK_NO_GRAD));
-    for (th_opref o = 1; o < t->nops; o++) t->ops[o].marks &= kept;
+    for (th_opref o = 1; o < t->nops && !differentiable; o++) t->ops[o].marks &= (uint8_t)~TH_MARK_NO_GRAD;
     return any;
 }
 
@@ -686,6 +685,7 @@ static int finish_inference(compile *k) {
 
 static int run_passes(compile *k) {
     thx_entry *e = k->e;
+    for (th_opref o = 1; o < k->r->t->nops; o++) k->r->t->ops[o].marks &= (uint8_t)~TH_MARK_GRAD_OFF;
     if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0 || note_told(k) < 0) return -1;
     e->main.t = k->r->t;
     k->r->t = NULL;

@@ -681,3 +681,20 @@ def test_state_that_a_backward_function_reads_must_not_change_after_the_forward(
     with pytest.raises(RuntimeError, match="amplify"):
         gradient(amplify=lambda grad: grad)
     assert gradient() == 1.0
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_zeros_for_gradients_that_do_not_come_in(n):
+    """Programs of many lengths: making the zeros moves what describes the program at some of them."""
+    weights = [leaf(4) for _ in range(n)]
+
+    def f(a):
+        return a * sum(w.sum() for w in weights), sum((a + w) * w for w in weights)
+
+    outcomes = []
+    for run in (f, thunder.jit(f)):
+        for w in weights:
+            w.grad = None
+        run(x(4))[0].sum().backward()
+        outcomes.append([w.grad for w in weights])
+    assert all(torch.equal(ours, eager) for ours, eager in zip(*outcomes, strict=True))

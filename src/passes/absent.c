@@ -55,15 +55,16 @@ static bool is_sum(const pass *p, const th_op *op) {
            t->values[out].type == t->values[p->other].type;
 }
 
-static void make_zeros(void *user, th_val *v) {
+static void make_zeros(void *user, th_val *place) {
     pass *p = user;
     th_trace *t = p->t;
-    if (p->state[*v] != ABSENT || p->is_input[*v] || p->r.value[*v]) return;
-    const th_type *type = th_type_get(t->ctx, t->values[*v].type);
+    const th_val v = *place; /* new nodes and types may move the old ones */
+    if (p->state[v] != ABSENT || p->is_input[v] || p->r.value[v]) return;
+    const th_type copy = *th_type_get(t->ctx, t->values[v].type), *type = &copy;
     th_node sizes[TH_MAX_RANK];
     for (uint32_t i = 0; i < type->ndim; i++) sizes[i] = th_node_int(t, type->shape[i]);
     th_typeref packed = th_type_tensor(t->ctx, (th_dtype)type->dtype, type->device, type->ndim, type->shape, NULL, 0);
-    if (packed != t->values[*v].type) p->odd = true; /* laid out otherwise */
+    if (packed != t->values[v].type) p->odd = true; /* laid out otherwise */
     th_node kwargs[] = {th_node_str(t, th_intern_z(t->ctx, "dtype")), th_node_dtype(t, (th_dtype)type->dtype),
                         th_node_str(t, th_intern_z(t->ctx, "device")), th_node_device(t, type->device)};
     th_node size = th_node_seq(t, TH_N_TUPLE, type->ndim, sizes);
@@ -73,7 +74,7 @@ static void make_zeros(void *user, th_val *v) {
                                  .args = th_node_seq(t, TH_N_TUPLE, 1, &size),
                                  .kwargs = th_node_seq(t, TH_N_DICT, 4, kwargs),
                                  .outs = th_node_value(t, zeros)});
-    p->r.value[*v] = zeros;
+    p->r.value[v] = zeros;
 }
 
 /* TH_DECLINED: the operation does more than to compute gradients. */

@@ -685,7 +685,6 @@ static int finish_inference(compile *k) {
 
 static int run_passes(compile *k) {
     thx_entry *e = k->e;
-    for (th_opref o = 1; o < k->r->t->nops; o++) k->r->t->ops[o].marks &= (uint8_t)~TH_MARK_GRAD_OFF;
     if (thx_check(k->x, th_trace_clone(k->r->t, &e->captured)) < 0 || note_told(k) < 0) return -1;
     e->main.t = k->r->t;
     k->r->t = NULL;

@@ -173,16 +173,18 @@ static bool gives_detached(const thx_recorder *r, const th_op *op) {
     return op->callee && !op->nwrites && cuts_gradients(r, op->callee, NULL);
 }
 
+/* What `value` is a view of, or was before it was written; 0: an operation made it anew, or it is an input. */
+static th_val source_of(const thx_recorder *r, th_val value) {
+    source s = {r->t, r->t->values[value].alias, 0};
+    if (s.alias && r->t->values[value].def) th_op_each_use(r->t, r->t->values[value].def, find_source, &s);
+    return s.found;
+}
+
 /* Is it a view that such an operation gave, or a view of one? */
 static bool is_view_by(const thx_recorder *r, th_val value, bool (*such)(const thx_recorder *, const th_op *)) {
-    th_trace *t = r->t;
-    for (int steps = 0; steps < 64 && value && t->values[value].alias && t->values[value].def; steps++) {
-        th_opref o = t->values[value].def;
-        if (such(r, &t->ops[o])) return true;
-        source s = {t, t->values[value].alias, 0};
-        th_op_each_use(t, o, find_source, &s);
-        value = s.found;
-    }
+    th_val of = source_of(r, value);
+    for (int steps = 0; steps < 64 && of; steps++, value = of, of = source_of(r, value))
+        if (such(r, &r->t->ops[r->t->values[value].def])) return true;
     return false;
 }
 
@@ -195,9 +197,10 @@ static bool strands_a_view(const thx_recorder *r, th_val written) {
     const th_trace *t = r->t;
     uint32_t alias = t->values[written].alias;
     for (th_val v = 1; alias && v < t->nvalues; v++) {
-        th_opref o = t->values[v].alias == alias ? t->values[v].def : 0;
-        if (!o || t->ops[o].nwrites || gives_detached(r, &t->ops[o])) continue;
-        if (t->ops[o].marks & TH_MARK_NO_GRAD || is_one_of_several(r, v)) return true;
+        if (t->values[v].alias != alias || !source_of(r, v)) continue;
+        const th_op *op = &t->ops[t->values[v].def];
+        if (op->nwrites || gives_detached(r, op)) continue;
+        if (op->marks & TH_MARK_NO_GRAD || is_one_of_several(r, v)) return true;
     }
     return false;
 }
@@ -305,7 +308,7 @@ void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note) {
     t->values[value].type = thx_flag_type(r, t->values[value].type, note);
     for (th_val v = 1; alias && v < t->nvalues; v++) {
         th_opref def = t->values[v].alias == alias ? t->values[v].def : 0;
-        if (def && !(t->ops[def].callee && cuts_gradients(r, t->ops[def].callee, NULL)))
+        if (def && !(source_of(r, v) && gives_detached(r, &t->ops[def])))
             t->values[v].type = thx_flag_type(r, t->values[v].type, note);
     }
 }

@@ -590,6 +590,7 @@ int thx_recorder_run(thx_recorder *r, PyObject *fn, PyObject *args, PyObject *kw
         if (!*result && !PyErr_ExceptionMatches(x->CaptureError) && !PyErr_ExceptionMatches(x->GradNeeded))
             explain_exception(r);
     }
+    for (th_opref o = 1; o < r->t->nops; o++) r->t->ops[o].marks &= (uint8_t)~TH_MARK_GRAD_OFF;
     Py_CLEAR(r->bound);
     Py_XDECREF(s.script);
     Py_XDECREF(s.compiling);

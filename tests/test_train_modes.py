@@ -578,3 +578,24 @@ def test_detached_without_gradients_may_be_written_to():
         return t * w
 
     check_training(f, x(), leaf())
+
+
+MADE_ANEW = {
+    "new_empty, in parts": lambda a, w: _filled(a.new_empty(4, 3), w),
+    "zeros_like, in parts": lambda a, w: _filled(torch.zeros_like(a), w),
+    "made without gradients": lambda a, w: _filled(torch.no_grad()(lambda: w * 2)(), w),
+}
+
+
+def _filled(k, w):
+    k[:2].copy_(w[:2])
+    k[2:].copy_(w[2:] * 2)
+    k.add_(w)
+    return k.sin()
+
+
+@pytest.mark.parametrize("made", MADE_ANEW)
+def test_a_tensor_made_without_gradients_is_written_to_with_them(made):
+    """It is no view: nothing is detached, and torch has nothing against it."""
+    pair = check_training(MADE_ANEW[made], x(), leaf())
+    assert_compiled(pair)

@@ -1,4 +1,4 @@
-/* The node that a compiled call leaves in autograd's graph. */
+/* The node that a compiled call leaves in autograd's graph: gradient.c builds what autograd.c runs. */
 #ifndef THUNDER_AUTOGRAD_H
 #define THUNDER_AUTOGRAD_H
 
@@ -12,6 +12,11 @@ typedef struct thx_saved { /* one input of the backward program */
     bool grad;             /* an input that requires grad */
     bool shown;            /* the user can see, and so change, it: torch keeps it, with its version */
 } thx_saved;
+
+enum {                /* of an input that the run writes to */
+       ROOT_COPY = 1, /* statistics that batch norm updates and, in training, does not read: a copy takes the update */
+       ROOT_GONE = 2, /* what it held is needed and gone */
+};
 
 typedef struct thx_gradient { /* Python object: how a program is differentiated; shared by its entry and pending runs */
     PyObject_HEAD thx *x;
@@ -43,6 +48,8 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
  * claims: see region.h; or NULL. */
 thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *transform, PyObject *claims,
                                th_trace **forward);
+
+int thx_gradient_init(thx *x, PyObject *module);
 
 /* One run forwards. The caller fills what is above the line and gets `slots` back with the results in them. */
 typedef struct thx_forward {

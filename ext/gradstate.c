@@ -105,20 +105,28 @@ static int refuse_detaching(thx_recorder *r, th_str callee) {
     return -1;
 }
 
+/* The other inputs give a shape or a dtype. */
+static bool looks_at_first(const thx_recorder *r, th_str callee, const th_opdef *def) {
+    static const char *const names[] = {"type_as", "view_as", "reshape_as", "expand_as"};
+    const char *name = callee ? th_str_get(r->x->ctx, callee) : "", *dot = strrchr(name, '.');
+    bool found = def && def->fusion == TH_FUSE_VIEW;
+    for (size_t i = 0; dot && i < sizeof names / sizeof *names && !found; i++) found = strcmp(dot + 1, names[i]) == 0;
+    return found;
+}
+
 int thx_note_grad(thx_recorder *r, th_str callee, const th_opdef *def, thx_grad_note *note) {
     bool any = false;
     *note = (thx_grad_note){false, 0};
-    bool first = r->ninputs && (is_named(r, callee, "torch.Tensor.type_as") || (def && def->fusion == TH_FUSE_VIEW));
-    uint32_t n = first ? 1 : r->ninputs; /* the others give a shape or a dtype */
-    for (uint32_t i = 0; i < n && !any; i++) {
+    bool first = r->ninputs && looks_at_first(r, callee, def), others = false;
+    for (uint32_t i = 0; i < r->ninputs && !any; i++) {
         thx_cell *cell = thx_recorder_cell(r, r->inputs[i]);
         if (!cell) return -1;
-        any = flagged(r, cell->value);
+        *(first && i ? &others : &any) |= flagged(r, cell->value);
     }
     if (refuse_detaching(r, callee) < 0) return -1;
     int on = thx_grad_mode(r->x);
     if (on < 0) return -1;
-    note->marks = on ? 0 : TH_MARK_GRAD_OFF;
+    note->marks = (on ? 0 : TH_MARK_GRAD_OFF) | (others && !any ? TH_MARK_NO_GRAD : 0);
     if (!any) return 0;
     if (on && (r->inference || r->inside)) {
         thx_grad_needed(r, "gradients are switched on inside inference mode");

@@ -698,3 +698,41 @@ def test_zeros_for_gradients_that_do_not_come_in(n):
         run(x(4))[0].sum().backward()
         outcomes.append([w.grad for w in weights])
     assert all(torch.equal(ours, eager) for ours, eager in zip(*outcomes, strict=True))
+
+
+REPLACED = {
+    "copy_": lambda t, w: t.copy_(w),
+    "copy_ of what requires none": lambda t, w: t.copy_(w.detach()),
+    "[:] =": lambda t, w: t.__setitem__(slice(None), w),
+    "a view of all": lambda t, w: t[0:4].copy_(w),
+    "in two steps": lambda t, w: t.fill_(1).copy_(w),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_gradient_of_what_is_overwritten_is_zeros_and_not_none(how):
+    def f(a, w):
+        t = a * 2
+        REPLACED[how](t, w)
+        return t * w
+
+    outcomes = []
+    for run in (f, thunder.jit(f)):
+        a, w = leaf(4), leaf(4)
+        run(a, w).sum().backward()
+        outcomes.append((a.grad, w.grad))
+    (a_eager, w_eager), (a_ours, w_ours) = outcomes
+    assert a_eager is not None
+    assert torch.equal(a_ours, a_eager)
+    assert torch.equal(w_ours, w_eager)
+
+
+def test_what_gives_a_shape_has_no_gradient():
+    def f(a, w):
+        t = a.view_as(w * 2)
+        t.masked_fill_(t > 0, 2.0)
+        return a, t.reshape_as(w), a[:1].expand_as(w), a.type_as(w), w * 2
+
+    for ours, eager in zip(thunder.jit(f)(x(4), leaf(4)), f(x(4), leaf(4)), strict=True):
+        assert ours.requires_grad == eager.requires_grad
+        assert torch.equal(ours, eager)

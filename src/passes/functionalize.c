@@ -41,6 +41,7 @@ typedef struct group {
     bool written, refused, taken, has_input;
     bool shown; /* a write changes the version of the base: it does not go through .data */
     bool kept;  /* a member retains its gradient: that of whatever version it has in the end */
+    bool needs; /* while rewriting: what was written to it may require grad */
     th_val base;
     th_opref base_def, used_by; /* used_by: the last operation that took a member */
     th_opref first_write;
@@ -80,6 +81,8 @@ typedef struct pass {
     uint32_t line;
     uint8_t marks;
     bool grad;   /* an input requires grad: results that do stay connected to it */
+    bool *needs; /* by value: it may require grad; NULL: none does */
+    bool found;  /* one of those looked at does */
     th_opref op; /* being examined */
     bool suspicious;
     const th__view *region; /* that it writes */
@@ -515,15 +518,15 @@ static th_val new_contents(pass *p, const th__write *w, bool *fresh) {
     return v;
 }
 
-/* The next version of a group: the contents themselves when they are a whole new base, else the base with them put in.
- */
-static void advance(pass *p, group *g, const th__write *w, th_val contents, bool fresh) {
+/* The next version of a group: the contents themselves when they are a whole new base, else the base with them put in:
+ * so too where it is `replaced` and requires grad, for the gradient of what it was is zeros then, and not none. */
+static void advance(pass *p, group *g, const th__write *w, th_val contents, bool fresh, bool replaced) {
     const th_trace *t = p->t;
     th__view base = recorded(p, g->base);
     th_typeref type = t->values[g->base].type;
     bool whole = th__view_same(&w->region, &base), dense = th__view_is_dense(&base);
     bool same = same_type(t, contents, g->base);
-    if (whole && dense && (same || th_type_get(t->ctx, type)->contiguous)) {
+    if (!replaced && whole && dense && (same || th_type_get(t->ctx, type)->contiguous)) {
         g->current = same && fresh ? contents : same ? emit_clone(p, contents) : emit_packed(p, contents, type);
         g->shift = -base.offset;
     } else {
@@ -545,12 +548,24 @@ static void same_object(pass *p, th_val v, th_val of) {
     p->members[v].home = NEVER;
 }
 
+static void look_for_need(void *user, th_val *v) { ((pass *)user)->found |= ((pass *)user)->needs[*v]; }
+static void set_need(void *user, th_val *v) { ((pass *)user)->needs[*v] = true; }
+
+static bool uses_needing(pass *p, const th_op *op) {
+    p->found = false;
+    th_node_each_value(p->t, op->args, look_for_need, p);
+    th_node_each_value(p->t, op->kwargs, look_for_need, p);
+    return p->found;
+}
+
 static void rewrite_write(pass *p, const th_op *op, const th__write *w) {
     group *g = group_of(p, w->dest);
     bool fresh;
     th_val contents = new_contents(p, w, &fresh), out = th__node_as_value(p->t, op->outs);
     if (!contents || th_trace_status(p->t) != TH_OK) return;
-    advance(p, g, w, contents, fresh);
+    bool grad = p->needs && !(p->marks & TH_MARK_NO_GRAD);
+    advance(p, g, w, contents, fresh, grad && w->kind == TH__WRITE_COPY && (g->needs || p->needs[g->base]));
+    g->needs |= grad && uses_needing(p, op);
     if (out) same_object(p, out, w->dest);
 }
 
@@ -655,6 +670,18 @@ static th_status number_groups(pass *p) {
     return p->groups ? TH_OK : TH_ENOMEM;
 }
 
+static th_status find_needs(pass *p) {
+    th_trace *t = p->t;
+    if (!p->grad) return TH_OK;
+    p->needs = th__scratch_zeroed(&p->scratch, t->nvalues, sizeof *p->needs);
+    if (!p->needs) return TH_ENOMEM;
+    for (uint32_t i = 0; i < t->ninputs; i++)
+        p->needs[t->inputs[i]] = th_type_get(t->ctx, t->values[t->inputs[i]].type)->flags != 0;
+    for (th_opref op = 1; op < t->nops; op++)
+        if (!(t->ops[op].marks & TH_MARK_NO_GRAD) && uses_needing(p, &t->ops[op])) th_op_each_out(t, op, set_need, p);
+    return TH_OK;
+}
+
 static th_status prepare(pass *p) {
     th_trace *t = p->t;
     p->members = th__scratch_zeroed(&p->scratch, t->nvalues, sizeof *p->members);
@@ -663,6 +690,7 @@ static th_status prepare(pass *p) {
     for (uint32_t i = 0; i < t->ninputs; i++) p->grad |= th_type_get(t->ctx, t->values[t->inputs[i]].type)->flags != 0;
     p->nvalues = t->nvalues;
     p->nops = t->nops;
+    TRY(find_needs(p));
     TRY(number_groups(p));
     return th_catalog_new(t->ctx, &p->catalog);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import threading
@@ -173,6 +174,28 @@ def test_generated_code_that_fails_raises():
     assert back is same
 
 
+def test_generated_code_gets_aligned_inputs():
+    seen = []
+
+    def align(tensor):
+        seen.append(tensor)
+        return tensor.clone()
+
+    call = thunder._C.HandleCall(lambda handles: handles, b"\0\1", 16, align)
+    base = torch.arange(9, dtype=torch.float32)
+    assert base.data_ptr() % 16 == 0
+    odd, even = base[1:], base[4:]
+    for given, aligned in ((even, True), (odd, False)):
+        one, two, three = call(odd, given, odd)
+        assert one.data_ptr() == three.data_ptr() == odd.data_ptr()  # nobody asks for these
+        assert two.data_ptr() % 16 == 0 and torch.equal(two, given)
+        assert (two.data_ptr() == given.data_ptr()) == aligned == (not seen)
+    with pytest.raises(ZeroDivisionError):
+        thunder._C.HandleCall(lambda handles: handles, b"\1", 16, lambda tensor: 1 / 0)(odd)
+    with pytest.raises(TypeError, match="positive alignment"):
+        thunder._C.HandleCall(lambda handles: handles, b"\1")
+
+
 def test_what_the_cpp_wrapper_cannot_do_python_calls(monkeypatch):
     real, ways = torchcompile._compile, []
 
@@ -285,14 +308,30 @@ def no_checks_made(monkeypatch):
     instructions.doubted = False
     monkeypatch.setattr(torchcompile, "_instructions", instructions)
     monkeypatch.setattr(VecISA, "check_build", lambda self, code: asked.append(code) or True)
-    VecISA._VecISA__bool__impl.cache_clear() if hasattr(VecISA, "_VecISA__bool__impl") else None
     return asked, VecISA._avx_code
 
 
-def test_headers_of_torch_are_not_compiled_to_find_instructions(monkeypatch):
-    asked, headers = no_checks_made(monkeypatch)
+def test_no_compiler_is_asked_for_instructions(monkeypatch):
+    from torch._inductor import cpu_vec_isa
+
+    asked, _ = no_checks_made(monkeypatch)
     check(blocks(1), (torch.randn(5, 16),), [TorchCompileExecutor("torchcompile_assuming")], tier="block")
-    assert headers not in asked
+    assert not asked
+    assert not cpu_vec_isa.valid_vec_isa_list.cache_info().currsize, "torch.compile takes for granted what we do"
+
+
+def test_parts_of_instructions_are_taken_for_granted_by_the_thread_that_builds(monkeypatch):
+    from torch._inductor import cpu_vec_isa
+
+    asked, _ = no_checks_made(monkeypatch)
+    isa = cpu_vec_isa.supported_vec_isa_list[0]
+    with torchcompile._instructions.granted():
+        assert isa.check_build("mine")
+        other = threading.Thread(target=isa.check_build, args=("another's",))
+        other.start()
+        other.join()
+    isa.check_build("later")
+    assert asked == ["another's", "later"]
 
 
 def test_inductor_finds_instructions_once_a_kernel_does_not_compile(monkeypatch):
@@ -421,3 +460,43 @@ def test_on_cuda():
     with warnings.catch_warnings():
         warnings.simplefilter("error", thunder.ThunderWarning)
         check(model, (torch.randn(4, 16, device="cuda"),), ["torchcompile"], tier="block")
+
+
+@pytest.mark.gpu
+def test_no_python_calls_the_kernels_of_a_gpu():
+    """Inductor's C++ wrapper is called with handles there as well; it wants its inputs at aligned addresses."""
+    model = blocks(2).cuda()
+    check(model, (torch.randn(4, 16, device="cuda"),), [TorchCompileExecutor("torchcompile_wrapped")], tier="block")
+    exact, half = copy.deepcopy(model).double(), model.half()
+    compiled = thunder.jit(half, executors=[TorchCompileExecutor("torchcompile_wrapped_half")], tier="block")
+    numbers = torch.randn(1 + 4 * 16, device="cuda", dtype=torch.half)
+    even, odd = numbers[:64].view(4, 16), numbers[1:].view(4, 16)
+    assert odd.data_ptr() % 16
+    with torch.no_grad():
+        for x in (even, odd, even):
+            error = (half(x) - exact(x.double())).abs().max()  # eager's: half has no more than three digits
+            assert (compiled(x) - exact(x.double())).abs().max() <= 2 * error
+    assert {type(u.implementation) for u in units(compiled)} == {thunder._C.HandleCall}
+    assert "cuda" in torchcompile._wrapped
+
+
+@pytest.mark.gpu
+def test_without_the_headers_of_cuda_python_calls_its_kernels(monkeypatch):
+    real = torchcompile._compile
+
+    def compile_(trace, form, options, way):
+        if way.cpp:
+            raise torchcompile._compile_error()(["g++"], "cuda.h:1: fatal error: cuda.h: No such file")
+        return real(trace, form, options, way)
+
+    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    monkeypatch.setattr(torchcompile, "_wrapped", {"cpu", "cuda"})
+    model, x = blocks(1).cuda(), torch.randn(7, 16, device="cuda")
+    executor = TorchCompileExecutor("torchcompile_without_headers")
+    with torch.no_grad():
+        with pytest.warns(thunder.ThunderWarning, match=r"calls CUDA kernels from Python.*cuda\.h.*CUDA toolkit"):
+            compiled = thunder.jit(model, executors=[executor], tier="block")
+            compiled(x)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert torchcompile._wrapped == {"cpu"}
+    assert {u.state for u in units(compiled)} == {"trusted"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from thunder import _C
+from thunder._errors import ThunderWarning
 from thunder._verify import body_of, function_of
 from thunder.executors._families import Form, Text, form_of
 from thunder.extend.executor import FusionExecutor
@@ -106,9 +108,11 @@ class TorchCompileExecutor(FusionExecutor):
             try:
                 with self._lock:
                     return _compile(trace, form, self.options, way)
-            except Exception:
+            except Exception as error:
                 if not ways:
                     raise
+                if way.cpp and isinstance(error, _compile_error()):
+                    _leave_wrapping(trace, ways, error)
 
     def _join(
         self, trace: Any, form: Form | None, ways: list[_Way], compiled: Any, compilers: list[Callable]
@@ -118,9 +122,10 @@ class TorchCompileExecutor(FusionExecutor):
                 for wait in compilers:
                     wait()
                 return _caller(compiled)
-            except _compile_error():
+            except _compile_error() as error:
                 if not ways:
                     raise
+                _leave_wrapping(trace, ways, error)
                 compiled, compilers, _ = self._generate(trace, form, ways)
 
 
@@ -195,10 +200,34 @@ class _Way(NamedTuple):
 
 def _ways(trace: Any, options: dict[str, Any]) -> list[_Way]:
     """Those to try, in order."""
-    on_cpu = all(p.device.type == "cpu" for p in (*trace.inputs, *trace.output))
-    cpp = options.get("cpp_wrapper", on_cpu and _C.torch_abi()["handles"])
+    devices = _devices(trace)
+    cpp = options.get("cpp_wrapper", devices <= _wrapped and _C.torch_abi()["handles"])
     checks = [True] if _instructions.doubted else [False, True]
-    return [*([_Way(True, checks[0])] if cpp else []), *(_Way(False, checked) for checked in checks)]
+    wrapped = checks[:1] if devices == {"cpu"} else checks  # of kernels on the CPU it is the lesser part
+    return [*(_Way(True, checked) for checked in wrapped if cpp), *(_Way(False, checked) for checked in checks)]
+
+
+def _devices(trace: Any) -> set[str]:
+    return {p.device.type for p in (*trace.inputs, *trace.output)}
+
+
+_wrapped = {"cpu", "cuda"}  # devices for which C++ can call the kernels
+
+
+def _leave_wrapping(trace: Any, ways: list[_Way], error: Exception) -> None:
+    """C++ that calls CUDA's kernels needs CUDA's headers, which torch does not bring: once it did not compile it is not
+    tried again."""
+    if "cuda" not in _wrapped & _devices(trace) or any(way.cpp for way in ways):
+        return
+    _wrapped.discard("cuda")
+    lines = [line.strip() for line in str(error).splitlines() if "error" in line]
+    warnings.warn(
+        "thunder: torchcompile calls CUDA kernels from Python, which takes longer: the C++ that would call them does "
+        f"not compile ({lines[-1] if lines else type(error).__name__}). What to do: install the headers of the CUDA "
+        "toolkit that torch was built with, and set CUDA_HOME if they are not found.",
+        ThunderWarning,
+        stacklevel=2,
+    )
 
 
 def _compile(
@@ -213,14 +242,24 @@ def _compile(
     with torch.no_grad(), no_modes():
         mode, graph, fakes = aten_graph(trace, form)
         symbols = None if form is None else _Symbols(form, mode, fakes)
-        settings = {**_known(config), **({} if way.checked else _instructions.assumed(config)), **options}
+        assumed = {} if way.checked else _instructions.assumed(config)
+        settings = {**_known(config), **assumed, **(_wrapper_settings() if way.cpp else {}), **options}
         if way.checked:
             _instructions.doubt()
-        with mode, tracing(TracingContext(mode)), config.patch(settings), _compilers_beside(graph) as compilers:
+        granted = contextlib.nullcontext() if way.checked else _instructions.granted()
+        tracing_here = tracing(TracingContext(mode))
+        with mode, tracing_here, config.patch(settings), granted, _compilers_beside(graph) as compilers:
             compiled = compile_fx_inner(joint_graph_passes(graph), fakes, cpp_wrapper=way.cpp)
         if symbols is not None:
             symbols.check()
     return compiled, compilers, symbols
+
+
+def _wrapper_settings() -> dict[str, Any]:
+    """What Inductor sets for C++ wrappers: kernels of GPUs are tuned while code is generated, and kept as files."""
+    from torch._inductor import compile_fx
+
+    return compile_fx.get_cpp_wrapper_config() if hasattr(compile_fx, "get_cpp_wrapper_config") else {}
 
 
 def _compile_error() -> type[Exception]:
@@ -245,15 +284,42 @@ class _Instructions:
         """Settings for a build."""
         return {"cpp.vec_isa_ok": True} if getattr(config.cpp, "vec_isa_ok", False) is None else {}
 
-    def doubt(self) -> None:
-        """Forget what was taken for granted."""
-        if self.doubted:
-            return
+    @contextlib.contextmanager
+    def granted(self) -> Iterator[None]:
+        """For a build: kinds with parts that not all processors of theirs have ask for those whatever the settings.
+        Where Inductor knows already, nothing; else it does not know afterwards either."""
         from torch._inductor import cpu_vec_isa
 
-        self.doubted = True
-        kinds = [type(isa).__bool__ for isa in getattr(cpu_vec_isa, "supported_vec_isa_list", [])]
-        for known in (getattr(cpu_vec_isa, "valid_vec_isa_list", None), *kinds):
+        kind, here = getattr(cpu_vec_isa, "VecISA", None), threading.get_ident()
+        check, found = getattr(kind, "check_build", None), getattr(cpu_vec_isa, "valid_vec_isa_list", None)
+        if check is None or not hasattr(found, "cache_info") or found.cache_info().currsize:
+            yield
+            return
+
+        def granted(self: Any, code: str) -> bool:
+            return True if threading.get_ident() == here else check(self, code)
+
+        with _replaced(kind, "check_build", granted):
+            try:
+                yield
+            finally:
+                self._forget()
+
+    def doubt(self) -> None:
+        """Inductor finds out from here on."""
+        if not self.doubted:
+            self.doubted = True
+            self._forget()
+
+    def _forget(self) -> None:
+        from torch._inductor import cpu_vec_isa
+
+        isas = getattr(cpu_vec_isa, "supported_vec_isa_list", [])
+        for isa in isas:  # which parts a processor has
+            for part in [name for name in vars(isa) if name.endswith("_supported")]:
+                delattr(isa, part)
+        answers = [answer for isa in isas for kind in type(isa).__mro__ for answer in vars(kind).values()]
+        for known in (getattr(cpu_vec_isa, "valid_vec_isa_list", None), *answers):
             if hasattr(known, "cache_clear"):
                 known.cache_clear()
 
@@ -263,16 +329,15 @@ _instructions = _Instructions()
 
 @contextlib.contextmanager
 def _compilers_beside(graph: torch.fx.GraphModule) -> Iterator[list[Callable[[], None]]]:
-    """Inductor starts a C++ compiler for each kernel and waits for all of them. Within, it does not wait: what it would
-    have done is in the list. Code for other devices is kept with what its compilers made, so it waits."""
+    """Inductor starts a C++ compiler for each kernel and wrapper and waits for all of them. Within, it does not wait:
+    what it would have done is in the list. Code for other devices is kept with what the compilers of its kernels made,
+    so it waits for those; its wrapper, which holds no kernels, is compiled with few optimisations."""
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import CppWrapperCodeCache
 
     waits: list[Callable[[], None]] = []
     values = [n.meta["val"] for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    if any(v.device.type != "cpu" for v in values):
-        yield waits
-        return
+    on_cpu = all(v.device.type == "cpu" for v in values)
     wait, load_now, here = AsyncCompile.wait, CppWrapperCodeCache.load_pybinding, threading.get_ident()
     header = CppWrapperCodeCache.__dict__.get("_get_uncompiled_header")
 
@@ -284,14 +349,17 @@ def _compilers_beside(graph: torch.fx.GraphModule) -> Iterator[list[Callable[[],
     def load_later(cls: type, *args: Any, **kwargs: Any) -> Callable:
         if threading.get_ident() != here:
             return load_now(*args, **kwargs)
+        if not on_cpu and kwargs.get("kernel_code", True) is None:
+            kwargs["kernel_code"] = ""
         loaded = _Loaded(cls.load_pybinding_async(*args, submit_fn=AsyncCompile.submit, **kwargs))
         waits.append(loaded.wait)
         return loaded
 
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_replaced(AsyncCompile, "wait", wait_later))
+        if on_cpu:
+            undo.enter_context(_replaced(AsyncCompile, "wait", wait_later))
         undo.enter_context(_replaced(CppWrapperCodeCache, "load_pybinding", classmethod(load_later)))
-        if header is not None:
+        if on_cpu and header is not None:
             both = classmethod(lambda cls, device: _with_kernels(header.__get__(None, cls)(device)))
             undo.enter_context(_replaced(CppWrapperCodeCache, "_get_uncompiled_header", both))
         yield waits
@@ -354,14 +422,32 @@ def _known(config: Any) -> dict[str, Any]:
 
 def _caller(compiled: Any) -> Callable:
     call = getattr(compiled, "current_callable", None) or compiled
-    function = _function_of_handles(call)
+    below, aligned = _below_alignment(call)
+    function = _function_of_handles(below)
     if function is not None:
-        return _C.HandleCall(function)
+        return _C.HandleCall(function, aligned, *_alignment()) if any(aligned) else _C.HandleCall(function)
 
     def run(*tensors: torch.Tensor) -> Any:
         return call([*tensors])
 
     return run
+
+
+def _below_alignment(call: Any) -> tuple[Any, bytes]:
+    """(what Inductor calls once the addresses of some inputs are known to be aligned, for each input whether it is one
+    of them); a call that writes to inputs stays as it is."""
+    code = getattr(call, "__code__", None)
+    if code is None or code.co_freevars != ("inputs_to_check", "model", "mutated_input_idxs"):
+        return call, b""
+    places, model, written = (cell.cell_contents for cell in call.__closure__)
+    return (call, b"") if written else (model, bytes(i in places for i in range(max(places) + 1)))
+
+
+def _alignment() -> tuple[int, Callable]:
+    """(bytes, what makes an aligned copy)"""
+    from torch._inductor import utils
+
+    return utils.ALIGNMENT, utils.clone_preserve_strides
 
 
 def _function_of_handles(call: Any) -> Callable | None:

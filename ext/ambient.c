@@ -36,18 +36,23 @@ static int read_autocast(thx *x, thx_ambient *a) {
     return 0;
 }
 
-static int read_by_python(thx *x, thx_ambient *a) {
+int thx_has_modes(thx *x) {
+    if (x->abi.state) return x->abi.function_modes() > 0 || x->abi.dispatch_modes() > 0;
     long functions = call_long(x->f_stack_len), dispatches = call_long(x->d_stack_len);
+    return functions < 0 || dispatches < 0 ? -1 : functions || dispatches;
+}
+
+static int read_by_python(thx *x, thx_ambient *a) {
     int grad = thx_grad_mode(x);
     int inference = call_flag(x->inference), autocast = call_flag(x->any_autocast);
     PyObject *dtype = PyObject_CallNoArgs(x->default_dtype);
     Py_XDECREF(dtype);
-    if (functions < 0 || dispatches < 0 || grad < 0 || inference < 0 || autocast < 0 || !dtype) return -1;
+    if (grad < 0 || inference < 0 || autocast < 0 || !dtype) return -1;
     a->grad = grad;
     a->inference = inference;
     a->autocast = autocast;
     a->default_dtype = dtype;
-    return functions > 0 || dispatches > 0;
+    return 0;
 }
 
 static int read_by_abi(thx *x, thx_ambient *a) {
@@ -59,7 +64,7 @@ static int read_by_abi(thx *x, thx_ambient *a) {
     a->inference = inference;
     a->autocast = autocast;
     a->default_dtype = x->dtype_objects[abi->dtypes[abi->default_dtype() & 63]];
-    return abi->function_modes() > 0 || abi->dispatch_modes() > 0;
+    return 0;
 }
 
 /* torch.autograd.forward_ad: its tensors carry tangents, which no program computes. */
@@ -71,9 +76,10 @@ static bool has_tangents(thx *x) {
 int thx_ambient_read(thx *x, thx_ambient *a) {
     memset(a, 0, sizeof *a);
     if (thx_under_functorch(x) || has_tangents(x)) return 1;
-    int modes = x->abi.state ? read_by_abi(x, a) : read_by_python(x, a);
-    if (modes == 0 && a->autocast && read_autocast(x, a) < 0) return -1;
-    return modes;
+    int modes = thx_has_modes(x);
+    if (modes) return modes;
+    if ((x->abi.state ? read_by_abi(x, a) : read_by_python(x, a)) < 0) return -1;
+    return a->autocast ? read_autocast(x, a) : 0;
 }
 
 /* ---- autocast ---- */

@@ -12,6 +12,7 @@ typedef struct thx_ambient {
 
 /* 1: modes of the user are active, nothing may be assumed; 0: read; -1 error. */
 int thx_ambient_read(thx *x, thx_ambient *a);
+int thx_has_modes(thx *x); /* of functions or of dispatch, the user's; -1 with an exception */
 
 /* Casts are explicit in a trace: autocast must not act on its operations again. */
 typedef struct thx_autocast {

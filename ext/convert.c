@@ -187,6 +187,15 @@ int thx_read_meta(thx *x, PyObject *tensor, bool fake, thx_meta *m) {
     return 0;
 }
 
+int thx_needs_grad(thx *x, PyObject *tensor) {
+    int known = x->abi.on ? thx_requires_grad(&x->abi, tensor) : -1;
+    if (known >= 0) return known; /* else not to be told from the outside */
+    PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
+    if (!flag) return PyErr_Clear(), -1;
+    Py_DECREF(flag);
+    return flag == Py_True;
+}
+
 void *thx_storage_base(thx *x, PyObject *tensor) {
     th_h h = x->abi.on ? thx_borrow(&x->abi, tensor) : NULL;
     int64_t offset = 0;

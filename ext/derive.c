@@ -124,13 +124,6 @@ static int collect_outs(derivation *d, th_node outs, PyObject *result) {
     return 0;
 }
 
-static bool has_grad(thx *x, PyObject *tensor) {
-    PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
-    PyErr_Clear();
-    Py_XDECREF(flag);
-    return flag == Py_True;
-}
-
 typedef enum counting { FROM_ITSELF, FROM_ZERO, FROM_ELSEWHERE } counting;
 
 /* as_strided counts from the start of a storage, and where an input of the call starts in its own is another matter at
@@ -205,7 +198,7 @@ static int run_backward(derivation *d, uint64_t *out_grad) {
     if (!d->roots || !d->tangents) return -1;
     for (uint32_t i = 0; i < q->nouts; i++) {
         PyObject *out = PyList_GET_ITEM(d->outs, i), *tangent;
-        if (!has_grad(d->x, out)) continue;
+        if (thx_needs_grad(d->x, out) != 1) continue;
         *out_grad |= UINT64_C(1) << i;
         if (!q->tangents[i]) continue;
         if (!(tangent = new_fake(d, q->tangents[i], false)) || PyList_Append(d->roots, out) < 0 ||

@@ -496,17 +496,8 @@ PyObject *thx_edit_replace_uses(PyObject *trace, PyObject *args) {
 
 /* ---- the border of the trace ---- */
 
-typedef struct user_search {
-    th_val value;
-    bool found;
-} user_search;
-
-static void find_value(void *user, th_val *v) { ((user_search *)user)->found |= ((user_search *)user)->value == *v; }
-
 static bool uses(th_trace *t, th_opref o, th_val value) {
-    user_search s = {value, false};
-    if (t->ops[o].kind != TH_OP_DEL) th_op_each_use(t, o, find_value, &s);
-    return s.found;
+    return t->ops[o].kind != TH_OP_DEL && th_op_uses(t, o, value);
 }
 
 /* The operation after which a value is what it is in the end and used no more: memory can go as early as that. */

@@ -66,21 +66,10 @@ static int describe_saved(thx_gradient *g, const th_trace *forward, const th_hal
     return 0;
 }
 
-typedef struct use_search {
-    th_val value;
-    bool found;
-} use_search;
-
-static void find_use(void *user, th_val *v) {
-    use_search *u = user;
-    u->found |= *v == u->value;
-}
-
 static bool is_used(th_trace *t, th_val v) {
-    use_search u = {v, false};
-    for (th_opref o = 1; o < t->nops && !u.found; o++)
-        if (t->ops[o].kind == TH_OP_CALL) th_op_each_use(t, o, find_use, &u);
-    return u.found;
+    for (th_opref o = 1; o < t->nops; o++)
+        if (t->ops[o].kind == TH_OP_CALL && th_op_uses(t, o, v)) return true;
+    return false;
 }
 
 /* Gradients that lie in each other's memory, as those of a stack that is summed up: a leaf keeps the one that it gets

@@ -275,17 +275,6 @@ static int read_bound(thx *x, PyObject *tensor, bound *b) {
     return 0;
 }
 
-static bool grad_holds(thx *x, PyObject *tensor, const bound *b) {
-    int grad = x->abi.on ? thx_requires_grad(&x->abi, tensor) : -1;
-    if (grad < 0) { /* not to be told from the outside: ask */
-        PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
-        PyErr_Clear();
-        Py_XDECREF(flag);
-        grad = flag == Py_True;
-    }
-    return grad == b->requires_grad;
-}
-
 /* Without what the piece of memory says. */
 static bool bound_answers(thx *x, PyObject *tensor, const bound *b) {
     const thx_abi *abi = &x->abi;
@@ -309,14 +298,14 @@ static bool bound_answers(thx *x, PyObject *tensor, const bound *b) {
     int64_t *want = b->dims;
     for (int64_t i = 0; i < ndim; i++)
         if (sizes[i] != want[i] || strides[i] != want[ndim + i]) return false;
-    return grad_holds(x, tensor, b);
+    return thx_needs_grad(x, tensor) == b->requires_grad;
 }
 
 static bool bound_holds(thx *x, thx_guards *g, uint32_t i) {
     bound *b = &g->bounds.items[i];
     PyObject *tensor = g->live[i];
     uint64_t *piece = g->pieces + (size_t)i * THX_LAYOUT_WORDS;
-    if (b->in_piece && thx_layout_is(&x->abi, tensor, piece)) return grad_holds(x, tensor, b);
+    if (b->in_piece && thx_layout_is(&x->abi, tensor, piece)) return thx_needs_grad(x, tensor) == b->requires_grad;
     if (!bound_answers(x, tensor, b)) return false;
     b->in_piece = thx_layout_read(&x->abi, tensor, piece);
     return true;

@@ -17,28 +17,6 @@ typedef struct operator_call {
     PyObject *written;             /* owned: tuple of (place, name) of the arguments that it writes to */
 } operator_call;
 
-static bool has_modes(thx *x) {
-    if (x->abi.state) return x->abi.function_modes() > 0 || x->abi.dispatch_modes() > 0;
-    PyObject *lengths[] = {x->f_stack_len, x->d_stack_len};
-    for (int i = 0; i < 2; i++) {
-        PyObject *n = PyObject_CallNoArgs(lengths[i]);
-        long length = n ? PyLong_AsLong(n) : 1;
-        Py_XDECREF(n);
-        PyErr_Clear();
-        if (length) return true;
-    }
-    return false;
-}
-
-static bool needs_grad(thx *x, PyObject *tensor) {
-    int known = thx_requires_grad(&x->abi, tensor);
-    if (known >= 0) return known;
-    PyObject *flag = x->requires_grad_get(tensor, x->requires_grad_closure);
-    PyErr_Clear();
-    Py_XDECREF(flag);
-    return flag != Py_False;
-}
-
 static bool has_data(thx *x, PyObject *tensor) {
     int32_t device = -1;
     if (x->abi.on && x->abi.aoti_torch_device_type_meta)
@@ -52,7 +30,7 @@ static bool has_data(thx *x, PyObject *tensor) {
 
 /* Is an argument nobody's but the function's? */
 static bool is_plain(thx *x, PyObject *o, bool grad, bool inside) {
-    if (Py_TYPE(o) == x->Tensor || Py_TYPE(o) == x->Parameter) return !(grad && needs_grad(x, o)) && has_data(x, o);
+    if (Py_TYPE(o) == x->Tensor || Py_TYPE(o) == x->Parameter) return !(grad && thx_needs_grad(x, o)) && has_data(x, o);
     if (thx_is_tensor(x, o)) return false;
     if (!PyList_CheckExact(o) && !PyTuple_CheckExact(o)) return true;
     if (inside) return false;
@@ -95,13 +73,12 @@ static PyObject *operator_call_call(PyObject *self, PyObject *const *args, size_
         Py_XDECREF(transformed);
         return result;
     }
-    int grad = thx_grad_mode(x);
-    if (grad < 0) return NULL;
-    bool plain = !has_modes(x) && !thx_autocast_is_on(x); /* torch.library.register_autocast */
+    int grad = thx_grad_mode(x), modes = thx_has_modes(x);
+    if (grad < 0 || modes < 0) return NULL;
+    bool plain = !modes && !thx_autocast_is_on(x); /* torch.library.register_autocast */
     for (Py_ssize_t i = 0; plain && i < n; i++) plain = is_plain(x, args[i], grad, false);
     PyObject *result = PyObject_Vectorcall(plain ? c->function : c->overload, args, nargsf, kwnames);
-    if (plain && result && c->written && tell_writes(c, args, PyVectorcall_NARGS(nargsf), kwnames) < 0)
-        Py_CLEAR(result);
+    if (plain && result && tell_writes(c, args, PyVectorcall_NARGS(nargsf), kwnames) < 0) Py_CLEAR(result);
     return result;
 }
 

@@ -371,13 +371,7 @@ static int match_tensor(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leav
             abi->aoti_torch_get_sizes(h, &sizes) || abi->aoti_torch_get_strides(h, &strides) ||
             !same_dims(s, sizes, strides))
             return 0;
-        int grad = thx_requires_grad(abi, o);
-        if (grad < 0) {
-            PyObject *flag = x->requires_grad_get(o, x->requires_grad_closure);
-            grad = flag == Py_True;
-            Py_XDECREF(flag);
-        }
-        if (grad != s->requires_grad) return 0;
+        if (thx_needs_grad(x, o) != s->requires_grad) return 0;
     } else {
         thx_meta m;
         if (thx_read_meta(x, o, false, &m) < 0) return PyErr_Clear(), 0;

@@ -239,6 +239,7 @@ th_opref th_trace_op(th_trace *t, const th_op_args *op);
  * rewritten. */
 typedef void (*th_value_fn)(void *user, th_val *value);
 void th_op_each_use(th_trace *t, th_opref op, th_value_fn fn, void *user);
+bool th_op_uses(th_trace *t, th_opref op, th_val value);
 void th_op_each_out(th_trace *t, th_opref op, th_value_fn fn, void *user);
 void th_node_each_value(th_trace *t, th_node n, th_value_fn fn, void *user);
 

@@ -243,6 +243,22 @@ void th_op_each_use(th_trace *t, th_opref op, th_value_fn fn, void *user) {
     for (uint32_t i = 0; i < t->ops[op].nwrites; i++) fn(user, &t->kids[t->ops[op].writes + i]);
 }
 
+typedef struct use_search {
+    th_val value;
+    bool found;
+} use_search;
+
+static void find_use(void *user, th_val *value) {
+    use_search *s = user;
+    s->found |= *value == s->value;
+}
+
+bool th_op_uses(th_trace *t, th_opref op, th_val value) {
+    use_search s = {value, false};
+    th_op_each_use(t, op, find_use, &s);
+    return s.found;
+}
+
 void th_op_each_out(th_trace *t, th_opref op, th_value_fn fn, void *user) {
     th_node_each_value(t, t->ops[op].outs, fn, user);
 }

@@ -273,6 +273,20 @@ static bool is_epilogue(const pass *p, th_opref op) {
            group_of(p, w->dest)->base == w->dest;
 }
 
+/* After a write to an input that happens where it stands a run that fails is not done again from its start, so the
+ * writes to other inputs happen where they stand, too. With gradients they do not: nothing derives what a write does.
+ */
+static void refuse_beside(pass *p, th_opref tail) {
+    const th_trace *t = p->t;
+    bool stays = false;
+    for (th_opref op = 1; op < tail && !p->grad && !stays; op++)
+        for (uint32_t i = 0; i < t->ops[op].nwrites && !stays; i++) {
+            const group *g = group_of(p, t->kids[t->ops[op].writes + i]);
+            stays = g->has_input && g->refused;
+        }
+    for (uint32_t i = 0; i < t->ninputs && stays; i++) group_of(p, t->inputs[i])->refused = true;
+}
+
 static th_status examine(pass *p) {
     th_trace *t = p->t;
     for (uint32_t i = 0; i < t->ninputs; i++) add_member(p, t->inputs[i], 0);
@@ -287,6 +301,7 @@ static th_status examine(pass *p) {
             if (g->nwrites == 1 && op >= tail && p->writes[op]) g->refused = true; /* written back already */
         }
     }
+    refuse_beside(p, tail);
     return th_trace_status(t);
 }
 

@@ -132,3 +132,19 @@ def state_written_before_the_first_call_fails_after_a_value():
     yield Seen(world=world)
     yield X()
     yield Seen(world=world)
+
+
+@program("errors")
+def input_written_between_two_writes_of_which_one_fails():
+    """The compiled program writes one of them where it stands: it is half done when the kernel fails."""
+
+    def f(x, y, source):
+        x[x < 0] = 0
+        torch.mul(x, 2, out=y)
+        x.index_add_(0, torch.tensor([1, 1]), source)
+        return x
+
+    for source in (torch.ones(2), torch.ones(2).long(), torch.ones(2)):
+        x, y = torch.arange(4) - 1, torch.full((4,), 0.5)
+        yield (f, x, y, source)
+        yield Seen(x=x, y=y)

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 import thunder
 from tests.test_executors import blocks, check, units
-from thunder.executors import torchcompile
-from thunder.executors.torchcompile import TorchCompileExecutor, torchcompile_executor
+from thunder.executors.torchcompile import TorchCompileExecutor, inductor, torchcompile_executor
 
 pytestmark = pytest.mark.filterwarnings("error::thunder.ThunderWarning")
 
@@ -197,7 +196,7 @@ def test_generated_code_gets_aligned_inputs():
 
 
 def test_what_the_cpp_wrapper_cannot_do_python_calls(monkeypatch):
-    real, ways = torchcompile._compile, []
+    real, ways = inductor.build, []
 
     def compile_(trace, form, options, way):
         ways.append(way)
@@ -205,10 +204,10 @@ def test_what_the_cpp_wrapper_cannot_do_python_calls(monkeypatch):
             raise NotImplementedError("not in C++")
         return real(trace, form, options, way)
 
-    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    monkeypatch.setattr(inductor, "build", compile_)
     compiled = check(blocks(1), (torch.randn(7, 16),), [TorchCompileExecutor("torchcompile_python")], tier="block")
     assert {u.state for u in units(compiled)} == {"trusted"}
-    assert {way.cpp for way in ways} == {True, False} and not torchcompile._instructions.doubted
+    assert {way.cpp for way in ways} == {True, False} and not inductor._instructions.doubted
 
 
 def test_handles_that_a_call_is_given_go_with_it():
@@ -232,13 +231,13 @@ def grown(x, w, cache):
 
 
 def count_builds(monkeypatch) -> list:
-    real, forms = torchcompile._compile, []
+    real, forms = inductor.build, []
 
     def compile_(trace, form, options, way):
         forms.append(form)
         return real(trace, form, options, way)
 
-    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    monkeypatch.setattr(inductor, "build", compile_)
     return forms
 
 
@@ -303,10 +302,10 @@ def no_checks_made(monkeypatch):
     from torch._inductor.cpu_vec_isa import VecISA
 
     asked = []
-    instructions = torchcompile._Instructions()
+    instructions = inductor._Instructions()
     instructions.doubt()
     instructions.doubted = False
-    monkeypatch.setattr(torchcompile, "_instructions", instructions)
+    monkeypatch.setattr(inductor, "_instructions", instructions)
     monkeypatch.setattr(VecISA, "check_build", lambda self, code: asked.append(code) or True)
     return asked, VecISA._avx_code
 
@@ -325,7 +324,7 @@ def test_parts_of_instructions_are_taken_for_granted_by_the_thread_that_builds(m
 
     asked, _ = no_checks_made(monkeypatch)
     isa = cpu_vec_isa.supported_vec_isa_list[0]
-    with torchcompile._instructions.granted():
+    with inductor._instructions.granted():
         assert isa.check_build("mine")
         other = threading.Thread(target=isa.check_build, args=("another's",))
         other.start()
@@ -338,7 +337,7 @@ def test_inductor_finds_instructions_once_a_kernel_does_not_compile(monkeypatch)
     from torch._inductor.exc import CppCompileError
 
     asked, headers = no_checks_made(monkeypatch)
-    real, checks = torchcompile._compile, []
+    real, checks = inductor.build, []
 
     def fails(*_):
         raise CppCompileError(["g++"], "unknown option")
@@ -348,11 +347,11 @@ def test_inductor_finds_instructions_once_a_kernel_does_not_compile(monkeypatch)
         compiled, compilers, symbols = real(trace, form, options, way)
         return compiled, compilers if way.checked else [fails], symbols
 
-    monkeypatch.setattr(torchcompile, "_compile", compile_)
+    monkeypatch.setattr(inductor, "build", compile_)
     compiled = check(blocks(1), (torch.randn(6, 16),), [TorchCompileExecutor("torchcompile_doubting")], tier="block")
     assert {u.state for u in units(compiled)} == {"trusted"}
     assert headers in asked
-    assert True in checks and torchcompile._instructions.doubted
+    assert True in checks and inductor._instructions.doubted
 
 
 def test_results_have_eagers_strides():
@@ -477,20 +476,20 @@ def test_no_python_calls_the_kernels_of_a_gpu():
             error = (half(x) - exact(x.double())).abs().max()  # eager's: half has no more than three digits
             assert (compiled(x) - exact(x.double())).abs().max() <= 2 * error
     assert {type(u.implementation) for u in units(compiled)} == {thunder._C.HandleCall}
-    assert "cuda" in torchcompile._wrapped
+    assert "cuda" in inductor._wrapped
 
 
 @pytest.mark.gpu
 def test_without_the_headers_of_cuda_python_calls_its_kernels(monkeypatch):
-    real = torchcompile._compile
+    real = inductor.build
 
     def compile_(trace, form, options, way):
         if way.cpp:
-            raise torchcompile._compile_error()(["g++"], "cuda.h:1: fatal error: cuda.h: No such file")
+            raise inductor.compile_error()(["g++"], "cuda.h:1: fatal error: cuda.h: No such file")
         return real(trace, form, options, way)
 
-    monkeypatch.setattr(torchcompile, "_compile", compile_)
-    monkeypatch.setattr(torchcompile, "_wrapped", {"cpu", "cuda"})
+    monkeypatch.setattr(inductor, "build", compile_)
+    monkeypatch.setattr(inductor, "_wrapped", {"cpu", "cuda"})
     model, x = blocks(1).cuda(), torch.randn(7, 16, device="cuda")
     executor = TorchCompileExecutor("torchcompile_without_headers")
     with torch.no_grad():
@@ -498,5 +497,5 @@ def test_without_the_headers_of_cuda_python_calls_its_kernels(monkeypatch):
             compiled = thunder.jit(model, executors=[executor], tier="block")
             compiled(x)
         torch.testing.assert_close(compiled(x), model(x))
-    assert torchcompile._wrapped == {"cpu"}
+    assert inductor._wrapped == {"cpu"}
     assert {u.state for u in units(compiled)} == {"trusted"}

@@ -13,7 +13,7 @@ import torch
 from thunder._errors import ThunderWarning
 from thunder.executors.nvfuser.definition import TYPES, Definition, NoRule, define
 from thunder.executors.sdpa import laid_out
-from thunder.executors.torchcompile import aten_graph, no_modes
+from thunder.executors.torchcompile.graph import aten_graph, no_modes
 from thunder.extend.executor import FusionExecutor
 from thunder.extend.registry import register_executor
 

@@ -7,7 +7,7 @@ steady       training step and forward at moderate width, taking turns in one ru
 host         a tiny program: the time is what surrounds the kernels; for a step also without what the loss, torch's
              autograd and the gradients of the same parameters take around any callable ("beyond the bare step")
 
-python bench/torchcompile.py [--device cuda] [--seconds S] [--skip-cold]
+python bench/torchcompile.py [--device cuda] [--seconds S] [--only {cold,steady,host} ...]
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import torch
 
 import thunder
 from thunder.measure import interleaved
+
+PARTS = ("cold", "steady", "host")
 
 
 def gpt(layers: int, width: int, length: int, device: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -196,6 +198,13 @@ def turns(label: str, model: torch.nn.Module, arguments: tuple, options: argpars
         print(f"{'':38} {detail}")
 
 
+def host_rows(options: argparse.Namespace) -> None:
+    """Programs whose kernels take next to nothing."""
+    turns("host: GPT, 2 layers, 64 wide, 8 tokens", *gpt(2, 64, 8, options.device), options)
+    tiny = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.LayerNorm(4)).to(options.device)
+    turns("host: linear, gelu, layer_norm, 2x4", tiny, (torch.randn(2, 4, device=options.device),), options)
+
+
 def main() -> int:
     """Prints the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,7 +212,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="per row")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3, help="of cold first calls")
-    parser.add_argument("--skip-cold", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="background belongs to cold")
     parser.add_argument("--cold", help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -212,14 +221,14 @@ def main() -> int:
         return 0
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if not options.skip_cold:
+    if "cold" in options.only:
         cold_rows(options.device, options.layers, options.rounds)
-    wide = 256 if options.device == "cpu" else 1024
-    turns(f"GPT, 4 layers, {wide} wide", *gpt(4, wide, 128, options.device), options)
-    turns(f"BERT, 4 layers, {wide} wide", *bert(4, wide, 128, options.device), options)
-    turns("host: GPT, 2 layers, 64 wide, 8 tokens", *gpt(2, 64, 8, options.device), options)
-    tiny = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.LayerNorm(4)).to(options.device)
-    turns("host: linear, gelu, layer_norm, 2x4", tiny, (torch.randn(2, 4, device=options.device),), options)
+    if "steady" in options.only:
+        wide = 256 if options.device == "cpu" else 1024
+        turns(f"GPT, 4 layers, {wide} wide", *gpt(4, wide, 128, options.device), options)
+        turns(f"BERT, 4 layers, {wide} wide", *bert(4, wide, 128, options.device), options)
+    if "host" in options.only:
+        host_rows(options)
     return 0
 
 

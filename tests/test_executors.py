@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
+import operator
 import re
 import warnings
 import weakref
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -738,6 +741,21 @@ def test_function_with_an_operator_in_its_place_is_else_what_it_was(monkeypatch)
     assert torch.equal(replaced_functions.thrice(x), 3 * x)  # it has a variable of its own
     with pytest.raises(ValueError, match="no importable name"):
         extend.OperatorExecutor("local").register_operator("f", like=torch.neg, fn=lambda x: -x, replaces=lambda x: -x)
+
+
+@pytest.mark.parametrize("function", [math.sin, len, np.sin, nn.ReLU, operator.add], ids=str)
+def test_what_no_trace_names_cannot_be_replaced(function):
+    executor = extend.OperatorExecutor("names")
+    with pytest.raises(ValueError, match=r"no operation of torch, so no trace names it|has no importable name"):
+        executor.register_operator("f", like=torch.neg, fn=lambda x: -x, replaces=function)
+    with pytest.raises(ValueError, match=r"no trace names it|has no importable name"):
+        executor.register_implementation(replaced_functions.thrice, fn=lambda x: x)
+    executor.register_operator("f", like=torch.neg, fn=lambda x: -x)  # nothing was left behind
+
+
+def test_functions_of_torch_in_c_have_names():
+    for function in (torch.linalg.norm, torch.special.erf, torch.fft.fft, torch.Tensor.add, F.gelu, torch.ops.aten.add):
+        assert extend.executor.operator_key(function)
 
 
 def test_hints_that_a_function_lacks_are_those_of_what_it_is_like():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -115,12 +116,15 @@ class OperatorExecutor(Executor):
 
         Raises:
             TypeError: neither ``like`` nor ``meta`` was given, or the signature has no schema.
-            ValueError: this executor has an operator of that name, or it is no identifier.
+            ValueError: this executor has an operator of that name, or it is no identifier; ``replaces`` is neither
+                torch's nor a Python function with an importable name.
         """
         if (like is None) == (meta is None):
             raise TypeError("register_operator() needs either like= or meta=")
         if name in self._names:
             raise ValueError(f"{self!r} has an operator {name!r} already")
+        if replaces is not None:  # before anything is registered
+            dotted_name(replaces) if is_python(replaces) else operator_key(replaces)
         operator = Operator(
             fn,
             namespace=f"thunder_{self.name}",
@@ -298,11 +302,21 @@ def operator_key(op: Any) -> str:
     """Under which name claims find an operator.
 
     Raises:
-        ValueError: the function cannot be imported under any name, so no trace can name it.
+        ValueError: the function cannot be imported under any name, or is not torch's, so no trace can name it.
     """
     if isinstance(op, Operator):
         return op.key
-    return _C.operator_key(op if isinstance(op, str) else dotted_name(op))
+    if isinstance(op, str):
+        return _C.operator_key(op)
+    name = dotted_name(op)
+    if name.partition(".")[0] != "torch" or isinstance(op, type):
+        way = (
+            "register_operator(..., replaces=) puts an operator in its place"
+            if isinstance(op, types.FunctionType)
+            else "make a Python function that calls it an operator, by @thunder.extend.op, and call that"
+        )
+        raise ValueError(f"{name} is no operation of torch, so no trace names it: {way}")
+    return _C.operator_key(name)
 
 
 def takes(checker: Checker | None, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, str]:

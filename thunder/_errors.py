@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
+from thunder import _C
+
+
+class _QuietCapture(logging.Filter):
+    """torch logs what its fake kernels refuse, and raises it then, which is what the user gets."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether nothing is captured."""
+        return not _C.is_capturing()
+
+
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(_QuietCapture())
+
 
 class ThunderError(RuntimeError):
     """Base class of errors that thunder itself raises."""

@@ -399,12 +399,46 @@ static bool is_tied(const thx_guards *g, PyObject *tensor) {
     return false;
 }
 
-/* A tensor bound from dict[key] was replaced: take the new one when it is of the same kind, and as single as the old
- * one was: which places hold the same tensor is something that programs see. */
+static PyObject *attributes_of(PyObject *tensor) { /* borrowed, or NULL */
+    PyObject *dict = PyObject_GenericGetDict(tensor, NULL);
+    PyErr_Clear();
+    Py_XDECREF(dict); /* the tensor holds it */
+    return dict;
+}
+
+static bool has_those_of(thx_guards *g, PyObject *dict, PyObject *other) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; other && PyDict_Next(other, &at, &key, &value);) {
+        PyObject *same = dict ? PyDict_GetItemWithError(dict, key) : NULL;
+        if ((!same || !thx_same_value(same, value)) && thx_relevant_name(g, key)) return PyErr_Clear(), false;
+    }
+    return true;
+}
+
+/* What watches the attributes of one tensor watches those of another, which are the same as far as they matter. */
+static bool watch_instead(thx *x, thx_guards *g, PyObject *dict, PyObject *now) {
+    for (uint32_t i = 0; i < g->dicts.count; i++) {
+        watch_dict *w = &g->dicts.items[i];
+        if (w->dict != dict) continue;
+        Py_ssize_t count = 0;
+        PyObject **items = now && thx_watch(x, now) == 0 ? thx_watch_items(now, &count) : NULL;
+        if (!now || count < 0 || PyErr_Occurred()) return PyErr_Clear(), false;
+        watch_dict made = {Py_NewRef(now), items, count, .attributes = true, .bare = w->bare, .ignored = w->ignored};
+        thx_watch_dict_clear(x, w);
+        *w = made;
+        g->stamps.items[i] = (watch_stamp){now, thx_watch_tag(now)};
+    }
+    return true;
+}
+
+/* A tensor bound from dict[key] was replaced: take the new one when it is of the same kind, with the same attributes,
+ * and as single as the old one was: which places hold the same tensor is something that programs see. */
 static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObject *old, PyObject *now) {
     if (!thx_is_tensor(x, now) || Py_TYPE(now) != Py_TYPE(old) || g->pinned || is_tied(g, old) ||
         thx_guards_holds(g, now))
         return false;
+    PyObject *had = attributes_of(old), *has = attributes_of(now);
+    if (!has_those_of(g, had, has) || !has_those_of(g, has, had)) return false;
     bool found = false;
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         bound *b = &g->bounds.items[i];
@@ -414,6 +448,7 @@ static bool rebind(thx *x, thx_guards *g, PyObject *dict, PyObject *key, PyObjec
         b->in_piece = false;
         found = true;
     }
+    if (found && had && !watch_instead(x, g, had, has)) return false;
     for (uint32_t i = 0; found && i < g->tensors.count; i++)
         if (g->tensors.items[i] == old) Py_SETREF(g->tensors.items[i], Py_NewRef(now));
     g->generation += found;

@@ -80,7 +80,7 @@ static int walk(walker *w, PyObject *o, int depth);
 
 /* Most dictionaries of a module are empty, the others small: pairs in plain memory are less than a dictionary, and no
  * work for the garbage collector. count -1: no memory. */
-static PyObject **copy_items(PyObject *dict, Py_ssize_t *count) {
+PyObject **thx_watch_items(PyObject *dict, Py_ssize_t *count) {
     Py_ssize_t n = PyDict_GET_SIZE(dict), i = 0;
     PyObject **items = n ? PyMem_Malloc(sizeof *items * (size_t)(2 * n)) : NULL, *key, *value;
     if (n && !items) {
@@ -113,10 +113,10 @@ static int watch_items(walker *w, PyObject *dict, int depth, bool inside, bool a
     if (PyDict_GET_SIZE(dict) > MAX_WATCHED) return 0;
     if (RESERVE(g->dicts) < 0 || RESERVE(g->stamps) < 0 || thx_watch(w->x, dict) < 0) return -1;
     Py_ssize_t count = 0;
-    PyObject **items = copy_items(dict, &count);
+    PyObject **items = thx_watch_items(dict, &count);
     if (count < 0) return -1;
     g->stamps.items[g->stamps.count++] = (watch_stamp){dict, thx_watch_tag(dict)};
-    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, attributes, false, false};
+    g->dicts.items[g->dicts.count++] = (watch_dict){Py_NewRef(dict), items, count, .attributes = attributes};
     for (Py_ssize_t i = 0; inside && i < count; i++)
         if ((!attributes || follows(w, items[2 * i])) && walk(w, items[2 * i + 1], depth + 1) < 0) return -1;
     return 0;
@@ -399,14 +399,35 @@ static int walk_module_dict(walker *w, PyObject *dict, int depth) {
     return walk_attributes(w, dict, depth);
 }
 
+static bool mentions(PyObject *code, bool (*such)(PyObject *name)) {
+    PyObject *names = ((PyCodeObject *)code)->co_names;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++)
+        if (such(PyTuple_GET_ITEM(names, i))) return true;
+    return false;
+}
+
 /* Did code run that names these hooks? Module.state_dict() does. */
 static bool saved(PyObject *codes) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(codes); i++) {
-        PyObject *names = ((PyCodeObject *)PyList_GET_ITEM(codes, i))->co_names;
-        for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(names); j++)
-            if (is_for_saving(PyTuple_GET_ITEM(names, j))) return true;
-    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(codes); i++)
+        if (mentions(PyList_GET_ITEM(codes, i), is_for_saving)) return true;
     return false;
+}
+
+static bool asks_whether(PyObject *name) {
+    static const char *const all[] = {"getattr", "hasattr", "vars", "dir", "__dict__", "attrgetter", NULL};
+    for (int i = 0; all[i]; i++)
+        if (PyUnicode_CompareWithASCIIString(name, all[i]) == 0) return true;
+    return false;
+}
+
+/* May code that ran have missed an attribute and gone on? Else it would have raised. */
+static bool may_miss(thx *x, const thx_guards *g) {
+    bool may = g->unnamed || thx_guards_may_catch(x, g);
+    for (Py_ssize_t i = 0; !may && i < PyList_GET_SIZE(g->codes); i++) {
+        PyObject *code = PyList_GET_ITEM(g->codes, i);
+        may = mentions(code, asks_whether) && !thx_is_inner(thx_origin_of_code(x, code));
+    }
+    return may;
 }
 
 bool thx_guards_holds_tensor(const thx_guards *g, PyObject *tensor) {
@@ -437,9 +458,11 @@ void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes) {
     uint32_t kept = 0;
     Py_XSETREF(g->codes, Py_XNewRef(codes));
     if (g->registry) renew_registry(g); /* what the capture itself imported is no change */
-    if (!codes || saved(codes)) return;
+    if (!codes) return;
+    bool saves = saved(codes), misses = may_miss(x, g);
     for (uint32_t i = 0; i < g->dicts.count; i++) {
-        if (g->dicts.items[i].saving) {
+        const watch_dict *w = &g->dicts.items[i];
+        if ((w->saving && !saves) || (w->bare && !misses)) {
             thx_watch_dict_clear(x, &g->dicts.items[i]);
             continue;
         }
@@ -449,7 +472,7 @@ void thx_guards_ran(thx *x, thx_guards *g, PyObject *codes) {
     g->dicts.count = g->stamps.count = kept;
     kept = 0;
     for (uint32_t i = 0; i < g->sequences.count; i++) {
-        if (g->sequences.items[i].saving)
+        if (g->sequences.items[i].saving && !saves)
             thx_watch_sequence_clear(&g->sequences.items[i]);
         else
             g->sequences.items[kept++] = g->sequences.items[i];
@@ -633,12 +656,18 @@ static int walk_weak(walker *w, PyObject *o, int depth) {
     return walk(w, target, depth + 1);
 }
 
-/* Attributes that somebody gave a tensor; what transformers notes there is for itself. */
+/* Attributes that somebody gave a tensor, or gives it later; what transformers notes there is for itself. */
 static int walk_tensor_attributes(walker *w, PyObject *tensor, int depth) {
-    PyObject **place = _PyObject_GetDictPtr(tensor), *dict = place ? *place : NULL;
-    bool none = !dict || !PyDict_GET_SIZE(dict) ||
+    PyObject *dict = PyObject_GenericGetDict(tensor, NULL);
+    if (!dict) return PyErr_Clear(), 0; /* of a class without */
+    bool bare = !PyDict_GET_SIZE(dict) ||
                 (PyDict_GET_SIZE(dict) == 1 && PyDict_GetItemString(dict, "_is_hf_initialized"));
-    return none || first_visit(w, dict) != 1 ? 0 : walk_attributes(w, dict, depth);
+    uint32_t before = w->g->dicts.count;
+    int rc = first_visit(w, dict);
+    if (rc == 1) rc = walk_attributes(w, dict, depth);
+    if (w->g->dicts.count > before) w->g->dicts.items[before].bare = bare;
+    Py_DECREF(dict); /* the tensor holds it */
+    return rc;
 }
 
 static int walk(walker *w, PyObject *o, int depth) {

@@ -16,6 +16,7 @@ typedef struct watch_dict {
     Py_ssize_t count;        /* of pairs */
     bool attributes, ignored; /* attributes: of an object, read by name. ignored (here and below): it cannot matter */
     bool saving;              /* a module's own, which its state_dict() alone reads */
+    bool bare;                /* of a tensor that nobody has given an attribute */
 } watch_dict;
 
 typedef struct watch_stamp { /* what a check compares first: small and side by side, for there are hundreds */
@@ -138,6 +139,7 @@ const char *thx_watch_other_text(const watch_other *w);
 
 /* guards_collect.c: everything reachable from the roots becomes watched; names: through these alone, NULL: all */
 int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots, PyObject *names);
+PyObject **thx_watch_items(PyObject *dict, Py_ssize_t *count); /* see watch_dict; count -1: an exception */
 void thx_guards_clear(thx *x, thx_guards *g);
 
 /* ---- guards_relevance.c ---- */

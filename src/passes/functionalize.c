@@ -42,6 +42,7 @@ typedef struct group {
     bool shown; /* a write changes the version of the base: it does not go through .data */
     bool kept;  /* a member retains its gradient: that of whatever version it has in the end */
     bool needs; /* while rewriting: what was written to it may require grad */
+    bool gradless; /* all writes were made while gradients were off, so the write-back is */
     th_val base;
     th_opref base_def, used_by; /* used_by: the last operation that took a member */
     th_opref first_write;
@@ -226,6 +227,7 @@ static th_status examine_write(pass *p, th_opref op) {
     if (status != TH_OK && status != TH_DECLINED) return status;
     for (uint32_t i = 0; i < data.nwrites; i++) {
         group *g = group_of(p, t->kids[data.writes + i]);
+        g->gradless = (!g->written || g->gradless) && data.marks & TH_MARK_NO_GRAD;
         if (!g->written) g->first_write = op;
         g->written = true;
         g->nwrites++;
@@ -627,6 +629,7 @@ static void write_back(pass *p, th_val x, const group *g) {
                                  .args = th_node_seq(t, TH_N_TUPLE, 2, args),
                                  .nwrites = g->shown ? 1 : 2,
                                  .writes = writes,
+                                 .marks = g->gradless ? TH_MARK_NO_GRAD : 0,
                                  .file = g->file,
                                  .line = g->line});
 }

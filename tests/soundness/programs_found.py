@@ -375,7 +375,7 @@ def input_that_the_result_does_not_depend_on():
 # ---- identity ----
 
 
-@program("module state")
+@program("metadata")
 def parameter_replaced_by_one_that_is_there_already():
     model = make_classes()["Net"]()
 
@@ -384,7 +384,7 @@ def parameter_replaced_by_one_that_is_there_already():
     yield X()
 
 
-@program("module state")
+@program("metadata")
 def one_place_of_a_tied_parameter_replaced():
     model = make_classes()["Net"]()
     model.inner.bias = model.w
@@ -884,12 +884,101 @@ def hooks_where_a_gradient_does_not_come_in():
         yield Seen(error=backward(out[i % 2]), x=x, said=said)
 
 
-@program("module state")
+@program("metadata")
 def attribute_that_a_parameter_gets_after_the_capture():
     w = nn.Parameter(torch.ones(4))
     yield lambda x: x * w * getattr(w, "factor", 1.0), X()
     w.factor = 2.0
     yield (X(),)
+
+
+class _Scaled(nn.Module):
+    """Reads an attribute of its parameter, which may have none."""
+
+    def __init__(self, scale=None):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+        if scale is not None:
+            self.w.scale = scale
+
+    def forward(self, x):
+        try:
+            return x * self.w * self.w.scale
+        except AttributeError:
+            return x + self.w
+
+
+def add_attribute_of_parameter(name: str, scale, *changes) -> None:
+    def calls():
+        model = _Scaled(scale)
+        yield model, X()
+        for change in changes:
+            change(model)
+            yield (X(),)
+            yield Seen(attributes=dict(model.w.__dict__))
+
+    calls.__name__ = f"attribute_of_a_parameter_{name}"
+    program("metadata")(calls)
+
+
+def _replaced_by(scale=None):
+    def change(model):
+        model.w = nn.Parameter(torch.full((4,), 2.0))
+        if scale is not None:
+            model.w.scale = scale
+
+    return change
+
+
+for _name, _case in {
+    "that_is_caught_given_and_changed": (
+        None, lambda m: setattr(m.w, "scale", 3.0), lambda m: setattr(m.w, "scale", 4.0), lambda m: delattr(m.w, "scale"),
+    ),
+    "that_another_takes_the_place_of": (2.0, _replaced_by(5.0), _replaced_by(), _replaced_by(2.0), _replaced_by(2.0)),
+    "that_has_none_and_is_replaced": (None, _replaced_by(), lambda m: setattr(m.w, "scale", 3.0), _replaced_by()),
+    "that_nobody_reads": (2.0, lambda m: setattr(m.w, "note", "a")),
+}.items():  # fmt: skip
+    add_attribute_of_parameter(_name, *_case)
+
+
+@program("metadata")
+def attribute_that_the_first_call_gives_a_parameter():
+    w = nn.Parameter(torch.ones(4))
+
+    def f(x):
+        if not hasattr(w, "seen"):
+            w.seen = True
+            return x * w * 2
+        return x * w
+
+    yield f, X()
+    yield (X(),)
+    del w.seen
+    yield (X(),)
+    yield (X(),)
+
+
+@program("writes")
+def parameter_written_while_gradients_are_off_beside_an_input():
+    w = nn.Parameter(torch.arange(4.0))
+
+    def part(x):
+        with torch.no_grad():
+            w[:2].mul_(2)
+        x.fill_(2)
+        return x + 1
+
+    def whole(x):
+        with torch.no_grad():
+            w[:].zero_()
+        x.add_(1)
+        return w
+
+    x = X()
+    for f in (part, whole):
+        yield f, x
+        yield (X(),)
+        yield Seen(w=w, x=x)
 
 
 # ---- views of inputs that take new contents, which have gradients of their own ----

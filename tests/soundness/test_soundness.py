@@ -15,18 +15,7 @@ for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-KNOWN = {
-    "attribute_that_a_parameter_gets_after_the_capture": "a tensor without attributes is not looked at again",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name], strict=True)) if name in KNOWN else name
-        for name in sorted(PROGRAMS)
-    ],
-)
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_program(name):
     found, warned = check(name)
     assert not found, f"{found} (warnings: {warned})"

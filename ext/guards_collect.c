@@ -660,8 +660,8 @@ static int walk_weak(walker *w, PyObject *o, int depth) {
 static int walk_tensor_attributes(walker *w, PyObject *tensor, int depth) {
     PyObject *dict = PyObject_GenericGetDict(tensor, NULL);
     if (!dict) return PyErr_Clear(), 0; /* of a class without */
-    bool bare = !PyDict_GET_SIZE(dict) ||
-                (PyDict_GET_SIZE(dict) == 1 && PyDict_GetItemString(dict, "_is_hf_initialized"));
+    bool bare =
+        !PyDict_GET_SIZE(dict) || (PyDict_GET_SIZE(dict) == 1 && PyDict_GetItemString(dict, "_is_hf_initialized"));
     uint32_t before = w->g->dicts.count;
     int rc = first_visit(w, dict);
     if (rc == 1) rc = walk_attributes(w, dict, depth);

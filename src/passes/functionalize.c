@@ -39,9 +39,9 @@ static const char data_getter[] = "torch.Tensor.data.__get__";
 
 typedef struct group {
     bool written, refused, taken, has_input;
-    bool shown; /* a write changes the version of the base: it does not go through .data */
-    bool kept;  /* a member retains its gradient: that of whatever version it has in the end */
-    bool needs; /* while rewriting: what was written to it may require grad */
+    bool shown;    /* a write changes the version of the base: it does not go through .data */
+    bool kept;     /* a member retains its gradient: that of whatever version it has in the end */
+    bool needs;    /* while rewriting: what was written to it may require grad */
     bool gradless; /* all writes were made while gradients were off, so the write-back is */
     th_val base;
     th_opref base_def, used_by; /* used_by: the last operation that took a member */

@@ -932,7 +932,8 @@ def _replaced_by(scale=None):
 
 for _name, _case in {
     "that_is_caught_given_and_changed": (
-        None, lambda m: setattr(m.w, "scale", 3.0), lambda m: setattr(m.w, "scale", 4.0), lambda m: delattr(m.w, "scale"),
+        None, lambda m: setattr(m.w, "scale", 3.0), lambda m: setattr(m.w, "scale", 4.0),
+        lambda m: delattr(m.w, "scale"),
     ),
     "that_another_takes_the_place_of": (2.0, _replaced_by(5.0), _replaced_by(), _replaced_by(2.0), _replaced_by(2.0)),
     "that_has_none_and_is_replaced": (None, _replaced_by(), lambda m: setattr(m.w, "scale", 3.0), _replaced_by()),

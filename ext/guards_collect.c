@@ -229,7 +229,7 @@ static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, in
 }
 
 /* What code names of a library's module, torch.nn.functional.relu: that somebody may put another function there, not
- * what is inside. */
+ * what is inside, but for short lists. */
 static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
     PyObject *dict =
         module && PyModule_Check(module) && !is_users_module(w->x, module) ? PyModule_GetDict(module) : NULL;
@@ -239,6 +239,8 @@ static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, 
         if (PyErr_Occurred()) return -1;
         if (!scope || PyDict_Contains(scope->copy, name) == 1) continue;
         if (PyDict_SetItem(scope->copy, name, value) < 0) return -1;
+        bool short_list = PyList_CheckExact(value) && PyList_GET_SIZE(value) <= 64; /* sys.argv */
+        if (short_list && walk(w, value, depth) < 0) return -1;
         if (PyModule_Check(value) && watch_library_names(w, value, code, depth + 1) < 0) return -1;
     }
     return 0;
@@ -574,6 +576,15 @@ static bool is_iterator(PyObject *o) {
              Py_TYPE(o) == &PyMap_Type || Py_TYPE(o) == &PyFilter_Type || (end && strstr(end, "iterator"))));
 }
 
+/* Each thread sees other attributes; a variable that is held as an object is in no function that is watched. */
+static bool is_hidden(PyObject *o) {
+    bool local = PyCell_Check(o);
+    PyObject *order = Py_TYPE(o)->tp_mro;
+    for (Py_ssize_t i = 0; order && i < PyTuple_GET_SIZE(order) && !local; i++)
+        local = strcmp(((PyTypeObject *)PyTuple_GET_ITEM(order, i))->tp_name, "_thread._local") == 0;
+    return local;
+}
+
 /* What reads attributes whose names its caller's code does not mention. */
 static bool reads_by_string(PyObject *o) {
     const char *name = PyCFunction_Check(o) ? ((PyCFunctionObject *)o)->m_ml->ml_name : Py_TYPE(o)->tp_name;
@@ -660,6 +671,12 @@ static int walk(walker *w, PyObject *o, int depth) {
         g->tied.items[g->tied.count++] = o;
     }
     if (fresh <= 0) return fresh;
+    if (Py_TYPE(o) == w->x->Generator) {
+        if (RESERVE(g->generators) < 0) return -1;
+        g->generators.items[g->generators.count++] = Py_NewRef(o);
+        return 0;
+    }
+    if (is_hidden(o)) return g->hidden = Py_TYPE(o), 0;
     if (thx_is_tensor(w->x, o)) {
         if (RESERVE(g->tensors) < 0) return -1;
         g->tensors.items[g->tensors.count++] = Py_NewRef(o);

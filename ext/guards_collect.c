@@ -228,8 +228,15 @@ static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, in
     return rc;
 }
 
+/* sys.argv: a short list of numbers and strings. */
+static bool is_plain_list(thx *x, PyObject *o) {
+    bool plain = PyList_CheckExact(o) && PyList_GET_SIZE(o) <= 64;
+    for (Py_ssize_t i = 0; plain && i < PyList_GET_SIZE(o); i++) plain = is_leaf(x, PyList_GET_ITEM(o, i));
+    return plain;
+}
+
 /* What code names of a library's module, torch.nn.functional.relu: that somebody may put another function there, not
- * what is inside, but for short lists. */
+ * what is inside, but for plain lists. */
 static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
     PyObject *dict =
         module && PyModule_Check(module) && !is_users_module(w->x, module) ? PyModule_GetDict(module) : NULL;
@@ -239,8 +246,7 @@ static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, 
         if (PyErr_Occurred()) return -1;
         if (!scope || PyDict_Contains(scope->copy, name) == 1) continue;
         if (PyDict_SetItem(scope->copy, name, value) < 0) return -1;
-        bool short_list = PyList_CheckExact(value) && PyList_GET_SIZE(value) <= 64; /* sys.argv */
-        if (short_list && walk(w, value, depth) < 0) return -1;
+        if (is_plain_list(w->x, value) && walk(w, value, depth) < 0) return -1;
         if (PyModule_Check(value) && watch_library_names(w, value, code, depth + 1) < 0) return -1;
     }
     return 0;

@@ -127,6 +127,8 @@ int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
 #define THX_TENSOR_ATTRIBUTE "an attribute of a tensor"
+#define THX_OBJECT_IN_C      "an object that C code implements"
+#define THX_APPEARED         "a tensor that torch's functions did not make"
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
 int thx_refuse_lazy(thx_recorder *r); /* a tensor that shows other values than it holds: CaptureError; -1 */
 void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
@@ -144,6 +146,7 @@ bool thx_under_functorch(thx *x);
 
 /* ---- custom.c: torch.autograd.Function ---- */
 int thx_custom_init(thx *x, PyObject *module);
+PyObject *thx_custom_class(thx *x, PyObject *callee); /* whose apply a recorded callee is: borrowed; NULL: none's */
 int thx_custom_enter(thx *x);
 void thx_custom_leave(thx *x);
 /* ---- operator.c: calls of a user's operators ---- */
@@ -170,7 +173,10 @@ int thx_random_begin(thx_recorder *r);
 int thx_random_before(thx_recorder *r); /* before a random operation is recorded, and at the end of a capture */
 int thx_random_after(thx_recorder *r);  /* after one */
 int thx_random_end(thx_recorder *r);    /* put the generator back as it was */
-int thx_emit(thx_recorder *r, const th_op_args *op); /* append an operation at the user's current line */
+int thx_random_check(thx_recorder *r);  /* of the operation recorded last: whose generators it draws from */
+bool thx_random_is_state(thx_recorder *r, PyObject *tensor); /* of torch's generator, as the program asked for it */
+PyObject *thx_random_generators(const thx *x, const th_trace *t); /* list: those besides torch's own */
+int thx_emit(thx_recorder *r, const th_op_args *op);              /* append an operation at the user's current line */
 
 /* ---- gradstate.c: what autograd would say ---- */
 typedef struct thx_grad_note { /* of one operation */

@@ -252,9 +252,15 @@ static int find_identical(compile *k) {
     return 0;
 }
 
-static int refuse_iterators(compile *k) {
-    const char *kind = thx_guards_iterator(k->e->guards), *weak = thx_guards_weak(k->e->guards);
+static int refuse_unwatched(compile *k) {
+    const char *kind = thx_guards_iterator(k->e->guards), *weak = thx_guards_weak(k->e->guards),
+               *hidden = thx_guards_hidden(k->e->guards);
     char text[160];
+    if (hidden) {
+        snprintf(text, sizeof text, THX_OBJECT_IN_C ", %.80s", hidden);
+        return thx_capture_error(k->r, text, "what it holds cannot be watched",
+                                 "pass what is read of it as an argument");
+    }
     if (!kind && weak) {
         snprintf(text, sizeof text, "a weak reference to an object (%.80s)", weak);
         return thx_capture_error(k->r, text,
@@ -265,6 +271,36 @@ static int refuse_iterators(compile *k) {
     snprintf(text, sizeof text, "an iterator (%.80s) from outside the function", kind);
     return thx_capture_error(k->r, text, "each use moves it on, and where it is cannot be watched",
                              "make it inside the function, or pass what it gives as an argument");
+}
+
+/* A tensor that no operation made and that was not there before the call either: torch.Tensor([1.0]) makes one past all
+ * observers, and so does what shares the memory of an array. */
+static bool appeared(const thx_recorder *r, const thx_root *root) {
+    bool known = root->leaf >= 0 || thx_guards_holds_tensor(r->reached, root->real);
+    for (uint32_t i = 0; i < r->nroots && !known; i++) {
+        const thx_root *other = &r->roots[i];
+        bool shares = other != root && root->base && other->base == root->base;
+        known = shares && (other->leaf >= 0 || thx_guards_holds_tensor(r->reached, other->real));
+    }
+    return !known;
+}
+
+/* Each call of the original has another one of these, or writes to the array; that of the trace is always the same. */
+static int refuse_appeared(compile *k) {
+    const th_trace *t = k->r->t;
+    for (uint32_t i = 0; i < k->r->nroots; i++) {
+        const thx_root *root = &k->r->roots[i];
+        if (!appeared(k->r, root)) continue;
+        const th_value *v = &t->values[root->value];
+        bool leaves = thx_random_is_state(k->r, root->real);
+        for (uint32_t j = 0; j < k->nvalues && !leaves; j++)
+            leaves = k->values[j] == root->value || (v->alias && t->values[k->values[j]].alias == v->alias);
+        if (leaves || th__is_written(t, root->value, t->nops))
+            return thx_capture_error(k->r, THX_APPEARED " and that was not there before",
+                                     "each call has another one, or one that shares the memory of an array",
+                                     "make it with torch.tensor, or outside of the compiled function");
+    }
+    return 0;
 }
 
 /* A tensor that is an argument and lies in the state too is two objects while the function runs on fakes. */
@@ -341,7 +377,7 @@ static int capture(compile *k) {
         thx_places_put_back(k->e);
         return -1;
     }
-    int rc = refuse_iterators(k) < 0 ? -1 : refuse_two_places(k);
+    int rc = refuse_unwatched(k) < 0 ? -1 : refuse_two_places(k);
     k->r->reached = k->e->guards;
     if (rc == 0) rc = thx_recorder_run(k->r, k->c->fn, k->fake_args, k->fake_kwargs, &k->result);
     thx_places_put_back(k->e);
@@ -373,7 +409,7 @@ static int capture(compile *k) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
     } else if (kept < 0 || undone < 0 || thx_ties_check(k->r, k->e->guards) < 0 || check_arguments_unchanged(k) < 0 ||
-               collect_outputs(k) < 0) {
+               collect_outputs(k) < 0 || refuse_appeared(k) < 0) {
         rc = -1;
     }
     for (uint32_t i = 0; i < k->e->nargs; i++) thx_spec_settle(&k->e->args[i]);
@@ -477,8 +513,7 @@ static int lower(compile *k) {
     thx_entry *e = k->e;
     e->nvalues = k->nvalues;
     for (th_opref o = 1; o < e->main.t->nops; o++) e->draws |= (e->main.t->ops[o].effects & TH_FX_RANDOM) != 0;
-    e->writes_inputs = e->main.once =
-        writes_inputs(e->main.t, e->main.t->nops) || (e->gradient && e->gradient->nmutated);
+    e->writes_inputs = writes_inputs(e->main.t, e->main.t->nops) || (e->gradient && e->gradient->nmutated);
     if (thx_claim(k->x, k->c->claims, e->main.t, e->gradient ? "forward" : "inference") < 0 ||
         thx_program_lower(k->x, &e->main, false) < 0 || thx_entry_place(k->x, e) < 0 ||
         thx_claims_settle(k->c->claims) < 0)
@@ -594,8 +629,9 @@ static int watch_backwards(compile *k) {
     int rc = roots ? 0 : -1;
     for (th_opref o = 1; o < t->nops && rc == 0; o++) {
         PyObject *callee = t->ops[o].callee_opaque ? thx_callable(k->x, t, &t->ops[o]) : NULL;
-        if (!callee || !PyMethod_Check(callee) || PyMethod_GET_FUNCTION(callee) != k->x->function_apply) continue;
-        PyObject *backward = PyObject_GetAttrString(PyMethod_GET_SELF(callee), "backward");
+        PyObject *cls = callee ? thx_custom_class(k->x, callee) : NULL; /* borrowed */
+        if (!cls) continue;
+        PyObject *backward = PyObject_GetAttrString(cls, "backward");
         rc = backward ? PyList_Append(roots, backward) : -1;
         Py_XDECREF(backward);
     }

@@ -5,6 +5,7 @@
  * is differentiated (derive.c), which runs both. Any other call runs the forward, whose operations are recorded one by
  * one.
  */
+#include "ambient.h"
 #include "capture.h"
 
 #include <string.h>
@@ -37,16 +38,30 @@ static PyObject *record_checkpoint(thx_recorder *r, PyObject *args) {
     return result;
 }
 
+/* Autocast casts inside of forward, and what `ctx` notes of it decides about backward: the operation switches it on by
+ * itself. */
+static PyObject *under_autocast(PyObject *bound) {
+    PyObject *module = PyImport_ImportModule("thunder._kernels");
+    PyObject *callee = module ? PyObject_CallMethod(module, "under_autocast", "O", bound) : NULL;
+    Py_XDECREF(module);
+    return callee;
+}
+
 static PyObject *record_whole(thx_recorder *r, PyObject *cls, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     PyObject *bound = bound_apply(x, cls), *rest = PyTuple_GetSlice(args, 1, PyTuple_GET_SIZE(args)), *result = NULL;
+    if (bound && thx_autocast_is_on(x)) Py_SETREF(bound, under_autocast(bound));
     PyObject *quiet = bound && rest ? thx_enter(x, x->modes_off) : NULL;
-    if (quiet) {
+    thx_autocast cast;
+    if (quiet && thx_autocast_off(x, &cast) == 0) {
         x->applying++;
+        r->casting++;
         result = thx_record_call(r, bound, rest, kwargs);
+        r->casting--;
         x->applying--;
-        thx_leave(x, quiet);
+        thx_autocast_on(x, &cast);
     }
+    if (quiet) thx_leave(x, quiet);
     Py_XDECREF(bound);
     Py_XDECREF(rest);
     return result;
@@ -76,6 +91,15 @@ static PyObject *apply(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (!part) return call_original(x, args, kwargs);
     if (is_named(cls, "BackwardHookFunction")) return thx_tie_module(r, args);
     return record_whole(r, cls, args, kwargs);
+}
+
+PyObject *thx_custom_class(thx *x, PyObject *callee) {
+    PyObject *bound = PyMethod_Check(callee) ? Py_NewRef(callee) : PyObject_GetAttrString(callee, "_thunder_apply");
+    PyErr_Clear();
+    bool found = bound && PyMethod_Check(bound) && PyMethod_GET_FUNCTION(bound) == x->function_apply;
+    PyObject *cls = found ? PyMethod_GET_SELF(bound) : NULL;
+    Py_XDECREF(bound); /* the callee holds it */
+    return cls;
 }
 
 static PyMethodDef methods[] = {{"apply", (PyCFunction)(void (*)(void))apply, METH_VARARGS | METH_KEYWORDS, NULL}};

@@ -298,14 +298,16 @@ static PyObject *run_in_mode(thx *x, thx_entry *e, const thx_leaves *leaves, thx
 /* ---- entries for values of tensors ---- */
 
 /* How to put back what a run does before it knows the values. */
-static PyObject *remember(const thx_entry *e, const thx_leaves *leaves, bool random) {
+static PyObject *remember(const thx *x, const thx_entry *e, const thx_leaves *leaves, bool random) {
     PyObject *module = PyImport_ImportModule("thunder._values"), *tensors = PyList_New(e->nundo), *undo = NULL;
     for (uint32_t i = 0; tensors && i < e->nundo; i++) {
         int32_t leaf = e->root_leaf[e->undo[i]];
         PyObject *tensor = leaf >= 0 ? leaves->items[leaf] : e->roots[e->undo[i]].object;
         PyList_SET_ITEM(tensors, i, Py_NewRef(tensor));
     }
-    if (module && tensors) undo = PyObject_CallMethod(module, "Undo", "OO", tensors, random ? Py_True : Py_False);
+    PyObject *others = random ? thx_random_generators(x, e->main.t) : Py_NewRef(Py_None);
+    if (module && tensors && others) undo = PyObject_CallMethod(module, "Undo", "OO", tensors, others);
+    Py_XDECREF(others);
     Py_XDECREF(tensors);
     Py_XDECREF(module);
     return undo;
@@ -345,7 +347,7 @@ PyObject *thx_entry_run(thx_callable_object *c, thx_entry *e, const thx_leaves *
     PyObject *undo = NULL;
     bool redraws = thx_entry_redraws(e) && !c->needs_transform;
     bool undoes = redraws || (e->expected && (e->nundo || e->undo_random));
-    if (undoes && !(undo = remember(e, leaves, e->undo_random || redraws))) return NULL;
+    if (undoes && !(undo = remember(x, e, leaves, e->undo_random || redraws))) return NULL;
     if (call->left.entry) call->left_by = find_entry(c, call->left.entry);
     PyObject *result = run_in_mode(x, e, leaves, call);
     bool put = !result && undo && (PyErr_ExceptionMatches(x->ValueChanged) || (redraws && is_run_again(x, e)));

@@ -102,8 +102,9 @@ typedef struct thx {
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
     int dict_watcher;                   /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *empty_set;                /* the copy of every set that is empty, for guards */
-    PyObject *impure;                   /* dict: id of a C function -> (the function, why it is impure) */
+    PyObject *impure;                   /* dict: definition of a C function -> (the function, why it is impure) */
     PyTypeObject *Generator;            /* torch's */
+    PyObject *default_generator;        /* torch's, of the processor */
     PyTypeObject *generators[4];        /* whose methods draw random numbers that are not torch's; NULL at the end */
     const PyMethodDef *pure[THX_CODES]; /* C functions that were looked at and are not: by address */
     PyObject *read_environment;         /* code of os.environ[...] */

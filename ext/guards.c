@@ -152,6 +152,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
         Py_XDECREF(g->others.items[i].order);
     }
     for (uint32_t i = 0; i < g->memos.count; i++) Py_DECREF(g->memos.items[i]);
+    for (uint32_t i = 0; i < g->generators.count; i++) Py_DECREF(g->generators.items[i]);
     for (uint32_t i = 0; i < g->modules.count; i++) Py_DECREF(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
@@ -168,6 +169,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
     PyMem_Free(g->scopes.items);
     PyMem_Free(g->others.items);
     PyMem_Free(g->memos.items);
+    PyMem_Free(g->generators.items);
     PyMem_Free(g->modules.items);
     PyMem_Free(g->tensors.items);
     PyMem_Free(g->tied.items);
@@ -340,6 +342,13 @@ void thx_guards_forget(thx *x, thx_guards *g) {
 }
 
 const char *thx_guards_weak(const thx_guards *g) { return g->weak ? g->weak->tp_name : NULL; }
+const char *thx_guards_hidden(const thx_guards *g) { return g->hidden ? g->hidden->tp_name : NULL; }
+
+bool thx_guards_holds_generator(const thx_guards *g, PyObject *generator) {
+    bool found = false;
+    for (uint32_t i = 0; i < g->generators.count && !found; i++) found = g->generators.items[i] == generator;
+    return found;
+}
 
 bool thx_guards_memoizes(const thx_guards *g, PyObject *code) {
     for (uint32_t i = 0; i < g->memos.count; i++)

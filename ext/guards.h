@@ -31,6 +31,10 @@ int thx_set_number_at(PyObject *owner, PyObject *key, PyObject *value);
 const char *thx_guards_iterator(const thx_guards *g);
 /* The type of what a weak reference leads to that the callable can reach: a guard would keep it alive. NULL: none. */
 const char *thx_guards_weak(const thx_guards *g);
+/* The type of an object that the callable can reach and whose attributes cannot be watched; NULL: there is none. */
+const char *thx_guards_hidden(const thx_guards *g);
+/* Was this generator of random numbers there before the callable ran? */
+bool thx_guards_holds_generator(const thx_guards *g, PyObject *generator);
 void thx_guards_forget(thx *x, thx_guards *g); /* from now on nothing is watched or kept alive */
 /* Is it the code of a function behind a functools.lru_cache? That it runs fills the cache. */
 bool thx_guards_memoizes(const thx_guards *g, PyObject *code);

@@ -228,8 +228,15 @@ static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, in
     return rc;
 }
 
+/* sys.argv: a short list of numbers and strings. */
+static bool is_plain_list(thx *x, PyObject *o) {
+    bool plain = PyList_CheckExact(o) && PyList_GET_SIZE(o) <= 64;
+    for (Py_ssize_t i = 0; plain && i < PyList_GET_SIZE(o); i++) plain = is_leaf(x, PyList_GET_ITEM(o, i));
+    return plain;
+}
+
 /* What code names of a library's module, torch.nn.functional.relu: that somebody may put another function there, not
- * what is inside. */
+ * what is inside, but for plain lists. */
 static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
     PyObject *dict =
         module && PyModule_Check(module) && !is_users_module(w->x, module) ? PyModule_GetDict(module) : NULL;
@@ -239,6 +246,7 @@ static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, 
         if (PyErr_Occurred()) return -1;
         if (!scope || PyDict_Contains(scope->copy, name) == 1) continue;
         if (PyDict_SetItem(scope->copy, name, value) < 0) return -1;
+        if (is_plain_list(w->x, value) && walk(w, value, depth) < 0) return -1;
         if (PyModule_Check(value) && watch_library_names(w, value, code, depth + 1) < 0) return -1;
     }
     return 0;
@@ -597,6 +605,15 @@ static bool is_iterator(PyObject *o) {
              Py_TYPE(o) == &PyMap_Type || Py_TYPE(o) == &PyFilter_Type || (end && strstr(end, "iterator"))));
 }
 
+/* Each thread sees other attributes; a variable that is held as an object is in no function that is watched. */
+static bool is_hidden(PyObject *o) {
+    bool local = PyCell_Check(o);
+    PyObject *order = Py_TYPE(o)->tp_mro;
+    for (Py_ssize_t i = 0; order && i < PyTuple_GET_SIZE(order) && !local; i++)
+        local = strcmp(((PyTypeObject *)PyTuple_GET_ITEM(order, i))->tp_name, "_thread._local") == 0;
+    return local;
+}
+
 /* What reads attributes whose names its caller's code does not mention. */
 static bool reads_by_string(PyObject *o) {
     const char *name = PyCFunction_Check(o) ? ((PyCFunctionObject *)o)->m_ml->ml_name : Py_TYPE(o)->tp_name;
@@ -689,6 +706,12 @@ static int walk(walker *w, PyObject *o, int depth) {
         g->tied.items[g->tied.count++] = o;
     }
     if (fresh <= 0) return fresh;
+    if (Py_TYPE(o) == w->x->Generator) {
+        if (RESERVE(g->generators) < 0) return -1;
+        g->generators.items[g->generators.count++] = Py_NewRef(o);
+        return 0;
+    }
+    if (is_hidden(o)) return g->hidden = Py_TYPE(o), 0;
     if (thx_is_tensor(w->x, o)) {
         if (RESERVE(g->tensors) < 0) return -1;
         g->tensors.items[g->tensors.count++] = Py_NewRef(o);

@@ -98,9 +98,11 @@ struct thx_guards {
     PyTypeObject *changed_type;      /* then */
     PyObject *any;                   /* owned: list of (owner, key or None) of numbers that may be any; or NULL */
     PyTypeObject *iterator; /* borrowed: of one that was found: what it gives next cannot be guarded; NULL: none */
-    PyTypeObject *weak;    /* borrowed: of what a weak reference leads to and a guard would keep alive; NULL: nothing */
-    VEC(PyObject *) memos; /* code of functions behind functools.lru_cache (owned) */
-    bool registry;         /* a WATCH_REGISTRY is there */
+    PyTypeObject *weak;   /* borrowed: of what a weak reference leads to and a guard would keep alive; NULL: nothing */
+    PyTypeObject *hidden; /* borrowed: of an object whose attributes cannot be watched; NULL: none was found */
+    VEC(PyObject *) generators; /* torch's generators of random numbers (owned) */
+    VEC(PyObject *) memos;      /* code of functions behind functools.lru_cache (owned) */
+    bool registry;              /* a WATCH_REGISTRY is there */
     uint64_t generation, events;
     bool pinned;
     bool explain;    /* keep what does not hold, for a report */

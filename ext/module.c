@@ -428,12 +428,13 @@ static int module_exec(PyObject *module) {
     x->functional = x->torch ? get_path(x->torch, "nn.functional") : NULL;
     if (!x->torch_c || !x->functional || load_names(x) < 0 || load_types(x) < 0 || load_functions(x) < 0 ||
         load_errors(x) < 0 || !(x->Generator = (PyTypeObject *)get_path(x->torch_c, "Generator")) ||
-        thx_origin_init(x) < 0 || load_module_dicts(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 ||
-        thx_fake_init(x, module) < 0 || thx_recorder_init(x, module) < 0 || thx_purity_init(x) < 0 ||
-        thx_trace_init(x, module) < 0 || thx_autograd_init(x, module) < 0 || thx_region_init(x, module) < 0 ||
-        thx_native_init(x, module) < 0 || thx_handles_init(x, module) < 0 || thx_custom_init(x, module) < 0 ||
-        thx_operator_init(x, module) < 0 || thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 ||
-        thx_cuda_init(x, module) < 0 || thx_cudnn_init(x, module) < 0)
+        !(x->default_generator = get_path(x->torch, "default_generator")) || thx_origin_init(x) < 0 ||
+        load_module_dicts(x) < 0 || thx_abi_init(&x->abi, x->ctx, x->torch) < 0 || thx_fake_init(x, module) < 0 ||
+        thx_recorder_init(x, module) < 0 || thx_purity_init(x) < 0 || thx_trace_init(x, module) < 0 ||
+        thx_autograd_init(x, module) < 0 || thx_region_init(x, module) < 0 || thx_native_init(x, module) < 0 ||
+        thx_handles_init(x, module) < 0 || thx_custom_init(x, module) < 0 || thx_operator_init(x, module) < 0 ||
+        thx_gradstate_init(x, module) < 0 || thx_callable_init(x, module) < 0 || thx_cuda_init(x, module) < 0 ||
+        thx_cudnn_init(x, module) < 0)
         return -1;
     x->facts = flash_layout(x) | gelu_kernel(x);
     load_contextlib(x);

@@ -201,7 +201,8 @@ int thx_call_emit(thx_recording *c, th_node outs, bool outs_list, uint8_t effect
                      .nwrites = nwrites};
     if (!c->callee) op.callee_opaque = th_trace_opaque(r->t, "fn", c->func);
     if (!(effects & TH_FX_RANDOM) || r->deriving) return thx_emit(r, &op);
-    return thx_random_before(r) < 0 || thx_emit(r, &op) < 0 || thx_random_after(r) < 0 ? -1 : 0;
+    return thx_random_before(r) < 0 || thx_emit(r, &op) < 0 || thx_random_check(r) < 0 || thx_random_after(r) < 0 ? -1
+                                                                                                                  : 0;
 }
 
 /* ---- our own meta rules ---- */
@@ -541,6 +542,16 @@ static int check_result_fits(const thx_recording *c) {
     return thx_doubt(c->r, "the result cannot be cast to the dtype of the tensor that is written to");
 }
 
+/* torch.as_tensor(array): the result is the array's memory, as that of torch.from_numpy is, which nobody observes. */
+static bool shares_an_array(const thx_recording *c) {
+    const char *name = c->callee && !c->r->ninputs ? th_str_get(c->r->x->ctx, c->callee) : "";
+    if (strcmp(name, "torch.as_tensor") != 0 && strcmp(name, "torch.asarray") != 0) return false;
+    PyObject *array = PyTuple_GET_SIZE(c->args) ? PyTuple_GET_ITEM(c->args, 0) : NULL;
+    const char *type = array ? Py_TYPE(array)->tp_name : "";
+    return strncmp(type, "numpy.", 6) == 0 ? strcmp(type, "numpy.ndarray") == 0
+                                           : array && PyObject_CheckBuffer(array) && !PyBytes_Check(array);
+}
+
 PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObject *args, PyObject *kwargs) {
     thx *x = r->x;
     thx_recording c = {r, f, func, args, kwargs, f->callee, f->def, 0, 0, f->random, {false, 0}};
@@ -559,6 +570,7 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
         PyErr_Clear(); /* under vmap or grad: what functorch makes of the call reaches layer 2 */
         return PyObject_Call(func, args, kwargs);
     }
+    if (shares_an_array(&c)) return PyObject_Call(func, args, kwargs);
     if (f->kind == THX_FUNC_DATA) {
         thx_sizes_spoil(r, "the values of a tensor are asked for");
         return thx_call_for_data(&c);

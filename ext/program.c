@@ -1,7 +1,13 @@
 /* Running a program: the first run compares each result with what the trace says of it. */
 #include "program.h"
 
+#include "capture.h"
 #include "lower.h"
+#include "sizes.h"
+
+#include "passes/pass.h"
+
+#include <string.h>
 
 int thx_program_lower(thx *x, thx_program *p, bool plain) {
     th_plan_free(p->plan);
@@ -105,24 +111,64 @@ static int run_checked(thx *x, const thx_program *p, th_frame *f) {
     return 0;
 }
 
+/* What the first run may have to take back, or NULL: nothing, or an exception. */
+static PyObject *remember(thx *x, const thx_program *p, th_slot *slots) {
+    const th_trace *t = p->t;
+    bool draws = false;
+    for (th_opref o = 1; o < t->nops && !draws; o++) draws = t->ops[o].effects & TH_FX_RANDOM;
+    PyObject *written = PyList_New(0), *others = NULL, *module = NULL, *undo = NULL;
+    int rc = written ? 0 : -1;
+    for (uint32_t i = 0; i < t->ninputs && rc == 0; i++) {
+        if (!th__is_written(t, t->inputs[i], t->nops)) continue;
+        PyObject *tensor = thx_slot_object(x, &slots[i]);
+        rc = tensor ? PyList_Append(written, tensor) : -1;
+    }
+    bool needed = rc == 0 && (draws || PyList_GET_SIZE(written));
+    if (needed && (module = PyImport_ImportModule("thunder._values")))
+        others = draws ? thx_random_generators(x, t) : Py_NewRef(Py_None);
+    if (others) undo = PyObject_CallMethod(module, "Undo", "OO", written, others);
+    Py_XDECREF(others);
+    Py_XDECREF(module);
+    Py_XDECREF(written);
+    return undo;
+}
+
+/* Did an operation that came before this one act on something else than tensors and generators? */
+static bool acted(const thx *x, const th_trace *t, th_opref end) {
+    bool found = false;
+    for (th_opref o = 1; o < end && !found; o++) {
+        const char *name = t->ops[o].callee_opaque ? "" : th_str_get(x->ctx, t->ops[o].callee);
+        found = (t->ops[o].effects & TH_FX_STATE) && !(t->ops[o].effects & TH_FX_RANDOM) &&
+                !thx_mark_kind(t, &t->ops[o]) && strncmp(name, "thunder._kernels.", 17) != 0;
+    }
+    return found;
+}
+
 /* Predicted strides were wrong: lower without what trusts them. */
-static int start_over(thx *x, thx_program *p, const th_frame *f) {
-    const th_op *op = &p->t->ops[p->plan->instrs[f->failed].op];
-    if (p->once) {
+static int start_over(thx *x, thx_program *p, const th_frame *f, PyObject *undo) {
+    th_opref at = p->plan->instrs[f->failed].op;
+    const th_op *op = &p->t->ops[at];
+    if (acted(x, p->t, at)) {
         PyErr_Format(PyExc_RuntimeError,
-                     "%s (%s, line %u) gave other strides than torch's fake kernel said, after inputs "
-                     "were written; please report this",
+                     "%s (%s, line %u) gave other strides than torch's fake kernel said, after an operation with an "
+                     "effect of its own; please report this",
                      th_str_get(x->ctx, op->callee), op->file ? th_str_get(x->ctx, op->file) : "?", op->line);
         return -1;
     }
-    return thx_program_lower(x, p, true) < 0 ? -1 : 1;
+    PyObject *done = undo ? PyObject_CallMethod(undo, "restore", NULL) : Py_NewRef(Py_None);
+    Py_XDECREF(done);
+    return !done || thx_program_lower(x, p, true) < 0 ? -1 : 1;
 }
 
 int thx_program_run(thx *x, thx_program *p, th_slot *slots) {
     th_frame frame = {.slots = slots, .user = x};
     memset(slots + p->plan->nroots, 0, sizeof *slots * (p->plan->nslots - p->plan->nroots));
-    int rc = p->checked ? th_plan_run(p->plan, &frame) : run_checked(x, p, &frame);
-    if (rc == 1 && !p->checked) return start_over(x, p, &frame);
+    PyObject *undo = p->checked ? NULL : remember(x, p, slots);
+    int rc = p->checked ? th_plan_run(p->plan, &frame) : PyErr_Occurred() ? -2 : run_checked(x, p, &frame);
+    if (rc == -2) th_plan_clear(p->plan, &frame);
+    if (rc == 1 && !p->checked) rc = start_over(x, p, &frame, undo) < 0 ? -2 : 1;
+    Py_XDECREF(undo);
+    if (rc == 1 || rc == -2) return rc == 1 ? 1 : -1;
     p->failed = rc ? p->plan->instrs[frame.failed].op : 0;
     if (rc) {
         thx_program_name_line(x, p, frame.failed);

@@ -13,7 +13,6 @@ typedef struct thx_program {
     thx_literals literals; /* that are others at each run, in slots after those of the inputs */
     uint32_t *slot_of;     /* by value of the trace; UINT32_MAX: none */
     bool checked;          /* a run has confirmed the sizes and strides that the trace states */
-    bool once;             /* it writes to its inputs: a run that went wrong cannot be started over */
     bool spends;           /* a run drops each input after its last use: the slots are empty then */
     uint32_t nshim, nbuiltin;
     th_opref failed; /* the operation at which the last run failed; 0: none did */

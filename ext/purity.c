@@ -6,6 +6,7 @@
  */
 #include "capture.h"
 #include "guards.h"
+#include "impure.h"
 #include "origin.h"
 
 #include "base/dylib.h"
@@ -13,38 +14,11 @@
 #include <frameobject.h>
 #include <string.h>
 
-typedef struct impure_name {
-    const char *module, *name, *why;
-} impure_name;
-
-static const char prints[] = "it prints", waits[] = "it waits for input", clock_[] = "it reads the clock",
-                  files[] = "it opens a file", system_[] = "it asks the operating system",
-                  identity_[] = "it asks for an object's address";
-
-static const impure_name impure_names[] = {{"builtins", "print", prints},
-                                           {"builtins", "input", waits},
-                                           {"io", "open", files},
-                                           {"time", "time", clock_},
-                                           {"time", "time_ns", clock_},
-                                           {"time", "perf_counter", clock_},
-                                           {"time", "perf_counter_ns", clock_},
-                                           {"time", "monotonic", clock_},
-                                           {"time", "monotonic_ns", clock_},
-                                           {"time", "process_time", clock_},
-                                           {"time", "localtime", clock_},
-                                           {"time", "sleep", clock_},
-                                           {"os", "urandom", system_},
-                                           {"os", "getpid", system_},
-                                           {"os", "remove", system_},
-                                           {"os", "listdir", system_},
-                                           {"os", "getenv", system_},
-                                           {"builtins", "id", identity_},
-                                           {NULL, NULL, NULL}};
-
 /* ---- what torch.compile would not look at either ---- */
 
 static const char memo_text[] = "a function with functools.lru_cache", variable_text[] = "a context variable",
-                  identity_text[] = "id", environment_text[] = "os.environ", type_text[] = "the type of a tensor";
+                  identity_text[] = "id", environment_text[] = "os.environ", type_text[] = "the type of a tensor",
+                  generator_text[] = "a generator of random numbers", system_text[] = "the system";
 
 /* The pending exception is a CaptureError: does it name something that its fallback takes for constant? */
 bool thx_is_unseen_by_dynamo(thx *x) {
@@ -52,6 +26,11 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          variable_text,
                                          identity_text,
                                          environment_text,
+                                         generator_text,
+                                         system_text,
+                                         THX_OBJECT_IN_C,
+                                         THX_APPEARED,
+                                         "torch.Tensor.__array__",
                                          "a weak reference",
                                          "a lazily conjugated or negated tensor",
                                          THX_TENSOR_ATTRIBUTE,
@@ -71,21 +50,7 @@ bool thx_is_unseen_by_dynamo(thx *x) {
 }
 
 int thx_purity_init(thx *x) {
-    x->impure = PyDict_New();
-    if (!x->impure) return -1;
-    for (const impure_name *n = impure_names; n->module; n++) {
-        PyObject *module = PyImport_ImportModule(n->module);
-        PyObject *function = module ? PyObject_GetAttrString(module, n->name) : NULL;
-        PyObject *id = function && PyCFunction_Check(function) ? PyLong_FromVoidPtr(function) : NULL;
-        PyObject *entry = id ? Py_BuildValue("(Os)", function, n->why) : NULL;
-        int rc = entry ? PyDict_SetItem(x->impure, id, entry) : 0;
-        PyErr_Clear(); /* one that this Python has not */
-        Py_XDECREF(entry);
-        Py_XDECREF(id);
-        Py_XDECREF(function);
-        Py_XDECREF(module);
-        if (rc < 0) return -1;
-    }
+    if (thx_impure_init(x) < 0) return -1;
     PyObject *random = PyImport_ImportModule("_random"), *os = PyImport_ImportModule("os");
     x->generators[0] = random ? (PyTypeObject *)PyObject_GetAttrString(random, "Random") : NULL;
     PyObject *environ = os ? PyObject_GetAttrString(os, "environ") : NULL;
@@ -180,7 +145,9 @@ static bool reads_numbers(PyObject *function) {
 
 /* torch.are_deterministic_algorithms_enabled() and the like end in these: what they say is asked again at each call. */
 static bool tells_of_a_setting(const PyMethodDef *method, PyObject *function) {
-    bool named = strncmp(method->ml_name, "_get_", 5) == 0 || strncmp(method->ml_name, "is_anomaly_", 11) == 0;
+    static const char *const beginnings[] = {"_get_", "get_num_", "is_anomaly_", NULL};
+    bool named = false;
+    for (const char *const *b = beginnings; *b; b++) named |= strncmp(method->ml_name, *b, strlen(*b)) == 0;
     if (!(method->ml_flags & METH_NOARGS) || !named) return false;
     PyObject *self = PyCFunction_GET_SELF(function);
     const char *name = self && PyModule_Check(self) ? PyModule_GetName(self) : "";
@@ -188,13 +155,26 @@ static bool tells_of_a_setting(const PyMethodDef *method, PyObject *function) {
     return name && strncmp(name, "torch._C", 8) == 0;
 }
 
-/* torch.manual_seed, fork_rng and the like end in these. */
-static bool seeds_torch(PyObject *self, const char *name) {
-    static const char *const names[] = {"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset", NULL};
-    if (strcmp(Py_TYPE(self)->tp_name, "torch._C.Generator") != 0) return false;
-    for (const char *const *n = names; *n; n++)
-        if (strcmp(name, *n) == 0) return true;
-    return false;
+/* That of random.random(), which torch.compile knows. */
+static bool pythons_own(PyObject *generator) {
+    PyObject *module = PyDict_GetItemString(PyImport_GetModuleDict(), "random");
+    PyObject *own = module ? PyObject_GetAttrString(module, "_inst") : NULL;
+    PyErr_Clear();
+    Py_XDECREF(own); /* the module holds it */
+    return own == generator;
+}
+
+/* A method of a generator of torch's. Its own one is seeded and read by torch.manual_seed, fork_rng and the like, which
+ * random.c follows; of others nothing is known but what operations draw from them. */
+static int check_generator(thx_recorder *r, PyFrameObject *frame, PyObject *self, const char *name) {
+    static const char *const seeds[] = {"manual_seed", "set_state", "graphsafe_set_state", "set_offset", NULL};
+    bool says = strcmp(name, "seed") == 0 || strcmp(name, "initial_seed") == 0;
+    char text[120];
+    snprintf(text, sizeof text, "%s: torch.Generator.%.40s", generator_text, name);
+    if (self == r->x->default_generator ? says : is_the_programs(r->x, frame, THROUGH_LIBRARY | OF_PACKAGES))
+        return refuse(r, text, "it reads or sets a generator's state, and later calls would not do that again");
+    for (const char *const *n = seeds; *n; n++) r->seeded |= strcmp(name, *n) == 0;
+    return 0;
 }
 
 /* ---- kernels that Python calls past torch's dispatcher ---- */
@@ -245,28 +225,30 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     PyObject *self = PyCFunction_GET_SELF(function);
     char text[120];
     if (self && !PyModule_Check(self)) {
-        if (seeds_torch(self, name)) {
-            r->seeded = true;
-            return 0;
-        }
-        if (Py_TYPE(self) == &PyContextVar_Type && is_the_programs(x, frame, 0))
+        if (Py_TYPE(self) == x->Generator) return check_generator(r, frame, self, name);
+        if (Py_TYPE(self) == &PyContextVar_Type) {
+            if (!is_the_programs(x, frame, 0)) return 0;
             return refuse(r, variable_text, "it reads or sets one, and later calls would not look again");
-        if (!is_generator(x, self) && Py_TYPE(self) != &PyContextVar_Type) return check_extension(r, known, method);
-        if (!is_generator(x, self) || !is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
-        snprintf(text, sizeof text, "%.60s.%.40s", Py_TYPE(self)->tp_name, name);
-        return refuse(r, text,
-                      "it draws random numbers that are not torch's, and later calls would have the same ones");
+        }
+        if (is_generator(x, self)) {
+            if (!is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
+            snprintf(text, sizeof text, "%s%s%.40s.%.40s", pythons_own(self) ? "" : generator_text,
+                     pythons_own(self) ? "" : ": ", Py_TYPE(self)->tp_name, name);
+            return refuse(r, text,
+                          "it draws random numbers that are not torch's, and later calls would have the same ones");
+        }
     }
-    PyObject *id = PyLong_FromVoidPtr(function);
-    PyObject *entry = id ? PyDict_GetItemWithError(x->impure, id) : NULL;
-    Py_XDECREF(id);
-    if (!entry) return PyErr_Occurred() ? -1 : check_extension(r, known, method);
-    const char *why = PyUnicode_AsUTF8(PyTuple_GET_ITEM(entry, 1));
-    int flags = why && strcmp(why, prints) == 0 ? THROUGH_LIBRARY | OF_PACKAGES : 0;
-    if (!why || !is_the_programs(x, frame, flags)) return 0;
-    snprintf(text, sizeof text, "%.80s", name);
+    thx_impurity found;
+    if (thx_impure_why(x, function, &found) < 0) return -1;
+    if (!found.why) return check_extension(r, known, method);
+    int flags = found.prints ? THROUGH_LIBRARY | OF_PACKAGES : found.of_caller ? 0 : THROUGH_LIBRARY;
+    if (!is_the_programs(x, frame, flags)) return 0;
+    if (found.type)
+        snprintf(text, sizeof text, THX_OBJECT_IN_C ", %.60s.%.40s", found.type, name);
+    else
+        snprintf(text, sizeof text, "%s%s%.40s", found.asks ? system_text : "", found.asks ? ": " : "", name);
     char reason[160];
-    snprintf(reason, sizeof reason, "%s, and later calls would not do that again", why);
+    snprintf(reason, sizeof reason, "%s, and later calls would not do that again", found.why);
     return refuse(r, text, reason);
 }
 
@@ -368,6 +350,8 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
         Py_DECREF(code);
         return -1;
     }
+    /* torch.save and torch.load: from C they write and read what the profiler does not see. */
+    bool file = fresh && names(code->co_filename, "/torch/serialization.py");
     bool environment = (PyObject *)code == r->x->read_environment;
     bool memo = r->reached && thx_guards_memoizes(r->reached, (PyObject *)code);
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
@@ -377,6 +361,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
         return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
                                  "its backward would not be seen", "write Function.apply(...) where it is called");
     if (memo) return refuse_filling(r);
+    if (file) return refuse(r, system_text, "it saves or loads tensors, and later calls would not do that again");
     if (!environment || !is_the_programs(r->x, frame, THROUGH_LIBRARY)) return 0;
     return refuse(r, environment_text, "it reads the environment, and later calls would not look again");
 }

@@ -5,8 +5,12 @@
  * a state never seen is a seed of the program's own and becomes an operation that sets it; the caller's own state means
  * that the program went back to it. After each random operation the generator is moved on, so that seeding it the same
  * way twice is seen twice.
+ *
+ * Generators that a program is given, or reaches, are drawn from by its operations alone: it may not ask for their
+ * state or set it, nor make one, which each call would begin anew.
  */
 #include "capture.h"
+#include "guards.h"
 
 static int same_state(thx_recorder *r, PyObject *a, PyObject *b) {
     PyObject *pair[] = {NULL, a, b};
@@ -55,6 +59,16 @@ static int emit_save(thx_recorder *r, PyObject *example) {
                      .outs = th_node_value(t, r->rng_saved),
                      .effects = TH_FX_RANDOM | TH_FX_STATE};
     return thx_emit(r, &op);
+}
+
+bool thx_random_is_state(thx_recorder *r, PyObject *tensor) {
+    PyObject *dtype = PyObject_GetAttrString(tensor, "dtype");
+    bool bytes = dtype && thx_dtype_ref(r->x, dtype) == TH_U8, found = false;
+    for (Py_ssize_t i = 0; bytes && !found && i < PyList_GET_SIZE(r->rng_outer); i++)
+        found = same_state(r, tensor, PyList_GET_ITEM(r->rng_outer, i)) == 1;
+    PyErr_Clear();
+    Py_XDECREF(dtype);
+    return found;
 }
 
 /* The place of a state in the caller's stream, counted from its end: 0 is where it stands; -1: none. */
@@ -136,4 +150,43 @@ int thx_random_end(thx_recorder *r) {
         PyErr_Restore(type, value, trace);
     }
     return same < 0 && !type ? -1 : 0;
+}
+
+/* ---- generators besides torch's own ---- */
+
+static int gather(const thx *x, const th_trace *t, th_node n, PyObject *list) {
+    const th_node_data *d = &t->nodes[n];
+    if (d->kind == TH_N_OPAQUE) {
+        PyObject *object = t->opaques[d->u.ref].object;
+        bool one = object && Py_TYPE(object) == x->Generator && object != x->default_generator;
+        return one && PySequence_Contains(list, object) == 0 ? PyList_Append(list, object) : 0;
+    }
+    for (uint32_t i = 0; d->kind >= TH_N_TUPLE && d->kind <= TH_N_SLICE && i < d->count; i++)
+        if (gather(x, t, t->kids[t->nodes[n].u.kids + i], list) < 0) return -1;
+    return 0;
+}
+
+static int gather_op(const thx *x, const th_trace *t, const th_op *op, PyObject *list) {
+    if (op->kind != TH_OP_CALL || !(op->effects & TH_FX_RANDOM)) return 0;
+    return gather(x, t, op->args, list) < 0 ? -1 : op->kwargs ? gather(x, t, op->kwargs, list) : 0;
+}
+
+PyObject *thx_random_generators(const thx *x, const th_trace *t) {
+    PyObject *list = PyList_New(0);
+    for (th_opref o = 1; list && o < t->nops; o++)
+        if (gather_op(x, t, &t->ops[o], list) < 0) Py_CLEAR(list);
+    return list;
+}
+
+/* The operation recorded last draws from generators that were there before the call. */
+int thx_random_check(thx_recorder *r) {
+    PyObject *list = PyList_New(0);
+    int rc = list ? gather_op(r->x, r->t, &r->t->ops[r->t->nops - 1], list) : -1;
+    for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(list); i++)
+        if (!r->reached || !thx_guards_holds_generator(r->reached, PyList_GET_ITEM(list, i)))
+            rc = thx_capture_error(r, "a generator of random numbers that the function makes",
+                                   "later calls would go on with it instead of making another one",
+                                   "make it outside and pass it");
+    Py_XDECREF(list);
+    return rc;
 }

@@ -15,12 +15,6 @@ static void runner_dealloc(runner *o) {
     Py_DECREF(type);
 }
 
-static bool has_writes(const th_trace *t) {
-    for (th_opref o = 1; o < t->nops; o++)
-        if (t->ops[o].nwrites) return true;
-    return false;
-}
-
 PyObject *thx_trace_callable(PyObject *trace, PyObject *unused) {
     thx_py_trace *from = (thx_py_trace *)trace;
     thx *x = from->x;
@@ -33,7 +27,6 @@ PyObject *thx_trace_callable(PyObject *trace, PyObject *unused) {
         Py_DECREF((PyObject *)o);
         return NULL;
     }
-    o->p.once = has_writes(o->p.t);
     if (thx_program_lower(x, &o->p, false) < 0) {
         Py_DECREF((PyObject *)o);
         return NULL;

@@ -167,10 +167,14 @@ static int set_grad(thx *x, int on) {
 
 static int swap_generators(thx_recorder *r, surroundings *s) {
     thx_shadow *shadow = r->shadow;
-    if (!(s->generators = call_helper("generators", NULL))) return -1;
+    PyObject *others = thx_random_generators(r->x, r->t);
+    s->generators = others ? call_helper("generators", others) : NULL;
+    Py_XDECREF(others);
+    if (!s->generators) return -1;
     PyObject *mine = shadow->generators
                          ? Py_NewRef(shadow->generators)
-                         : Py_BuildValue("(OO)", PyList_GET_ITEM(r->rng_outer, 0), PyTuple_GET_ITEM(s->generators, 1));
+                         : Py_BuildValue("(OOO)", PyList_GET_ITEM(r->rng_outer, 0), PyTuple_GET_ITEM(s->generators, 1),
+                                         PyTuple_GET_ITEM(s->generators, 2));
     PyObject *done = mine ? call_helper("set_generators", mine) : NULL;
     Py_XDECREF(mine);
     Py_XDECREF(done);
@@ -190,7 +194,9 @@ static int leave(thx_recorder *r, surroundings *s) { /* keeps a pending exceptio
     PyErr_Fetch(&type, &value, &trace);
     int rc = set_grad(r->x, s->grad);
     if (s->generators) {
-        Py_XSETREF(r->shadow->generators, call_helper("generators", NULL));
+        PyObject *others = thx_random_generators(r->x, r->t);
+        Py_XSETREF(r->shadow->generators, others ? call_helper("generators", others) : NULL);
+        Py_XDECREF(others);
         PyObject *done = r->shadow->generators ? call_helper("set_generators", s->generators) : NULL;
         if (!done) rc = -1;
         Py_XDECREF(done);

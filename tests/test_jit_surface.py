@@ -418,9 +418,11 @@ def test_random_numbers_that_another_thread_draws_meanwhile_are_no_seed(seeded):
         if seeded:
             torch.manual_seed(7)
         first = torch.rand(3)
-        if ask.locked():  # in the first call
+        if not ask.acquire(blocking=False):  # in the first call
             ask.release()
             answer.acquire()
+        else:
+            ask.release()
         return a + first, torch.rand(3)
 
     def draw():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,6 +34,35 @@ def as_strided_scatter(
     start = 0 if storage_offset is None else storage_offset - input.storage_offset()
     result.as_strided(size, stride, start).copy_(src)
     return result
+
+
+# ---- torch.autograd.Function under autocast ----
+
+
+class _UnderAutocast:
+    """``Function.apply``, with autocast as it was where the code called it: a program runs with autocast off."""
+
+    def __init__(self, apply: Callable[..., Any], settings: tuple[tuple[str, torch.dtype], ...]) -> None:
+        self._thunder_apply = apply
+        self.settings = settings
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for device, dtype in self.settings:
+                stack.enter_context(torch.autocast(device, dtype))
+            return self._thunder_apply(*args, **kwargs)
+
+
+def under_autocast(apply: Any) -> Callable[..., Any]:
+    """``apply``, bound to its class, under autocast as it is now. The class keeps it, so that it is one object."""
+    settings = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    kept = apply.__self__.__dict__.get("_thunder_under_autocast")
+    if kept is None:
+        kept = {}
+        apply.__self__._thunder_under_autocast = kept
+    return kept.setdefault(settings, _UnderAutocast(apply, settings))
 
 
 # ---- checks of data ----

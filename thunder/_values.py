@@ -21,17 +21,23 @@ def _device_generators() -> Any:
     return module if started and hasattr(module, "get_rng_state_all") else None
 
 
-def generators() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The states of torch's generators, on the processor and on the accelerator's devices."""
+_States = tuple[torch.Tensor, list[torch.Tensor], list[tuple[torch.Generator, torch.Tensor]]]
+
+
+def generators(others: Sequence[torch.Generator]) -> _States:
+    """The states of torch's generators, on the processor and on the accelerator's devices, and of others."""
     module = _device_generators()
-    return torch.get_rng_state(), module.get_rng_state_all() if module else []
+    states = module.get_rng_state_all() if module else []
+    return torch.get_rng_state(), states, [(other, other.get_state()) for other in others]
 
 
-def set_generators(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+def set_generators(states: _States) -> None:
     """Put them back."""
     torch.set_rng_state(states[0])
     if states[1]:
         _device_generators().set_rng_state_all(states[1])
+    for other, state in states[2]:
+        other.set_state(state)
 
 
 def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -52,13 +58,13 @@ class Undo:
 
     Args:
         tensors: that the run may write.
-        random: it may draw random numbers.
+        others: the generators besides torch's own that it may draw random numbers from; None: it draws none at all.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], random: bool) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], others: Sequence[torch.Generator] | None) -> None:
         with torch.no_grad():
             self.tensors = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
-        self.generators = generators() if random else None
+        self.generators = generators(others) if others is not None else None
 
     def restore(self) -> None:
         """Put them back."""

@@ -42,7 +42,7 @@ static inline float unary(th_tile_op op, float x) {
     switch (op) {
     case TH_TILE_NEG: return -x;
     case TH_TILE_ABS: return fabsf(x);
-    case TH_TILE_RELU: return x > 0 || x != x ? x : 0.0f;
+    case TH_TILE_RELU: return x < 0 ? 0.0f : x; /* -0.0 and NaN stay */
     case TH_TILE_SQRT: return sqrtf(x);
     case TH_TILE_RSQRT: return 1.0f / sqrtf(x);
     case TH_TILE_RECIPROCAL: return 1.0f / x;
@@ -68,8 +68,8 @@ static inline float binary(th_tile_op op, float x, float y) {
     case TH_TILE_SUB: return x - y;
     case TH_TILE_MUL: return x * y;
     case TH_TILE_DIV: return x / y;
-    case TH_TILE_MAXIMUM: return x != x || x > y ? x : y; /* nan wins, as in torch */
-    case TH_TILE_MINIMUM: return x != x || x < y ? x : y;
+    case TH_TILE_MAXIMUM: return x != x || x >= y ? x : y; /* nan wins, and the first of two zeros, as in torch */
+    case TH_TILE_MINIMUM: return x != x || x <= y ? x : y;
     case TH_TILE_RELU_BACKWARD: return y <= 0 ? 0.0f : x;
     case TH_TILE_TANH_BACKWARD: return x * (1.0f - y * y);
     case TH_TILE_SIGMOID_BACKWARD: return x * (1.0f - y) * y;

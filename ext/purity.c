@@ -19,11 +19,13 @@ typedef struct impure_name {
 
 static const char prints[] = "it prints", waits[] = "it waits for input", clock_[] = "it reads the clock",
                   files[] = "it opens a file", system_[] = "it asks the operating system",
-                  identity_[] = "it asks for an object's address";
+                  identity_[] = "it asks for an object's address", references_[] = "it counts references to an object",
+                  thread_[] = "it asks which thread runs";
 
 static const impure_name impure_names[] = {{"builtins", "print", prints},
                                            {"builtins", "input", waits},
                                            {"io", "open", files},
+                                           {"io", "open_code", files},
                                            {"time", "time", clock_},
                                            {"time", "time_ns", clock_},
                                            {"time", "perf_counter", clock_},
@@ -31,20 +33,61 @@ static const impure_name impure_names[] = {{"builtins", "print", prints},
                                            {"time", "monotonic", clock_},
                                            {"time", "monotonic_ns", clock_},
                                            {"time", "process_time", clock_},
+                                           {"time", "process_time_ns", clock_},
+                                           {"time", "thread_time", clock_},
+                                           {"time", "thread_time_ns", clock_},
                                            {"time", "localtime", clock_},
+                                           {"time", "gmtime", clock_},
+                                           {"time", "ctime", clock_},
+                                           {"time", "asctime", clock_},
+                                           {"time", "strftime", clock_},
                                            {"time", "sleep", clock_},
                                            {"os", "urandom", system_},
+                                           {"os", "getrandom", system_},
                                            {"os", "getpid", system_},
-                                           {"os", "remove", system_},
+                                           {"os", "getppid", system_},
+                                           {"os", "getlogin", system_},
+                                           {"os", "times", system_},
+                                           {"os", "getloadavg", system_},
+                                           {"os", "getcwd", system_},
+                                           {"os", "getcwdb", system_},
+                                           {"os", "chdir", system_},
+                                           {"os", "stat", system_},
+                                           {"os", "lstat", system_},
+                                           {"os", "access", system_},
                                            {"os", "listdir", system_},
-                                           {"os", "getenv", system_},
+                                           {"os", "scandir", system_},
+                                           {"os", "readlink", system_},
+                                           {"os", "open", system_},
+                                           {"os", "read", system_},
+                                           {"os", "write", system_},
+                                           {"os", "mkdir", system_},
+                                           {"os", "rmdir", system_},
+                                           {"os", "remove", system_},
+                                           {"os", "unlink", system_},
+                                           {"os", "rename", system_},
+                                           {"os", "replace", system_},
+                                           {"os", "symlink", system_},
+                                           {"os", "utime", system_},
+                                           {"os", "chmod", system_},
+                                           {"os", "system", system_},
+                                           {"os", "putenv", system_},
+                                           {"os", "unsetenv", system_},
                                            {"builtins", "id", identity_},
+                                           {"sys", "getrefcount", references_},
+                                           {"_weakref", "getweakrefcount", references_},
+                                           {"_thread", "get_ident", thread_},
+                                           {"_thread", "get_native_id", thread_},
                                            {NULL, NULL, NULL}};
 
 /* ---- what torch.compile would not look at either ---- */
 
+static const char time_type[] = "datetime.", files_type[] = "_io.";
+
 static const char memo_text[] = "a function with functools.lru_cache", variable_text[] = "a context variable",
-                  identity_text[] = "id", environment_text[] = "os.environ", type_text[] = "the type of a tensor";
+                  identity_text[] = "id", environment_text[] = "os.environ", type_text[] = "the type of a tensor",
+                  own_text[] = "a generator of random numbers", counts_text[] = "getrefcount",
+                  weak_counts_text[] = "getweakrefcount", thread_text[] = "get_ident";
 
 /* The pending exception is a CaptureError: does it name something that its fallback takes for constant? */
 bool thx_is_unseen_by_dynamo(thx *x) {
@@ -52,6 +95,10 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          variable_text,
                                          identity_text,
                                          environment_text,
+                                         own_text,
+                                         counts_text,
+                                         weak_counts_text,
+                                         thread_text,
                                          "a weak reference",
                                          "a lazily conjugated or negated tensor",
                                          THX_TENSOR_ATTRIBUTE,
@@ -115,6 +162,15 @@ static bool is_generator(const thx *x, PyObject *o) {
     return found;
 }
 
+/* The generator behind random.random() and its kind: torch.compile knows that one alone. */
+static bool is_the_worlds(PyObject *generator) {
+    PyObject *random = PyDict_GetItemString(PyImport_GetModuleDict(), "random");
+    PyObject *worlds = random ? PyObject_GetAttrString(random, "_inst") : NULL;
+    PyErr_Clear();
+    Py_XDECREF(worlds); /* the module holds it */
+    return worlds == generator;
+}
+
 static PyObject *file_of(PyFrameObject *frame) { /* borrowed: as long as the frame lives */
     PyCodeObject *code = PyFrame_GetCode(frame);
     PyObject *file = code->co_filename;
@@ -145,6 +201,15 @@ enum {
     OF_PACKAGES = 2,     /* what installed packages do counts */
 };
 
+/* Parts of Python's library that look at files, clocks and threads for reasons of their own. */
+static bool looks_for_itself(PyObject *file) {
+    static const char *const parts[] = {
+        "/logging/", "/warnings.py", "/linecache.py", "/dataclasses.py", "/reprlib.py", "/inspect.py", NULL};
+    bool found = false;
+    for (const char *const *p = parts; *p && !found; p++) found = names(file, *p);
+    return found;
+}
+
 /* Is it the program's doing? The innermost frame outside Python's own library says. Torch's calls are its own matter,
  * and so are those of imports, warnings and logging. */
 static bool is_the_programs(thx *x, PyFrameObject *frame, int flags) {
@@ -158,7 +223,7 @@ static bool is_the_programs(thx *x, PyFrameObject *frame, int flags) {
             users = o == THX_USERS || o == THX_GENERATED || (o == THX_PACKAGES && flags & OF_PACKAGES);
             break;
         }
-        if (!(flags & THROUGH_LIBRARY) || names(file, "/logging/") || names(file, "/warnings.py")) break;
+        if (!(flags & THROUGH_LIBRARY) || looks_for_itself(file)) break;
         PyFrameObject *back = PyFrame_GetBack(frame);
         Py_SETREF(frame, back);
     }
@@ -229,6 +294,36 @@ static int check_extension(thx_recorder *r, const PyMethodDef **known, const PyM
                              "register it with torch.library.custom_op, or call it outside the compiled function");
 }
 
+/* datetime.now() and its kind are methods of a class: it or one that derives from it. */
+static bool tells_the_time(PyObject *self, const char *name) {
+    if (!PyType_Check(self) || (strcmp(name, "now") != 0 && strcmp(name, "utcnow") != 0 && strcmp(name, "today") != 0))
+        return false;
+    bool found = false;
+    for (PyTypeObject *t = (PyTypeObject *)self; t && !found; t = t->tp_base)
+        found = strncmp(t->tp_name, time_type, sizeof time_type - 1) == 0;
+    return found;
+}
+
+/* A file that is open, and what else moves on inside itself with each use. */
+static bool moves_on(PyObject *self) {
+    const char *name = Py_TYPE(self)->tp_name;
+    if (strncmp(name, files_type, sizeof files_type - 1) == 0)
+        return strcmp(name, "_io.StringIO") != 0 && strcmp(name, "_io.BytesIO") != 0;
+    return strcmp(name, "_queue.SimpleQueue") == 0;
+}
+
+/* Why a method of an object of C's is not to be called; NULL: it may be. */
+static const char *why_not(PyObject *self, const char *name) {
+    return tells_the_time(self, name) ? clock_ : moves_on(self) ? "it changes an object that is not watched" : NULL;
+}
+
+static int refuse_effect(thx_recorder *r, const char *name, const char *why) {
+    char text[120], reason[160];
+    snprintf(text, sizeof text, "%.80s", name);
+    snprintf(reason, sizeof reason, "%s, and later calls would not do that again", why);
+    return refuse(r, text, reason);
+}
+
 static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
     thx *x = r->x;
     if (!PyCFunction_Check(function)) return 0;
@@ -251,9 +346,14 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
         }
         if (Py_TYPE(self) == &PyContextVar_Type && is_the_programs(x, frame, 0))
             return refuse(r, variable_text, "it reads or sets one, and later calls would not look again");
+        const char *why = why_not(self, name);
+        if (why && is_the_programs(x, frame, THROUGH_LIBRARY)) return refuse_effect(r, name, why);
+        if (why) return 0;
         if (!is_generator(x, self) && Py_TYPE(self) != &PyContextVar_Type) return check_extension(r, known, method);
         if (!is_generator(x, self) || !is_the_programs(x, frame, THROUGH_LIBRARY | OF_PACKAGES)) return 0;
-        snprintf(text, sizeof text, "%.60s.%.40s", Py_TYPE(self)->tp_name, name);
+        bool own = PyObject_TypeCheck(self, x->generators[0]) && !is_the_worlds(self);
+        snprintf(text, sizeof text, "%s%s%.30s.%.30s%s", own ? own_text : "", own ? " (" : "", Py_TYPE(self)->tp_name,
+                 name, own ? ")" : "");
         return refuse(r, text,
                       "it draws random numbers that are not torch's, and later calls would have the same ones");
     }
@@ -262,12 +362,11 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
     Py_XDECREF(id);
     if (!entry) return PyErr_Occurred() ? -1 : check_extension(r, known, method);
     const char *why = PyUnicode_AsUTF8(PyTuple_GET_ITEM(entry, 1));
-    int flags = why && strcmp(why, prints) == 0 ? THROUGH_LIBRARY | OF_PACKAGES : 0;
-    if (!why || !is_the_programs(x, frame, flags)) return 0;
-    snprintf(text, sizeof text, "%.80s", name);
-    char reason[160];
-    snprintf(reason, sizeof reason, "%s, and later calls would not do that again", why);
-    return refuse(r, text, reason);
+    int flags = !why                          ? 0
+                : strcmp(why, prints) == 0    ? THROUGH_LIBRARY | OF_PACKAGES
+                : strcmp(why, identity_) == 0 ? 0 /* copy.deepcopy() keeps addresses, for itself */
+                                              : THROUGH_LIBRARY;
+    return why && is_the_programs(x, frame, flags) ? refuse_effect(r, name, why) : 0;
 }
 
 /* ---- which code ran ---- */

@@ -472,11 +472,12 @@ static PyObject *inside(PyObject *value) { /* of a property, a static or a class
     return found ? found : value;
 }
 
-/* Classes of libraries count by what they are; of others the methods are followed too. */
+/* Classes of libraries count by what they are; of others the methods are followed too. Python's library puts functions
+ * of its own into some of these: enums, named tuples. */
 static bool is_users_class(thx *x, PyTypeObject *type) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(type->tp_dict, &at, &key, &value);)
-        if (PyFunction_Check(inside(value))) return !is_library(x, PyFunction_GET_CODE(inside(value)));
+        if (PyFunction_Check(inside(value)) && !is_library(x, PyFunction_GET_CODE(inside(value)))) return true;
     PyObject *name = PyDict_GetItemWithError(type->tp_dict, x->n.module);
     PyObject *module = name ? PyDict_GetItemWithError(PyImport_GetModuleDict(), name) : NULL;
     bool users =

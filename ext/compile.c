@@ -158,6 +158,21 @@ static void name_change(compile *k, PyObject *owner, PyObject *key, char *text, 
     Py_XDECREF(name);
 }
 
+/* An attribute in a slot was written, or deleted: after is NULL. */
+static int add_member(compile *k, PyObject *owner, PyObject *name, PyObject *after) {
+    PyObject *none = Py_None, *removed = after ? PyTuple_New(0) : PyTuple_Pack(1, name), *written = PyDict_New();
+    int rc = removed && written ? 0 : -1;
+    if (rc == 0 && after) rc = PyDict_SetItem(written, name, after);
+    PyObject *content = rc == 0 ? PyTuple_Pack(2, none, written) : NULL;
+    const thx_effect effect = {
+        .kind = THX_EFFECT_BODY, .members = true, .owner = owner, .removed = removed, .after = k->e->nwrites};
+    rc = content ? thx_effect_add(&k->e->effects, &effect, content) : -1;
+    Py_XDECREF(content);
+    Py_XDECREF(written);
+    Py_XDECREF(removed);
+    return rc;
+}
+
 /* One changed key of a watched dictionary: tensors and plain constants are replayed, the rest is refused. */
 static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before, PyObject *after) {
     compile *k = user;
@@ -181,13 +196,14 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
                   : PyCell_Check(dict) && after ? THX_EFFECT_CELL
                                                 : 0;
     if (effect.kind) return thx_effect_add(&e->effects, &effect, after);
-    if (after && (PyList_Check(dict) || PyAnySet_Check(dict))) {
+    if (after && (PyList_Check(dict) || PyAnySet_Check(dict) || thx_is_deque(dict))) {
         effect.kind = THX_EFFECT_BODY;
         PyObject *none = Py_None, *content = PyTuple_Pack(2, after, none);
         int rc = content ? thx_effect_add(&e->effects, &effect, content) : -1;
         Py_XDECREF(content);
         return rc;
     }
+    if (!keyed && PyUnicode_Check(key)) return add_member(k, dict, key, after);
     name_change(k, dict, key, text, sizeof text);
     return thx_capture_error(k->r, text, "this change of state cannot be replayed at later calls",
                              "keep such state outside the compiled function, or pass it in and return it");

@@ -48,12 +48,12 @@ int thx_effects_traverse(const thx_effects *e, visitproc visit, void *arg) {
 
 /* ---- bodies: what a container holds, beside its attributes ---- */
 
-static bool is_deque(PyObject *o) { return strcmp(Py_TYPE(o)->tp_name, "collections.deque") == 0; }
+bool thx_is_deque(PyObject *o) { return strcmp(Py_TYPE(o)->tp_name, "collections.deque") == 0; }
 
 /* New reference: a tuple, a dict, a frozenset; None: it holds no items. */
 static PyObject *items_of(PyObject *o) {
     if (PyList_Check(o)) return PyList_AsTuple(o);
-    if (is_deque(o)) return PySequence_Tuple(o);
+    if (thx_is_deque(o)) return PySequence_Tuple(o);
     if (PyAnySet_Check(o)) return PyFrozenSet_New(o);
     if (!PyDict_Check(o)) return Py_NewRef(Py_None);
     PyObject *copy = PyDict_New(), *iterator = copy ? PyObject_GetIter(o) : NULL, *key;
@@ -90,7 +90,11 @@ static int set_items(PyObject *o, PyObject *items) {
     if (items == Py_None) return 0;
     if (PyList_Check(o)) return PyList_SetSlice(o, 0, PyList_GET_SIZE(o), items);
     if (PyDict_Check(o)) return set_dict(o, items);
-    return call(o, "clear", NULL) < 0 ? -1 : call(o, is_deque(o) ? "extend" : "update", items);
+    return call(o, "clear", NULL) < 0 ? -1 : call(o, thx_is_deque(o) ? "extend" : "update", items);
+}
+
+static int remove_item(PyObject *dict, PyObject *key) { /* an ordered dictionary keeps a list beside its keys */
+    return PyODict_Check(dict) ? PyODict_DelItem(dict, key) : PyDict_DelItem(dict, key);
 }
 
 static int remove_attribute(PyObject *o, PyObject *dict, PyObject *name) {
@@ -134,7 +138,7 @@ int thx_effect_apply(const thx_effect *e, PyObject *owner, PyObject *content) {
     case THX_EFFECT_KEY:
         return PyType_Check(owner) ? PyObject_SetAttr(owner, e->key, content) : PyDict_SetItem(owner, e->key, content);
     case THX_EFFECT_DELETE:
-        return PyType_Check(owner) ? PyObject_SetAttr(owner, e->key, NULL) : PyDict_DelItem(owner, e->key);
+        return PyType_Check(owner) ? PyObject_SetAttr(owner, e->key, NULL) : remove_item(owner, e->key);
     case THX_EFFECT_CELL: return PyCell_Set(owner, content);
     }
     return 0;

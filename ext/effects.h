@@ -35,6 +35,7 @@ typedef struct thx_effects {
 int thx_effect_add(thx_effects *e, const thx_effect *effect, PyObject *content); /* takes new references */
 void thx_effects_fini(thx_effects *e);
 int thx_effects_traverse(const thx_effects *e, visitproc visit, void *arg);
+bool thx_is_deque(PyObject *o);
 /* The effect is what the dictionary holds now, in the order of the keys in the tuple `order` (NULL: its own). */
 int thx_effect_add_items(thx_effects *e, const thx_effect *effect, PyObject *dict, PyObject *order);
 /* What changes at this call, one for each effect, found before any of them changes: NULL with an exception. */

@@ -612,7 +612,7 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
 }
 
 static bool object_holds(thx *x, thx_guards *g, watch_other *w) {
-    if (w->ignored || thx_watch_other_holds(x, w)) return true;
+    if (w->ignored || w->kind == WATCH_DRAWS || thx_watch_other_holds(x, w)) return true;
     w->ignored = w->kind == WATCH_SLOT ? !thx_relevant_name(g, w->name) : !thx_relevant_owner(x, g, w->object);
     if (!w->ignored) {
         PyObject *now = w->kind == WATCH_SLOT ? PyObject_GetAttr(w->object, w->name) : NULL;

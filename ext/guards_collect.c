@@ -503,11 +503,12 @@ static PyObject *inside(PyObject *value) { /* of a property, a static or a class
     return found ? found : value;
 }
 
-/* Classes of libraries count by what they are; of others the methods are followed too. */
+/* Classes of libraries count by what they are; of others the methods are followed too. Python's library puts functions
+ * of its own into some of these: enums, named tuples. */
 static bool is_users_class(thx *x, PyTypeObject *type) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(type->tp_dict, &at, &key, &value);)
-        if (PyFunction_Check(inside(value))) return !is_library(x, PyFunction_GET_CODE(inside(value)));
+        if (PyFunction_Check(inside(value)) && !is_library(x, PyFunction_GET_CODE(inside(value)))) return true;
     PyObject *name = PyDict_GetItemWithError(type->tp_dict, x->n.module);
     PyObject *module = name ? PyDict_GetItemWithError(PyImport_GetModuleDict(), name) : NULL;
     bool users =
@@ -596,10 +597,10 @@ static int walk_object(walker *w, PyObject *o, int depth) {
     return rc;
 }
 
-/* Python's own iterators: each use moves them on. */
+/* Python's own iterators, and files in memory: each use moves them on. */
 static bool is_iterator(PyObject *o) {
     const char *name = Py_TYPE(o)->tp_name, *end = strrchr(name, '_');
-    return PyGen_CheckExact(o) ||
+    return PyGen_CheckExact(o) || strcmp(name, "_io.StringIO") == 0 || strcmp(name, "_io.BytesIO") == 0 ||
            (PyIter_Check(o) &&
             (strncmp(name, "itertools.", 10) == 0 || Py_TYPE(o) == &PyEnum_Type || Py_TYPE(o) == &PyZip_Type ||
              Py_TYPE(o) == &PyMap_Type || Py_TYPE(o) == &PyFilter_Type || (end && strstr(end, "iterator"))));
@@ -687,6 +688,30 @@ static int walk_tensor_attributes(walker *w, PyObject *tensor, int depth) {
     return rc;
 }
 
+static bool is_local(PyObject *o) {
+    for (PyTypeObject *t = Py_TYPE(o); t; t = t->tp_base)
+        if (strcmp(t->tp_name, "_thread._local") == 0) return true;
+    return false;
+}
+
+/* What a copy of it holds matters too. */
+static int walk_copy(walker *w, PyObject *o, watch_kind kind, int depth) {
+    if (thx_watch_other(w->x, w->g, kind, o, NULL) < 0) return -1;
+    PyObject *copy = w->g->others.items[w->g->others.count - 1].copy, *key, *value;
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && PyTuple_Check(copy) && i < PyTuple_GET_SIZE(copy); i++)
+        rc = walk(w, PyTuple_GET_ITEM(copy, i), depth + 1);
+    for (Py_ssize_t at = 0; rc == 0 && PyDict_Check(copy) && PyDict_Next(copy, &at, &key, &value);)
+        rc = walk(w, value, depth + 1);
+    return rc;
+}
+
+static int walk_draws(walker *w, PyObject *o) {
+    if (thx_watch_other(w->x, w->g, WATCH_DRAWS, o, NULL) == 0) return 0;
+    PyErr_Clear(); /* one whose state is not to be had */
+    return 0;
+}
+
 static int walk(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     g->unnamed |= reads_by_string(o);
@@ -727,10 +752,7 @@ static int walk(walker *w, PyObject *o, int depth) {
     if (strcmp(Py_TYPE(o)->tp_name, "functools._lru_cache_wrapper") == 0 && walk_memo(w, o, depth) < 0) return -1;
     if (PyMethod_Check(o))
         return walk(w, PyMethod_GET_SELF(o), depth + 1) < 0 ? -1 : walk(w, PyMethod_GET_FUNCTION(o), depth + 1);
-    if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0)
-        return walk_attribute(w, o, "func", depth) < 0 || walk_attribute(w, o, "args", depth) < 0
-                   ? -1
-                   : walk_attribute(w, o, "keywords", depth);
+    if (strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0) return walk_copy(w, o, WATCH_PARTIAL, depth);
     if (PyODict_CheckExact(o) && PyDict_GET_SIZE(o) < 64 && thx_watch_other(w->x, g, WATCH_ORDER, o, NULL) < 0)
         return -1;
     if (PyDict_Check(o) && walk_dict(w, o, depth) < 0) return -1;
@@ -742,7 +764,9 @@ static int walk(walker *w, PyObject *o, int depth) {
     }
     if (strcmp(Py_TYPE(o)->tp_name, "thunder._C.Callable") == 0) /* its function is captured along with ours */
         return walk_attribute(w, o, "__wrapped__", depth);
+    if (is_local(o) && walk_copy(w, o, WATCH_LOCAL, depth) < 0) return -1;
     if (is_foreign_cached(w, o)) return 0;
+    if (strncmp(Py_TYPE(o)->tp_name, "numpy.random.", 13) == 0) return walk_draws(w, o);
     bool outermost = !w->in_module && PyObject_TypeCheck(o, w->x->NnModule);
     if (outermost && walk_module(w, o) < 0) return -1;
     w->in_module |= outermost;

@@ -12,6 +12,43 @@ static PyObject *function_parts(PyObject *f) {
     return PyTuple_Pack(3, PyFunction_GET_CODE(f), defaults ? defaults : Py_None, keywords ? keywords : Py_None);
 }
 
+static PyObject *partial_parts(PyObject *o) {
+    static const char *const names[] = {"func", "args", "keywords", "__dict__"};
+    PyObject *parts = PyTuple_New(4);
+    for (int i = 0; parts && i < 4; i++) {
+        PyObject *part = PyObject_GetAttrString(o, names[i]);
+        if (!part)
+            Py_CLEAR(parts);
+        else
+            PyTuple_SET_ITEM(parts, i, part);
+    }
+    return parts;
+}
+
+static PyObject *attributes_copy(PyObject *o) {
+    PyObject *dict = PyObject_GetAttrString(o, "__dict__"), *copy = dict ? PyDict_Copy(dict) : NULL;
+    Py_XDECREF(dict);
+    return copy;
+}
+
+/* Of numpy's Generator or RandomState: what its numbers come from, which has a `state`. */
+static PyObject *source_of(PyObject *o) {
+    PyObject *source = PyObject_GetAttrString(o, "bit_generator");
+    if (source) return source;
+    PyErr_Clear();
+    return PyObject_GetAttrString(o, "_bit_generator");
+}
+
+static PyObject *state_of(PyObject *o) { /* as bytes: arrays do not compare to a bool */
+    PyObject *source = source_of(o), *state = source ? PyObject_GetAttrString(source, "state") : NULL;
+    PyObject *pickle = state ? PyImport_ImportModule("pickle") : NULL;
+    PyObject *bytes = pickle ? PyObject_CallMethod(pickle, "dumps", "O", state) : NULL;
+    Py_XDECREF(pickle);
+    Py_XDECREF(state);
+    Py_XDECREF(source);
+    return bytes;
+}
+
 static PyObject *bytes_of(PyObject *o) {
     PyObject *view = PyMemoryView_FromObject(o), *bytes = NULL;
     Py_buffer *b = view ? PyMemoryView_GET_BUFFER(view) : NULL;
@@ -35,6 +72,9 @@ static PyObject *copy_of(watch_kind kind, PyObject *o, PyObject *name) {
     case WATCH_ORDER:
     case WATCH_DEQUE: return PySequence_Tuple(o);
     case WATCH_BUFFER: return bytes_of(o);
+    case WATCH_PARTIAL: return partial_parts(o);
+    case WATCH_LOCAL: return attributes_copy(o);
+    case WATCH_DRAWS: return state_of(o);
     case WATCH_REGISTRY:
     case WATCH_ANSWER: return PyObject_CallNoArgs(o);
     default: return read_slot(o, name);
@@ -82,6 +122,16 @@ int thx_guards_ask(thx *x, thx_guards *g, PyObject *function) {
     return 0;
 }
 
+static bool same_attributes(PyObject *a, PyObject *b) { /* dictionaries */
+    PyObject *key, *value;
+    bool same = PyDict_GET_SIZE(a) == PyDict_GET_SIZE(b);
+    for (Py_ssize_t at = 0; same && PyDict_Next(a, &at, &key, &value);) {
+        PyObject *now = PyDict_GetItemWithError(b, key);
+        same = now && thx_same_value(value, now);
+    }
+    return same;
+}
+
 static bool same_items(PyObject *a, PyObject *b) { /* tuples */
     Py_ssize_t n = PyTuple_GET_SIZE(a);
     if (n != PyTuple_GET_SIZE(b)) return false;
@@ -122,10 +172,12 @@ bool thx_watch_other_holds(thx *x, watch_other *w) {
                (d ? d : Py_None) == PyTuple_GET_ITEM(w->copy, 1) && (k ? k : Py_None) == PyTuple_GET_ITEM(w->copy, 2);
     }
     PyObject *now = copy_of((watch_kind)w->kind, w->object, w->name);
-    bool same = now && (w->kind == WATCH_SLOT ? thx_same_value(w->copy, now)
-                        : w->kind == WATCH_BUFFER || w->kind == WATCH_REGISTRY || w->kind == WATCH_ANSWER
-                            ? PyObject_RichCompareBool(w->copy, now, Py_EQ) == 1
-                            : same_items(w->copy, now));
+    bool equal =
+        w->kind == WATCH_BUFFER || w->kind == WATCH_REGISTRY || w->kind == WATCH_ANSWER || w->kind == WATCH_DRAWS;
+    bool same = now && (w->kind == WATCH_SLOT    ? thx_same_value(w->copy, now)
+                        : w->kind == WATCH_LOCAL ? same_attributes(w->copy, now)
+                        : equal                  ? PyObject_RichCompareBool(w->copy, now, Py_EQ) == 1
+                                                 : same_items(w->copy, now));
     PyErr_Clear();
     Py_XDECREF(now);
     return same;
@@ -174,6 +226,28 @@ static void put_back_buffer(const watch_other *w) {
     PyBuffer_Release(&b);
 }
 
+static void put_back_partial(const watch_other *w) {
+    PyObject *done = PyObject_CallMethod(w->object, "__setstate__", "(O)", w->copy);
+    Py_XDECREF(done);
+}
+
+static void put_back_attributes(const watch_other *w) {
+    PyObject *dict = PyObject_GetAttrString(w->object, "__dict__");
+    if (dict) PyDict_Clear(dict);
+    if (dict) (void)PyDict_Update(dict, w->copy);
+    Py_XDECREF(dict);
+}
+
+static void put_back_draws(const watch_other *w) {
+    PyObject *pickle = PyImport_ImportModule("pickle");
+    PyObject *state = pickle ? PyObject_CallMethod(pickle, "loads", "O", w->copy) : NULL,
+             *source = source_of(w->object);
+    if (state && source) (void)PyObject_SetAttrString(source, "state", state);
+    Py_XDECREF(source);
+    Py_XDECREF(state);
+    Py_XDECREF(pickle);
+}
+
 void thx_watch_other_put_back(const watch_other *w) {
     switch ((watch_kind)w->kind) {
     case WATCH_CLASS: put_back_class(w); break;
@@ -181,6 +255,9 @@ void thx_watch_other_put_back(const watch_other *w) {
     case WATCH_DEQUE: put_back_contents(w, "extend"); break;
     case WATCH_ORDER: put_back_order(w); break;
     case WATCH_BUFFER: put_back_buffer(w); break;
+    case WATCH_PARTIAL: put_back_partial(w); break;
+    case WATCH_LOCAL: put_back_attributes(w); break;
+    case WATCH_DRAWS: put_back_draws(w); break;
     case WATCH_REGISTRY: /* nothing is ever taken off it */
     case WATCH_ANSWER: break;
     case WATCH_SLOT: (void)PyObject_SetAttr(w->object, w->name, w->copy == Py_NotImplemented ? NULL : w->copy); break;
@@ -195,6 +272,9 @@ const char *thx_watch_other_text(const watch_other *w) {
                                         [WATCH_DEQUE] = "a deque",
                                         [WATCH_BUFFER] = "an array or bytes",
                                         [WATCH_SLOT] = "an attribute of an object",
+                                        [WATCH_PARTIAL] = "a functools.partial",
+                                        [WATCH_LOCAL] = "a threading.local",
+                                        [WATCH_DRAWS] = "a generator of numpy's",
                                         [WATCH_REGISTRY] = "the registry of an abstract class",
                                         [WATCH_ANSWER] = "a setting of torch"};
     return texts[w->kind];

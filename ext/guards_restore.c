@@ -167,7 +167,12 @@ static int restore_other(thx *x, watch_other *w, thx_change_fn changed, void *us
     pending error = hold_error();
     bool holds = thx_watch_other_holds(x, w), class_ = w->kind == WATCH_CLASS;
     PyObject *after = !holds && class_ ? PyDict_Copy(((PyTypeObject *)w->object)->tp_dict) : NULL;
-    PyObject *order = !holds && w->kind == WATCH_ORDER ? PySequence_Tuple(w->object) : NULL;
+    bool listed = w->kind == WATCH_ORDER || w->kind == WATCH_DEQUE;
+    PyObject *now = holds                   ? NULL
+                    : listed                ? PySequence_Tuple(w->object)
+                    : w->kind == WATCH_SLOT ? PyObject_GetAttr(w->object, w->name)
+                                            : NULL;
+    PyErr_Clear();
     if (!holds) thx_watch_other_put_back(w);
     release_error(error);
     if (holds) return 0;
@@ -176,8 +181,8 @@ static int restore_other(thx *x, watch_other *w, thx_change_fn changed, void *us
         Py_DECREF(after);
         return rc;
     }
-    int rc = changed ? changed(user, w->object, Py_None, w->copy, order) : 0;
-    Py_XDECREF(order);
+    int rc = changed ? changed(user, w->object, w->name ? w->name : Py_None, w->copy, now) : 0;
+    Py_XDECREF(now);
     return rc;
 }
 

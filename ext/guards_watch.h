@@ -54,7 +54,10 @@ typedef enum watch_kind {
     WATCH_BUFFER,
     WATCH_SLOT,
     WATCH_REGISTRY, /* what abstract classes accept as their subclasses; one for all of them */
-    WATCH_ANSWER    /* of a function of torch that tells of a setting */
+    WATCH_PARTIAL,
+    WATCH_LOCAL, /* threading.local: attributes as this thread sees them */
+    WATCH_DRAWS, /* a generator of numpy's: that a capture drew from it shows in its state; calls do not look */
+    WATCH_ANSWER /* of a function of torch that tells of a setting */
 } watch_kind;
 
 typedef struct watch_other {

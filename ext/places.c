@@ -38,6 +38,13 @@ int thx_places_take(thx_entry *e, const thx_entry *like, PyObject *changed) {
     return rc;
 }
 
+/* What stands in the place of a number during the capture. A float where only sizes are followed is one that no
+ * operation takes: another object of the same value, so that it shows whether the code writes there. */
+static PyObject *stand_in(PyObject *follows, PyObject *now, unsigned number) {
+    if (follows) return PyObject_CallMethod(follows, "argument", "OI", now, number);
+    return PyFloat_CheckExact(now) ? PyFloat_FromDouble(PyFloat_AS_DOUBLE(now)) : NULL;
+}
+
 int thx_places_put(const thx_entry *e, PyObject *tape, PyObject *sizes) {
     int rc = 0;
     for (uint32_t i = 0; i < e->nplaces && rc == 0; i++) {
@@ -45,8 +52,7 @@ int thx_places_put(const thx_entry *e, PyObject *tape, PyObject *sizes) {
         PyObject *now = thx_number_at(p->owner, p->key);
         p->before = Py_XNewRef(now);
         PyObject *follows = now && PyFloat_Check(now) ? tape : sizes;
-        p->followed =
-            now && follows ? PyObject_CallMethod(follows, "argument", "OI", now, (unsigned)(e->nfloats + i)) : NULL;
+        p->followed = now ? stand_in(follows, now, e->nfloats + i) : NULL;
         rc = p->followed ? thx_set_number_at(p->owner, p->key, p->followed) : PyErr_Occurred() ? -1 : 0;
     }
     return rc;

@@ -110,6 +110,15 @@ enum {
     OF_PACKAGES = 2,     /* what installed packages do counts */
 };
 
+/* Parts of Python's library that look at files, clocks and threads for reasons of their own. */
+static bool looks_for_itself(PyObject *file) {
+    static const char *const parts[] = {
+        "/logging/", "/warnings.py", "/linecache.py", "/dataclasses.py", "/reprlib.py", "/inspect.py", NULL};
+    bool found = false;
+    for (const char *const *p = parts; *p && !found; p++) found = names(file, *p);
+    return found;
+}
+
 /* Is it the program's doing? The innermost frame outside Python's own library says. Torch's calls are its own matter,
  * and so are those of imports, warnings and logging. */
 static bool is_the_programs(thx *x, PyFrameObject *frame, int flags) {
@@ -123,7 +132,7 @@ static bool is_the_programs(thx *x, PyFrameObject *frame, int flags) {
             users = o == THX_USERS || o == THX_GENERATED || (o == THX_PACKAGES && flags & OF_PACKAGES);
             break;
         }
-        if (!(flags & THROUGH_LIBRARY) || names(file, "/logging/") || names(file, "/warnings.py")) break;
+        if (!(flags & THROUGH_LIBRARY) || looks_for_itself(file)) break;
         PyFrameObject *back = PyFrame_GetBack(frame);
         Py_SETREF(frame, back);
     }

@@ -318,6 +318,8 @@ bool thx_spec_has_tensor(const thx_spec *s) {
 
 int thx_spec_identities(const thx_spec *s, PyObject *list) {
     if (s->kind == THX_S_CONST && s->by_identity) return PyList_Append(list, s->object);
+    bool patched = s->kind != THX_S_TENSOR && s->type && s->type->tp_flags & Py_TPFLAGS_HEAPTYPE; /* or may be */
+    if (patched && PyList_Append(list, (PyObject *)s->type) < 0) return -1;
     for (uint32_t i = 0; i < s->nkids; i++)
         if (thx_spec_identities(&s->kids[i], list) < 0) return -1;
     return 0;

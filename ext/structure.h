@@ -91,7 +91,8 @@ PyObject *thx_result_build(thx *x, const thx_spec *spec, thx_leaf_fn leaf, void 
 bool thx_spec_buffers_unchanged(const thx_spec *spec, PyObject *fake);
 bool thx_same_constant(PyObject *a, PyObject *b); /* numbers, by their bits, and strings */
 bool thx_spec_has_tensor(const thx_spec *spec);
-/* Append the objects that are compared by identity only to `list`. */
+/* Append the objects that are compared by identity only to `list`, and the classes of the others: their methods may be
+ * replaced. */
 int thx_spec_identities(const thx_spec *spec, PyObject *list);
 int thx_spec_traverse(const thx_spec *spec, visitproc visit, void *arg);
 

@@ -101,11 +101,11 @@ void thx_entry_leave(thx_callable_object *c, thx_entry *e) {
 static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     e->running++;
     PyObject *result = thx_entry_run(c, e, leaves, call);
-    bool left = e->nwrites || e->writes_inputs || e->effects.count;
     /* of torch: not what a hook raised, nor another executor's */
-    bool kernel = !result && e->main.failed && !c->claims && (e->gradient || thx_guards_may_catch(c->x, e->guards));
-    bool again = !result && (left || kernel) && !c->needs_transform && PyErr_ExceptionMatches(PyExc_Exception) &&
-                 !PyErr_ExceptionMatches(c->x->StaleProgram) && !PyErr_ExceptionMatches(c->x->ValueChanged) &&
+    bool kernel = !result && e->main.failed && thx_entry_may_fail_in_eager(c, e);
+    bool again = !result && (thx_entry_leaves(e) || kernel) && !c->needs_transform &&
+                 PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
+                 !PyErr_ExceptionMatches(c->x->ValueChanged) &&
                  (!e->main.literals.sizes || e->main.literals.sizes->dry) && thx_entry_is_untouched(e);
     thx_entry_leave(c, e);
     if (!again) return result;

@@ -81,6 +81,8 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint32_t nundo;
     bool undo_random;     /* random numbers are drawn before */
     bool draws;           /* random numbers */
+    bool ran;             /* to its end */
+    bool redraws;         /* they are put back when the run that goes on fails and is made again */
     bool writes_inputs;   /* then it matters which arguments share storage, with each other or with bound tensors: */
     uint32_t *sharing;    /* by leaf: the first other one, or count + index of a bound tensor; UINT32_MAX: nobody; then,
                              by leaf: how far its start lies from that one's; then: is it an inference tensor? */
@@ -167,7 +169,9 @@ PyObject *thx_tape_new(thx *x);
 PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */
 bool thx_entry_is_untouched(const thx_entry *entry);
-bool thx_entry_redraws(const thx_entry *entry); /* a run that fails is made again, so its random draws are undone */
+bool thx_entry_leaves(const thx_entry *entry); /* a run changes something beside its results */
+bool thx_entry_may_fail_in_eager(const thx_callable_object *callable,
+                                 const thx_entry *entry); /* a kernel of torch's that fails does so where eager is */
 /* ---- entry.c ---- */
 /* 1 the entry serves this call, 0 it does not, -1 error; leaves: the tensors of the arguments. */
 int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,

@@ -469,7 +469,7 @@ static bool writes_inputs(const th_trace *t, th_opref until) {
 bool thx_entry_is_untouched(const thx_entry *e) {
     const th_trace *t = e->main.t;
     th_opref until = e->main.failed ? e->main.failed : t->nops;
-    uint8_t stays = TH_FX_STATE | (thx_entry_redraws(e) ? 0 : TH_FX_RANDOM);
+    uint8_t stays = TH_FX_STATE | (e->redraws ? 0 : TH_FX_RANDOM);
     for (th_opref o = 1; o < until; o++)
         if (t->ops[o].effects & stays && !thx_mark_kind(t, &t->ops[o]) && !th__op_only_reads(t, &t->ops[o]))
             return false;

@@ -334,24 +334,36 @@ static thx_entry *find_entry(const thx_callable_object *c, uint64_t number) {
     return e;
 }
 
-bool thx_entry_redraws(const thx_entry *e) { return e->draws && (e->nwrites || e->writes_inputs || e->effects.count); }
+bool thx_entry_leaves(const thx_entry *e) { return e->nwrites || e->writes_inputs || e->effects.count; }
+
+bool thx_entry_may_fail_in_eager(const thx_callable_object *c, const thx_entry *e) {
+    return !c->claims && (e->gradient || thx_guards_may_catch(c->x, e->guards));
+}
+
+/* Is a run that fails made again, so that its random draws have to be undone? Kernels that fail after they have drawn
+ * do so for the types of what they are given: before any run has come to its end. */
+static bool redraws(const thx_callable_object *c, const thx_entry *e) {
+    return e->draws && !c->needs_transform && (thx_entry_leaves(e) || (!e->ran && thx_entry_may_fail_in_eager(c, e)));
+}
 
 /* The pending exception is a failure of the run, and the original is called in its place. */
 static bool is_run_again(const thx *x, const thx_entry *e) {
-    return PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->StaleProgram) &&
-           !PyErr_ExceptionMatches(x->ValueChanged) && thx_entry_is_untouched(e);
+    return (thx_entry_leaves(e) || e->main.failed) && PyErr_ExceptionMatches(PyExc_Exception) &&
+           !PyErr_ExceptionMatches(x->StaleProgram) && !PyErr_ExceptionMatches(x->ValueChanged) &&
+           thx_entry_is_untouched(e);
 }
 
 PyObject *thx_entry_run(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     thx *x = c->x;
     PyObject *undo = NULL;
-    bool redraws = thx_entry_redraws(e) && !c->needs_transform;
-    bool undoes = redraws || (e->expected && (e->nundo || e->undo_random));
-    if (undoes && !(undo = remember(x, e, leaves, e->undo_random || redraws))) return NULL;
+    e->redraws = redraws(c, e);
+    bool undoes = e->redraws || (e->expected && (e->nundo || e->undo_random));
+    if (undoes && !(undo = remember(x, e, leaves, e->undo_random || e->redraws))) return NULL;
     if (call->left.entry) call->left_by = find_entry(c, call->left.entry);
     PyObject *result = run_in_mode(x, e, leaves, call);
-    bool put = !result && undo && (PyErr_ExceptionMatches(x->ValueChanged) || (redraws && is_run_again(x, e)));
+    bool put = !result && undo && (PyErr_ExceptionMatches(x->ValueChanged) || (e->redraws && is_run_again(x, e)));
     if (put) put_back(undo);
     Py_XDECREF(undo);
+    e->ran |= result != NULL;
     return result;
 }

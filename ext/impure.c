@@ -15,7 +15,7 @@ typedef struct impure_name {
 static const char prints[] = "it prints", waits[] = "it waits for input", clock_[] = "it reads the clock",
                   files[] = "it opens a file", system_[] = "it asks the operating system",
                   identity_[] = "it asks for an object's address", interpreter[] = "it asks the interpreter",
-                  state[] = "it has state that cannot be watched";
+                  date_[] = "it asks for the date", state[] = "it has state that cannot be watched";
 
 static const impure_name names[] = {{"builtins", "print", prints},
                                     {"builtins", "input", waits},
@@ -40,9 +40,9 @@ static const impure_name names[] = {{"builtins", "print", prints},
                                     {"time", "asctime", clock_},
                                     {"time", "strftime", clock_},
                                     {"time", "sleep", clock_},
-                                    {"datetime", "datetime.now", clock_},
-                                    {"datetime", "datetime.utcnow", clock_},
-                                    {"datetime", "date.today", clock_},
+                                    {"datetime", "datetime.now", date_},
+                                    {"datetime", "datetime.utcnow", date_},
+                                    {"datetime", "date.today", date_},
                                     {"_thread", "LockType.locked", state},
                                     {"_decimal", "getcontext", state},
                                     {"_decimal", "setcontext", state},
@@ -167,7 +167,8 @@ int thx_impure_why(thx *x, PyObject *function, thx_impurity *found) {
         found->type = type->tp_name;
     }
     found->prints = found->why == prints || (found->why && strcmp(found->why, prints) == 0);
-    found->asks = found->why && (strcmp(found->why, system_) == 0 || strcmp(found->why, interpreter) == 0);
+    found->asks = found->why && (strcmp(found->why, system_) == 0 || strcmp(found->why, interpreter) == 0 ||
+                                 !strcmp(found->why, date_));
     found->of_caller = found->why && strcmp(found->why, identity_) == 0;
     return 0;
 }

@@ -292,11 +292,11 @@ static int refuse_unwatched(compile *k) {
 /* A tensor that no operation made and that was not there before the call either: torch.Tensor([1.0]) makes one past all
  * observers, and so does what shares the memory of an array. */
 static bool appeared(const thx_recorder *r, const thx_root *root) {
-    bool known = root->leaf >= 0 || thx_guards_holds_tensor(r->reached, root->real);
+    bool known = root->leaf >= 0 || thx_guards_met(r->reached, root->real);
     for (uint32_t i = 0; i < r->nroots && !known; i++) {
         const thx_root *other = &r->roots[i];
         bool shares = other != root && root->base && other->base == root->base;
-        known = shares && (other->leaf >= 0 || thx_guards_holds_tensor(r->reached, other->real));
+        known = shares && (other->leaf >= 0 || thx_guards_met(r->reached, other->real));
     }
     return !known;
 }
@@ -428,6 +428,7 @@ static int capture(compile *k) {
                collect_outputs(k) < 0 || refuse_appeared(k) < 0) {
         rc = -1;
     }
+    thx_guards_forget_met(k->e->guards);
     for (uint32_t i = 0; i < k->e->nargs; i++) thx_spec_settle(&k->e->args[i]);
     return rc;
 }

@@ -155,6 +155,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
     for (uint32_t i = 0; i < g->generators.count; i++) Py_DECREF(g->generators.items[i]);
     for (uint32_t i = 0; i < g->modules.count; i++) Py_DECREF(g->modules.items[i]);
     for (uint32_t i = 0; i < g->tensors.count; i++) Py_DECREF(g->tensors.items[i]);
+    for (uint32_t i = 0; i < g->held.count; i++) Py_DECREF(g->held.items[i]);
     for (uint32_t i = 0; i < g->bounds.count; i++) {
         Py_XDECREF(g->bounds.items[i].dict);
         Py_XDECREF(g->bounds.items[i].key);
@@ -172,6 +173,7 @@ void thx_guards_clear(thx *x, thx_guards *g) {
     PyMem_Free(g->generators.items);
     PyMem_Free(g->modules.items);
     PyMem_Free(g->tensors.items);
+    PyMem_Free(g->held.items);
     PyMem_Free(g->tied.items);
     PyMem_Free(g->bounds.items);
     PyMem_Free(g->live);

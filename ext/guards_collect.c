@@ -36,7 +36,8 @@ typedef struct walker {
     PyTypeObject *types[64]; /* the last types looked at, by address, and whether they are foreign */
     bool foreign[64];
     bool in_module;
-    PyObject *names; /* of attributes and globals to follow; NULL: all */
+    uint32_t inside, looked; /* while the tensors of an object that is not watched are looked for */
+    PyObject *names;         /* of attributes and globals to follow; NULL: all */
 } walker;
 
 enum { MAX_WATCHED = 4096 };
@@ -77,6 +78,37 @@ static bool is_foreign_cached(walker *w, PyObject *o) {
 }
 
 static int walk(walker *w, PyObject *o, int depth);
+
+static int note_held(PyObject *o, void *walking) {
+    enum { DEEP = 4, MANY = 4096 };
+    walker *w = walking;
+    if (thx_is_tensor(w->x, o)) {
+        if (RESERVE(w->g->held) < 0) return -1;
+        w->g->held.items[w->g->held.count++] = Py_NewRef(o);
+        return 0;
+    }
+    bool holds = PyTuple_Check(o) || PyList_Check(o) || PyDict_Check(o);
+    if (!holds || w->inside >= DEEP || w->looked++ >= MANY) return 0;
+    w->inside++;
+    int rc = Py_TYPE(o)->tp_traverse(o, note_held, w);
+    w->inside--;
+    return rc;
+}
+
+static int walk_foreign(walker *w, PyObject *o) {
+    w->looked = 0;
+    return PyObject_IS_GC(o) && Py_TYPE(o)->tp_traverse ? Py_TYPE(o)->tp_traverse(o, note_held, w) : 0;
+}
+
+void thx_guards_forget_met(thx_guards *g) {
+    while (g->held.count) Py_DECREF(g->held.items[--g->held.count]);
+}
+
+bool thx_guards_met(const thx_guards *g, PyObject *tensor) {
+    bool met = thx_guards_holds_tensor(g, tensor);
+    for (uint32_t i = 0; i < g->held.count && !met; i++) met = g->held.items[i] == tensor;
+    return met;
+}
 
 /* Most dictionaries of a module are empty, the others small: pairs in plain memory are less than a dictionary, and no
  * work for the garbage collector. count -1: no memory. */
@@ -765,7 +797,7 @@ static int walk(walker *w, PyObject *o, int depth) {
     if (strcmp(Py_TYPE(o)->tp_name, "thunder._C.Callable") == 0) /* its function is captured along with ours */
         return walk_attribute(w, o, "__wrapped__", depth);
     if (is_local(o) && walk_copy(w, o, WATCH_LOCAL, depth) < 0) return -1;
-    if (is_foreign_cached(w, o)) return 0;
+    if (is_foreign_cached(w, o)) return walk_foreign(w, o);
     if (strncmp(Py_TYPE(o)->tp_name, "numpy.random.", 13) == 0) return walk_draws(w, o);
     bool outermost = !w->in_module && PyObject_TypeCheck(o, w->x->NnModule);
     if (outermost && walk_module(w, o) < 0) return -1;

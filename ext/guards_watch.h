@@ -92,6 +92,7 @@ struct thx_guards {
     VEC(watch_other) others;
     VEC(PyObject *) modules; /* outermost modules (owned) */
     VEC(PyObject *) tensors; /* every tensor of the tree (owned) */
+    VEC(PyObject *) held;    /* tensors in objects that are not watched (owned), until the capture has ended */
     VEC(PyObject *) tied;    /* those found in more than one place (borrowed from `tensors`) */
     VEC(bound) bounds;
     PyObject *roots, *codes, *names; /* owned: what was watched from; code that ran, or NULL; guards_relevance.c */

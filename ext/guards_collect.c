@@ -16,13 +16,15 @@ static bool is_leaf(thx *x, PyObject *o) {
            t == x->Size || PyCode_Check(o);
 }
 
-/* Classes of torch other than modules, loggers and locks hold nothing that a forward's result depends on. */
+/* Classes of torch other than modules, fields of dataclasses, loggers and locks hold nothing that a forward's result
+ * depends on. */
 static bool is_foreign(thx *x, PyObject *o) {
     if (PyObject_TypeCheck(o, x->NnModule)) return false;
     PyObject *module = PyObject_GetAttr((PyObject *)Py_TYPE(o), x->n.module);
     const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
     bool foreign = strncmp(name, "torch.", 6) == 0 || strcmp(name, "torch") == 0 || strcmp(name, "logging") == 0 ||
-                   strcmp(name, "_thread") == 0 || strcmp(name, "thunder._C") == 0 || strncmp(name, "thunder.", 8) == 0;
+                   strcmp(name, "_thread") == 0 || strcmp(name, "dataclasses") == 0 ||
+                   strcmp(name, "thunder._C") == 0 || strncmp(name, "thunder.", 8) == 0;
     PyErr_Clear();
     Py_XDECREF(module);
     return foreign;

@@ -299,17 +299,14 @@ static PyObject *run_in_mode(thx *x, thx_entry *e, const thx_leaves *leaves, thx
 
 /* How to put back what a run does before it knows the values. */
 static PyObject *remember(const thx *x, const thx_entry *e, const thx_leaves *leaves, bool random) {
-    PyObject *module = PyImport_ImportModule("thunder._values"), *tensors = PyList_New(e->nundo), *undo = NULL;
+    PyObject *tensors = PyList_New(e->nundo);
     for (uint32_t i = 0; tensors && i < e->nundo; i++) {
         int32_t leaf = e->root_leaf[e->undo[i]];
         PyObject *tensor = leaf >= 0 ? leaves->items[leaf] : e->roots[e->undo[i]].object;
         PyList_SET_ITEM(tensors, i, Py_NewRef(tensor));
     }
-    PyObject *others = random ? thx_random_generators(x, e->main.t) : Py_NewRef(Py_None);
-    if (module && tensors && others) undo = PyObject_CallMethod(module, "Undo", "OO", tensors, others);
-    Py_XDECREF(others);
+    PyObject *undo = tensors ? thx_undo_new(x, e->main.t, tensors, random) : NULL;
     Py_XDECREF(tensors);
-    Py_XDECREF(module);
     return undo;
 }
 

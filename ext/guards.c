@@ -4,6 +4,7 @@
  * capture (identity, then value for numbers and strings): what did not change in effect costs one comparison. The
  * guards own references to all they watch.
  */
+#include "attributes.h"
 #include "guards_watch.h"
 
 #include <string.h>
@@ -411,8 +412,7 @@ static bool is_tied(const thx_guards *g, PyObject *tensor) {
 }
 
 static PyObject *attributes_of(PyObject *tensor) { /* borrowed, or NULL */
-    PyObject *dict = PyObject_GenericGetDict(tensor, NULL);
-    PyErr_Clear();
+    PyObject *dict = thx_instance_dict(tensor);
     Py_XDECREF(dict); /* the tensor holds it */
     return dict;
 }

@@ -12,9 +12,10 @@ thx_guards *thx_guards_new(thx *x, PyObject *roots);
 void thx_guards_free(thx *x, thx_guards *g);
 /* A function of torch without arguments, which tells of a setting: its answer is a guard. */
 int thx_guards_ask(thx *x, thx_guards *g, PyObject *function);
+/* Was a tensor there before the callable ran, watched or not? Only until what is not watched is forgotten. */
+bool thx_guards_met(const thx_guards *guards, PyObject *tensor);
+void thx_guards_forget_met(thx_guards *guards);
 /* Is it one of the tensors that can be reached? */
-bool thx_guards_met(const thx_guards *guards, PyObject *tensor); /* it was there before, watched or not */
-void thx_guards_forget_met(thx_guards *guards);                  /* what is not watched: nobody asks again */
 bool thx_guards_holds_tensor(const thx_guards *g, PyObject *tensor);
 /* May some code of the callable catch an exception, so that it goes on where a kernel fails? */
 bool thx_guards_may_catch(thx *x, const thx_guards *g);

@@ -4,6 +4,7 @@
  * Functions of libraries are taken as they are; of functions outside them, and of what they call, names are followed.
  * Lists, sets and dictionaries of more than 4096 entries count as data: they are not looked into.
  */
+#include "attributes.h"
 #include "guards_watch.h"
 #include "origin.h"
 
@@ -538,11 +539,13 @@ static PyObject *inside(PyObject *value) { /* of a property, a static or a class
 }
 
 /* Classes of libraries count by what they are; of others the methods are followed too. Python's library puts functions
- * of its own into some of these: enums, named tuples. */
+ * of its own into some of these (enums, named tuples), and into those of libraries functions without a file
+ * (dataclasses): of such ones the module of the class says whose it is. */
 static bool is_users_class(thx *x, PyTypeObject *type) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(type->tp_dict, &at, &key, &value);)
-        if (PyFunction_Check(inside(value)) && !is_library(x, PyFunction_GET_CODE(inside(value)))) return true;
+        if (PyFunction_Check(inside(value)) && thx_origin_of_code(x, PyFunction_GET_CODE(inside(value))) == THX_USERS)
+            return true;
     PyObject *name = PyDict_GetItemWithError(type->tp_dict, x->n.module);
     PyObject *module = name ? PyDict_GetItemWithError(PyImport_GetModuleDict(), name) : NULL;
     bool users =
@@ -640,15 +643,6 @@ static bool is_iterator(PyObject *o) {
              Py_TYPE(o) == &PyMap_Type || Py_TYPE(o) == &PyFilter_Type || (end && strstr(end, "iterator"))));
 }
 
-/* Each thread sees other attributes; a variable that is held as an object is in no function that is watched. */
-static bool is_hidden(PyObject *o) {
-    bool local = PyCell_Check(o);
-    PyObject *order = Py_TYPE(o)->tp_mro;
-    for (Py_ssize_t i = 0; order && i < PyTuple_GET_SIZE(order) && !local; i++)
-        local = strcmp(((PyTypeObject *)PyTuple_GET_ITEM(order, i))->tp_name, "_thread._local") == 0;
-    return local;
-}
-
 /* What reads attributes whose names its caller's code does not mention. */
 static bool reads_by_string(PyObject *o) {
     const char *name = PyCFunction_Check(o) ? ((PyCFunctionObject *)o)->m_ml->ml_name : Py_TYPE(o)->tp_name;
@@ -710,8 +704,8 @@ static int walk_weak(walker *w, PyObject *o, int depth) {
 
 /* Attributes that somebody gave a tensor, or gives it later; what transformers notes there is for itself. */
 static int walk_tensor_attributes(walker *w, PyObject *tensor, int depth) {
-    PyObject *dict = PyObject_GenericGetDict(tensor, NULL);
-    if (!dict) return PyErr_Clear(), 0; /* of a class without */
+    PyObject *dict = thx_instance_dict(tensor);
+    if (!dict) return 0; /* of a class without */
     bool bare =
         !PyDict_GET_SIZE(dict) || (PyDict_GET_SIZE(dict) == 1 && PyDict_GetItemString(dict, "_is_hf_initialized"));
     uint32_t before = w->g->dicts.count;
@@ -770,7 +764,7 @@ static int walk(walker *w, PyObject *o, int depth) {
         g->generators.items[g->generators.count++] = Py_NewRef(o);
         return 0;
     }
-    if (is_hidden(o)) return g->hidden = Py_TYPE(o), 0;
+    if (PyCell_Check(o)) return g->hidden = Py_TYPE(o), 0; /* held as an object: in no function that is watched */
     if (thx_is_tensor(w->x, o)) {
         if (RESERVE(g->tensors) < 0) return -1;
         g->tensors.items[g->tensors.count++] = Py_NewRef(o);

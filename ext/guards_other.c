@@ -1,6 +1,7 @@
 /* What is watched besides dictionaries, lists, sets and variables: classes, functions, the order of ordered
  * dictionaries, deques, arrays and bytes, attributes in slots. Each kind has a copy of what it was and a way to tell
  * and to put it back. */
+#include "attributes.h"
 #include "guards_watch.h"
 
 #include <string.h>
@@ -26,7 +27,7 @@ static PyObject *partial_parts(PyObject *o) {
 }
 
 static PyObject *attributes_copy(PyObject *o) {
-    PyObject *dict = PyObject_GetAttrString(o, "__dict__"), *copy = dict ? PyDict_Copy(dict) : NULL;
+    PyObject *dict = thx_instance_dict(o), *copy = dict ? PyDict_Copy(dict) : NULL;
     Py_XDECREF(dict);
     return copy;
 }
@@ -232,7 +233,7 @@ static void put_back_partial(const watch_other *w) {
 }
 
 static void put_back_attributes(const watch_other *w) {
-    PyObject *dict = PyObject_GetAttrString(w->object, "__dict__");
+    PyObject *dict = thx_instance_dict(w->object);
     if (dict) PyDict_Clear(dict);
     if (dict) (void)PyDict_Update(dict, w->copy);
     Py_XDECREF(dict);

@@ -115,10 +115,10 @@ int thx_impure_init(thx *x) {
         PyObject *function = get_path(n->module, n->name);
         const PyMethodDef *def = function ? definition(function) : NULL;
         PyObject *id = def ? PyLong_FromVoidPtr((void *)def) : NULL;
-        PyObject *entry = id ? Py_BuildValue("(Os)", function, n->why) : NULL;
-        int rc = entry ? PyDict_SetItem(x->impure, id, entry) : 0;
+        PyObject *row = id ? PyLong_FromVoidPtr((void *)n) : NULL;
+        int rc = row ? PyDict_SetItem(x->impure, id, row) : 0;
         PyErr_Clear(); /* one that this Python has not */
-        Py_XDECREF(entry);
+        Py_XDECREF(row);
         Py_XDECREF(id);
         Py_XDECREF(function);
         if (rc < 0) return -1;
@@ -155,10 +155,10 @@ static const char *of_module(PyObject *self, const PyMethodDef *method) {
 int thx_impure_why(thx *x, PyObject *function, thx_impurity *found) {
     const PyMethodDef *method = ((PyCFunctionObject *)function)->m_ml;
     PyObject *self = PyCFunction_GET_SELF(function), *id = PyLong_FromVoidPtr((void *)method);
-    PyObject *entry = id ? PyDict_GetItemWithError(x->impure, id) : NULL;
+    PyObject *row = id ? PyDict_GetItemWithError(x->impure, id) : NULL;
     Py_XDECREF(id);
     *found = (thx_impurity){0};
-    if (entry) found->why = PyUnicode_AsUTF8(PyTuple_GET_ITEM(entry, 1));
+    if (row) found->why = ((const impure_name *)PyLong_AsVoidPtr(row))->why;
     if (PyErr_Occurred()) return -1;
     if (!found->why && self && PyModule_Check(self)) found->why = of_module(self, method);
     PyTypeObject *type = !found->why && self && !PyModule_Check(self) ? definer(self, method) : NULL;
@@ -166,9 +166,8 @@ int thx_impure_why(thx *x, PyObject *function, thx_impurity *found) {
         found->why = state;
         found->type = type->tp_name;
     }
-    found->prints = found->why == prints || (found->why && strcmp(found->why, prints) == 0);
-    found->asks = found->why && (strcmp(found->why, system_) == 0 || strcmp(found->why, interpreter) == 0 ||
-                                 !strcmp(found->why, date_));
-    found->of_caller = found->why && strcmp(found->why, identity_) == 0;
+    found->prints = found->why == prints;
+    found->asks = found->why == system_ || found->why == interpreter || found->why == date_;
+    found->of_caller = found->why == identity_;
     return 0;
 }

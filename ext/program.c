@@ -3,6 +3,7 @@
 
 #include "capture.h"
 #include "lower.h"
+#include "shadow.h"
 #include "sizes.h"
 
 #include "passes/pass.h"
@@ -114,21 +115,18 @@ static int run_checked(thx *x, const thx_program *p, th_frame *f) {
 /* What the first run may have to take back, or NULL: nothing, or an exception. */
 static PyObject *remember(thx *x, const thx_program *p, th_slot *slots) {
     const th_trace *t = p->t;
-    bool draws = false;
-    for (th_opref o = 1; o < t->nops && !draws; o++) draws = t->ops[o].effects & TH_FX_RANDOM;
-    PyObject *written = PyList_New(0), *others = NULL, *module = NULL, *undo = NULL;
+    uint8_t effects = 0;
+    for (th_opref o = 1; o < t->nops; o++) effects |= t->ops[o].effects;
+    if (!(effects & (TH_FX_RANDOM | TH_FX_WRITES))) return NULL;
+    PyObject *written = PyList_New(0), *undo = NULL;
     int rc = written ? 0 : -1;
     for (uint32_t i = 0; i < t->ninputs && rc == 0; i++) {
         if (!th__is_written(t, t->inputs[i], t->nops)) continue;
         PyObject *tensor = thx_slot_object(x, &slots[i]);
         rc = tensor ? PyList_Append(written, tensor) : -1;
     }
-    bool needed = rc == 0 && (draws || PyList_GET_SIZE(written));
-    if (needed && (module = PyImport_ImportModule("thunder._values")))
-        others = draws ? thx_random_generators(x, t) : Py_NewRef(Py_None);
-    if (others) undo = PyObject_CallMethod(module, "Undo", "OO", written, others);
-    Py_XDECREF(others);
-    Py_XDECREF(module);
+    bool draws = effects & TH_FX_RANDOM;
+    if (rc == 0 && (draws || PyList_GET_SIZE(written))) undo = thx_undo_new(x, t, written, draws);
     Py_XDECREF(written);
     return undo;
 }

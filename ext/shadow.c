@@ -44,6 +44,15 @@ static PyObject *call_helper(const char *name, PyObject *argument) {
     return result;
 }
 
+PyObject *thx_undo_new(const thx *x, const th_trace *t, PyObject *tensors, bool draws) {
+    PyObject *make = helper("Undo"), *undo = NULL;
+    PyObject *others = draws ? thx_random_generators(x, t) : Py_NewRef(Py_None);
+    if (make && others) undo = PyObject_CallFunctionObjArgs(make, tensors, others, NULL);
+    Py_XDECREF(others);
+    Py_XDECREF(make);
+    return undo;
+}
+
 /* ---- inputs ---- */
 
 static int grow(thx_recorder *r, thx_shadow *s) {

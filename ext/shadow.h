@@ -25,6 +25,9 @@ PyObject *thx_shadow_value(void *recorder, th_val value); /* new reference */
 /* The operation recorded last has this result: it need not run again. */
 int thx_shadow_keep(thx_recorder *r, th_node outs, PyObject *result);
 void thx_shadow_free(thx_shadow *s);
+/* thunder._values.Undo: how tensors are now, and with `draws` the generators that the trace draws from. NULL with an
+ * exception. */
+PyObject *thx_undo_new(const thx *x, const th_trace *t, PyObject *tensors, bool draws);
 /* thunder._kernels.expect */
 PyObject *thx_expect(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 bool thx_same_values(PyObject *a, PyObject *b); /* in lists and tuples too; floats by their bits */

@@ -24,9 +24,11 @@ typedef struct claimer {
     uint32_t *need;                    /* by value: the level that its users need it at */
     th_opref *last;                    /* by value: the last operation of the region that uses it */
     uint8_t *groups;                   /* flags of th__groups */
+    int64_t *ends;                     /* by operation: see weigh_ends */
     bool *escapes;                     /* by value: used outside its unit, or returned */
     /* ---- of the walks ---- */
     uint32_t at, owner, nlive;
+    int64_t live_bytes;
     th_opref op;
     bool found;
     th_val *map; /* by value: its stand-in in the body */
@@ -167,32 +169,58 @@ static void note_last(void *user, th_val *v) {
     if (def && c->unit[def] == c->unit[c->op]) c->last[*v] = c->op;
 }
 
-static void enter(void *user, th_val *v) { ((claimer *)user)->nlive += ((claimer *)user)->last[*v] != 0; }
+static void enter(void *user, th_val *v) {
+    claimer *c = user;
+    if (!c->last[*v]) return;
+    c->nlive++;
+    c->live_bytes += th__bytes_of(c->t, *v);
+}
 
 static void leave(void *user, th_val *v) {
     claimer *c = user;
     if (c->last[*v] != c->op) return;
     c->last[*v] = 0; /* an operand may occur twice */
     c->nlive--;
+    c->live_bytes -= th__bytes_of(c->t, *v);
 }
 
-static void cut_region(claimer *c, th_opref first) {
-    uint32_t left = 0, size = 0, cut = c->claims[first].cut;
-    for (th_opref o = first; o; o = c->next[o]) left++;
-    if (!cut || left < 2 * cut) return;
+/* By operation of a region: the bytes that go on where it would end behind it, -1 where that is more than one value. */
+static void weigh_ends(claimer *c, th_opref first) {
     for (c->op = first; c->op; c->op = c->next[c->op]) th_op_each_use(c->t, c->op, note_last, c);
-    th_opref start = first;
     c->nlive = 0;
+    c->live_bytes = 0;
     for (c->op = first; c->op; c->op = c->next[c->op]) {
         th_op_each_out(c->t, c->op, enter, c);
         th_op_each_use(c->t, c->op, leave, c);
-        c->unit[c->op] = start;
-        size++;
-        left--;
-        if (size < cut || left < cut || c->nlive > 1) continue;
-        size = 0;
-        start = c->next[c->op];
+        c->ends[c->op] = c->nlive > 1 ? -1 : c->live_bytes;
     }
+}
+
+/* The last operation of a part that begins at `start`: behind `cut` operations the next one where a single value goes
+ * on, or a later one, not many further on, where that value is smaller or as small: what turns it into another dtype or
+ * adds to it belongs to what made it. `left` operations are there from `start` on. */
+static th_opref end_of_part(const claimer *c, th_opref start, uint32_t cut, uint32_t left) {
+    th_opref best = 0;
+    uint32_t size = 1, until = left - cut;
+    for (th_opref o = start; size <= until; o = c->next[o], size++) {
+        if (size < cut || c->ends[o] < 0 || (best && c->ends[o] > c->ends[best])) continue;
+        if (!best && size + cut / 2 < until) until = size + cut / 2;
+        best = o;
+    }
+    return best;
+}
+
+static void cut_region(claimer *c, th_opref first) {
+    uint32_t left = 0, cut = c->claims[first].cut;
+    for (th_opref o = first; o; o = c->next[o]) left++;
+    if (!cut || left < 2 * cut) return;
+    weigh_ends(c, first);
+    th_opref start = first, end, o;
+    while (left >= 2 * cut && (end = end_of_part(c, start, cut, left))) {
+        for (o = start; o != c->next[end]; o = c->next[o], left--) c->unit[o] = start;
+        start = o;
+    }
+    for (o = start; o; o = c->next[o]) c->unit[o] = start;
 }
 
 /* ---- what crosses the border of a unit ---- */
@@ -390,7 +418,7 @@ static th_status run(claimer *c) {
     move_later(c);
     find_regions(c);
     chain_units(c);
-    for (th_opref o = 1; o < c->t->nops; o++)
+    for (th_opref o = c->t->nops; o-- > 1;) /* backwards: the parts of a region begin behind its first operation */
         if (c->unit[o] == o && c->claims[o].fuses) cut_region(c, o);
     chain_units(c);
     find_escapes(c);
@@ -410,12 +438,13 @@ th_status th_claim_run(th_trace *t, const th_claim_options *options) {
     c.seen = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.seen);
     c.need = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.need);
     c.last = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.last);
+    c.ends = th__scratch_zeroed(&c.scratch, n, sizeof *c.ends);
     c.escapes = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.escapes);
     c.map = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.map);
     c.ins = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.ins);
     c.outs = th__scratch_zeroed(&c.scratch, t->nvalues, sizeof *c.outs);
     bool ready = c.claims && c.level && c.unit && c.next && c.reads && c.writes && c.seen && c.need && c.last &&
-                 c.escapes && c.map && c.ins && c.outs;
+                 c.ends && c.escapes && c.map && c.ins && c.outs;
     th_status status = ready ? run(&c) : th_ctx_error(t->ctx)->status;
     th__scratch_fini(&c.scratch);
     return status;

@@ -66,6 +66,11 @@ static void mark(void *user, th_val *value) {
     m->flags[th__group_of(m->t, *value)] |= m->flag;
 }
 
+int64_t th__bytes_of(const th_trace *t, th_val v) {
+    const th_type *type = th_type_get(t->ctx, t->values[v].type);
+    return type->kind == TH_TYPE_TENSOR ? th_type_numel(type) * th_dtype_get((th_dtype)type->dtype)->bytes : 0;
+}
+
 uint8_t *th__groups(th_trace *t, th__scratch *s) {
     marking m = {.t = t, .flags = th__scratch_zeroed(s, th__group_count(t), 1), .flag = TH__GROUP_INPUT};
     if (!m.flags) return NULL;

@@ -34,7 +34,8 @@ static inline uint32_t th__group_of(const th_trace *t, th_val v) {
     return t->values[v].alias ? t->values[v].alias : t->next_alias + v;
 }
 static inline uint32_t th__group_count(const th_trace *t) { return t->next_alias + t->nvalues; }
-uint8_t *th__groups(th_trace *t, th__scratch *s); /* flags by group; NULL when out of memory */
+uint8_t *th__groups(th_trace *t, th__scratch *s);  /* flags by group; NULL when out of memory */
+int64_t th__bytes_of(const th_trace *t, th_val v); /* of a tensor, if it were dense; 0: it is none */
 
 /* Does an operation before `end` write the value, or memory that it shares? */
 bool th__is_written(const th_trace *t, th_val v, th_opref end);

@@ -98,11 +98,6 @@ static void find_backward(splitter *s) {
 
 /* ---- what to save ---- */
 
-static int64_t bytes_of(const th_trace *t, th_val v) {
-    const th_type *type = th_type_get(t->ctx, t->values[v].type);
-    return type->kind == TH_TYPE_TENSOR ? th_type_numel(type) * th_dtype_get((th_dtype)type->dtype)->bytes : 0;
-}
-
 /* A view costs nothing to make again, as long as nobody wrote to what it shows. */
 static bool is_view(const splitter *s, th_opref o) {
     const th_trace *t = s->t;
@@ -242,7 +237,7 @@ static th_status recompute_cheap(splitter *s) {
         bool again =
             !s->input[v] && !s->result[v] && def && (is_view(s, def) || is_cheap(s, def) || may_run_again(s, def));
         again = again && (is_view(s, def) || !is_kept_anyway(s, v));
-        int64_t cost = s->input[v] || (s->result[v] && !is_overwritten(s, v)) ? 0 : bytes_of(t, v);
+        int64_t cost = s->input[v] || (s->result[v] && !is_overwritten(s, v)) ? 0 : th__bytes_of(t, v);
         if (again && is_view(s, def)) cost = INT64_C(1) << 50; /* it would keep all of its base: save that */
         th__cut_value(&cut, v, cost, !again, s->wanted[v]);
         th__cut_link link = {&cut, NULL, v};
@@ -285,7 +280,7 @@ static int64_t saved_bytes(const splitter *s, const bool *wanted) {
         bool counted = false;
         for (th_val w = 1; alias && w < t->nvalues && !counted; w++)
             counted = t->values[w].alias == alias && (s->input[w] || (w < v && wanted[w] && s->made[w]));
-        if (!counted) sum += bytes_of(t, v);
+        if (!counted) sum += th__bytes_of(t, v);
     }
     return sum;
 }

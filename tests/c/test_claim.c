@@ -106,6 +106,39 @@ static void long_regions_end_where_one_value_goes_on(void) {
            "    return t3\n");
 }
 
+static void a_part_ends_no_sooner_than_the_value_is_small(void) {
+    owner o = {.words = {"torch."}, .cut = 2};
+    expect("def computation(" X
+           "):\n" T(0) "torch.sin(x)\n" T(1) "torch.cos(t0)\n"
+                                             "    t2: \"cpu bf16[4]\" = torch.Tensor.to(t1, torch.bfloat16)\n"
+                                             "    t3: \"cpu bf16[4]\" = torch.sin(t2)\n"
+                                             "    t4: \"cpu bf16[4]\" = torch.cos(t3)\n    return t4\n",
+           &o,
+           "def computation(" X "):\n"
+           "    t2: \"cpu bf16[4]\"\n"
+           "    (t2,) = unit(x)\n"
+           "    t4: \"cpu bf16[4]\"\n"
+           "    (t4,) = unit_1(t2)\n"
+           "    return t4\n");
+}
+
+static void each_part_ends_where_one_value_goes_on(void) {
+    owner o = {.words = {"torch."}, .cut = 2};
+    expect("def computation(" X "):\n" T(0) "torch.sin(x)\n" T(1) "torch.cos(t0)\n" T(2) "torch.sin(t1)\n" T(
+               3) "torch.cos(t1)\n" T(4) "torch.sin(t3)\n" T(5) "torch.cos(t2)\n" T(6) "torch.sin(t5)\n"
+                                                                                       "    return (t4, t6)\n",
+           &o,
+           "def computation(" X "):\n"
+           "    t1: \"cpu f32[4]\"\n"
+           "    (t1,) = unit(x)\n"
+           "    t2: \"cpu f32[4]\"\n"
+           "    t4: \"cpu f32[4]\"\n"
+           "    t2, t4 = unit_1(t1)\n"
+           "    t6: \"cpu f32[4]\"\n"
+           "    (t6,) = unit_2(t2)\n"
+           "    return (t4, t6)\n");
+}
+
 static void memory_may_run_out_at_any_request(void) {
     int survived = 0;
     for (long n = 1;; n++) {
@@ -133,6 +166,8 @@ int main(void) {
     regions_are_convex();
     a_write_stays_after_what_reads_and_before_what_reads_later();
     long_regions_end_where_one_value_goes_on();
+    a_part_ends_no_sooner_than_the_value_is_small();
+    each_part_ends_where_one_value_goes_on();
     memory_may_run_out_at_any_request();
     return check_report("test_claim");
 }

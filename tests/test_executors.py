@@ -802,7 +802,7 @@ def test_wrong_forward_of_an_operator_with_a_derivative_is_found():
     operator = executor.register_operator(
         "gelu", like=F.gelu, fn=gelu, backward=lambda ctx, g: torch.ops.aten.gelu_backward(g, ctx.inputs[0])
     )
-    executor.register_implementation(F.gelu, operator)
+    executor.register_implementation(F.gelu, op=operator)
     compiled, x = thunder.jit(lambda x: F.gelu(x), executors=[executor]), torch.randn(5, requires_grad=True)
     text = only_warning(lambda: [torch.testing.assert_close(compiled(x), F.gelu(x)) for _ in range(3)])
     assert "its result is off by" in text

@@ -34,11 +34,13 @@ from thunder.executors import (
     triton_executor,
 )
 from thunder.extend import (
+    add_executor_lists,
     get_all_executors,
     get_always_executors,
     get_default_executors,
     get_executor,
     pytorch_executor,
+    resolve_executors,
 )
 from thunder.transforms import Transform
 
@@ -57,6 +59,7 @@ __all__ = [
     "Trace",
     "Transform",
     "TransformError",
+    "add_executor_lists",
     "bisect",
     "cache_hits",
     "cache_misses",
@@ -81,6 +84,7 @@ __all__ = [
     "list_transforms",
     "nvfuser_executor",
     "pytorch_executor",
+    "resolve_executors",
     "sdpa_executor",
     "torchcompile_executor",
     "transforms",

@@ -148,8 +148,9 @@ class OperatorExecutor(Executor):
 
     def register_implementation(
         self,
-        op: Any,
-        op_or_fn: Operator | Callable | None = None,
+        operation: Any,
+        /,
+        op: Operator | Callable | None = None,
         *,
         fn: Callable | None = None,
         checker: Checker | None = None,
@@ -161,28 +162,28 @@ class OperatorExecutor(Executor):
         """Say how this executor runs an operator.
 
         Args:
-            op: the operator: a torch function (``torch.nn.functional.gelu``), an overload
+            operation: what it runs: a torch function (``torch.nn.functional.gelu``), an overload
                 (``torch.ops.aten.gelu.default``), what ``torch.library.custom_op`` gives, an ``Operator``, or a dotted
                 name. All spellings of one operator are
                 meant: ``torch.add``, ``torch.Tensor.add`` and ``a + b``.
-            op_or_fn, fn: what runs it: a function called like the operator, or an ``Operator``. An operator with a
-                backward brings its derivative along; in other cases the derivative is the one of ``op``.
+            op, fn: what runs it: a function called like the operation, or an ``Operator``. An operator with a backward
+                brings its derivative along; in other cases the derivative is the one of ``operation``.
             checker: called like the operator, with tensors that have shape, dtype, device and strides and no data.
                 Returns whether the executor takes the call; ``(False, "why not")`` or a string gives the reason that
                 ``thunder.examine`` shows.
             execution_transform: like ``fn``, a function of operations of this executor and of torch.
             grad_transform: a function ``(ctx, *grads)`` as ``thunder.extend.op`` takes for ``backward``: the derivative
                 of this implementation.
-            inference: what runs it where nothing is differentiated, called like ``op``; by default the operator.
+            inference: what runs it where nothing is differentiated, called like ``operation``; by default the operator.
             training: like ``checker``, asked as well where the operator would bring its derivative along.
 
         Raises:
             TypeError: nothing to run it with, or too much; something is not callable.
             ValueError: the operator has no importable name.
         """
-        given = [f for f in (op_or_fn, fn, execution_transform) if f is not None]
+        given = [f for f in (op, fn, execution_transform) if f is not None]
         if len(given) != 1:
-            raise TypeError("register_implementation() takes one of: an operator, fn=, execution_transform=")
+            raise TypeError("register_implementation() takes one of: op=, fn=, execution_transform=")
         if not callable(given[0]):
             raise TypeError(f"an implementation is callable, not {type(given[0]).__name__}")
         optional = {"checker": checker, "grad_transform": grad_transform, "inference": inference, "training": training}
@@ -193,13 +194,13 @@ class OperatorExecutor(Executor):
         if grad_transform is not None:
             if operator is not None and operator.has_backward:
                 raise TypeError(f"{operator!r} has a backward: leave grad_transform out")
-            operator = _with_backward(self, op, given[0], grad_transform)
+            operator = _with_backward(self, operation, given[0], grad_transform)
         run = operator.function if operator is not None else given[0]
         if operator is not None and operator.saves:
             run = _without_saved(operator)
         if inference is not None:
             run = inference
-        key = operator_key(op)
+        key = operator_key(operation)
         differentiable = operator if operator is not None and operator.has_backward else None
         self._table[key] = Implementation(run, checker, differentiable, training=training)
         if differentiable is not None:

@@ -41,7 +41,8 @@ static int make(thx *x, thx_gradient *g, struct thx_partial *p) {
     p->program.spends = !p->again && g->backward.spends;
     if (x->verify && thx_check(x, th_trace_verify(t)) < 0) return -1;
     if (thx_find_shared(g, t, &p->shared) < 0) return -1;
-    return thx_program_lower(x, &p->program, p->again);
+    return thx_literals_find(g->numbers, g->nnumbers, &p->program) < 0 ? -1
+                                                                       : thx_program_lower(x, &p->program, p->again);
 }
 
 int thx_partial_find(thx *x, thx_gradient *g, uint64_t absent, bool again, thx_program **program, bool **shared) {

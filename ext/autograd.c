@@ -19,6 +19,7 @@ typedef struct pending {               /* a run forwards, until it has run backw
     thx_forward *run;                  /* while the run goes on */
     PyObject **inputs;                 /* of the call, for create_graph; owned; NULL where it was written to */
     long *versions;                    /* of those that torch does not keep */
+    PyObject *numbers;                 /* tuple: the values of literals, or NULL; owned */
     PyObject *keepers;                 /* tuple by kept result of what fills its .grad, or NULL; owned */
     bool all_shown, freed;
     th_slot kept[1]; /* by saved value: what torch does not keep */
@@ -40,6 +41,7 @@ static void pending_dealloc(pending *p) {
     PyTypeObject *type = Py_TYPE(p);
     pending_release(p);
     Py_XDECREF(p->keepers);
+    Py_XDECREF(p->numbers);
     Py_DECREF((PyObject *)p->g);
     type->tp_free((PyObject *)p);
     Py_DECREF(type);
@@ -50,6 +52,7 @@ static pending *pending_new(thx *x, thx_gradient *g, thx_forward *run) {
     if (!p) return NULL;
     p->g = (thx_gradient *)Py_NewRef((PyObject *)g);
     p->run = run;
+    p->numbers = Py_XNewRef(run->numbers);
     return p;
 }
 
@@ -160,7 +163,9 @@ static int run_program(thx *x, thx_forward *f) {
         uint32_t n = f->program->plan->nslots;
         f->slots = n <= THX_SLOTS_ON_STACK ? f->fixed : PyMem_Malloc(sizeof *f->slots * n);
         if (!f->slots) return PyErr_NoMemory(), -1;
-        int rc = f->fill(f->user, f->slots) < 0 ? -1 : f->run(f->user, f->slots);
+        int rc = f->fill(f->user, f->slots);
+        if (f->numbers) thx_literals_fill(f->program, f->numbers, f->slots);
+        rc = rc < 0 ? -1 : f->run(f->user, f->slots);
         if (rc == 0) return 0;
         thx_forward_fini(f);
         if (rc < 0) return -1;
@@ -383,7 +388,9 @@ static int any_batched(thx *x, PyObject *const *grads, uint32_t n) {
 static thx_program *batched_program(thx *x, thx_gradient *g) {
     if (g->batched.plan) return &g->batched;
     if (!g->batched.t && thx_check(x, th_trace_clone(g->backward.t, &g->batched.t)) < 0) return NULL;
-    return thx_program_lower(x, &g->batched, true) < 0 ? NULL : &g->batched;
+    return thx_literals_find(g->numbers, g->nnumbers, &g->batched) < 0 || thx_program_lower(x, &g->batched, true) < 0
+               ? NULL
+               : &g->batched;
 }
 
 static void put_object(thx *x, th_slot *slot, PyObject *o) {
@@ -413,6 +420,7 @@ static PyObject *run_gradients(thx *x, const thx_gradient *g, thx_program *progr
         slots = n <= THX_SLOTS_ON_STACK ? fixed : PyMem_Malloc(sizeof *slots * n);
         if (!slots) return PyErr_NoMemory();
         fill(s, slots);
+        if (s->p->numbers) thx_literals_fill(program, s->p->numbers, slots);
         rc = thx_program_run(x, program, slots);
         if (rc) give_up_inputs(x, program, slots);
         if (rc && slots != fixed) PyMem_Free(slots);
@@ -497,7 +505,9 @@ static PyObject *backward_graph(sources *s, uint64_t absent) {
         s->p->versions[i] = version_of(x, copy);
     }
     if (absent && thx_partial_find(x, g, absent, true, &program, &shared) < 0) return NULL;
-    if (!program && !g->again.plan && thx_program_lower(x, &g->again, true) < 0) return NULL;
+    if (!program && !g->again.plan &&
+        (thx_literals_find(g->numbers, g->nnumbers, &g->again) < 0 || thx_program_lower(x, &g->again, true) < 0))
+        return NULL;
     return run_gradients(x, g, program ? program : &g->again, fill_again, s);
 }
 

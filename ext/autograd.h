@@ -39,6 +39,8 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     struct thx_partial *partials; /* backward programs without gradients that did not come in; owned */
     uint32_t nsaved;
     thx_saved *saved;
+    uint32_t nnumbers; /* literals that are others at each run (numbers.c): by value of a run, the number that it is */
+    int32_t *numbers;
     int64_t bytes, bytes_kept;
     uint32_t ncatalogue; /* operations whose derivative is the catalogue's */
     PyObject *derived;   /* tuple: names of the operations whose derivative was derived */
@@ -58,6 +60,7 @@ typedef struct thx_forward {
     int (*fill)(void *user, th_slot *slots); /* the inputs */
     int (*run)(void *user, th_slot *slots);  /* as thx_program_run */
     void *user;
+    PyObject *numbers; /* tuple: the values of literals, or NULL (borrowed) */
     /* ---- */
     th_slot *slots; /* of the program; freed by the caller: thx_forward_fini */
     th_slot fixed[THX_SLOTS_ON_STACK];
@@ -72,6 +75,9 @@ int thx_find_shared(const thx_gradient *g, th_trace *backward, bool **shared);
  * both are left as they are where there is no such program. again: of the one for create_graph. */
 int thx_partial_find(thx *x, thx_gradient *g, uint64_t absent, bool again, thx_program **program, bool **shared);
 void thx_partials_free(struct thx_partial *p);
+
+/* numbers.c: find the literals of a program that is not lowered yet; numbers: as in thx_gradient. 0, -1 */
+int thx_literals_find(const int32_t *numbers, uint32_t n, thx_program *p);
 
 int thx_autograd_init(thx *x, PyObject *module);
 

@@ -62,8 +62,6 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_write *writes;
     uint32_t nwrites;
     thx_effects effects; /* there are some: the result is (what the caller gets, a content for each of them) */
-    thx_number *numbers; /* literals that follow from floats among the arguments */
-    uint32_t nnumbers;
     uint32_t nfloats, free_floats; /* floats of the arguments: how many; which may be any, by bit */
     thx_place *places;             /* floats that are no arguments: they come after those */
     uint32_t nplaces;
@@ -166,7 +164,7 @@ void thx_places_free(thx_entry *e);
 int thx_floats_unseen(const thx_entry *e, const thx_entry *like, PyObject *tape);
 PyObject *thx_tape_new(thx *x);
 /* The literals of a call, into their slots: what holds them, or NULL with an exception. */
-PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots);
+PyObject *thx_numbers_values(const thx_entry *e, const thx_leaves *leaves);
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */
 bool thx_entry_is_untouched(const thx_entry *entry);
 bool thx_entry_leaves(const thx_entry *entry); /* a run changes something beside its results */

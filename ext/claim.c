@@ -107,6 +107,18 @@ static bool is_ours(const th_trace *t, const th_op *op) { /* checks of data, hoo
     return !op->callee_opaque && strncmp(th_str_get(t->ctx, op->callee), "thunder._kernels.", 17) == 0;
 }
 
+/* Code for a region has its numbers in it: one that changes would have to be built at every call. */
+static bool changes_from_call_to_call(const th_trace *t, const th_op *op) {
+    return thx_holds_number(t, op->args) || (op->kwargs && thx_holds_number(t, op->kwargs));
+}
+
+static int leave_out(asking *a, const th_trace *t, const th_op *op, Py_ssize_t i) {
+    PyObject *done = PyObject_CallMethod(a->claims, "declined", "nss", i, th_str_get(t->ctx, op->callee),
+                                         "one of its numbers changes from call to call");
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 static th_status ask(void *user, th_trace *t, th_opref o, th_claim *claim) {
     asking *a = user;
     const th_op *op = &t->ops[o];
@@ -119,6 +131,7 @@ static th_status ask(void *user, th_trace *t, th_opref o, th_claim *claim) {
         if (!known && !PyErr_Occurred()) known = PyDict_GetItemWithError(table, a->star);
         if (known == Py_None) continue;
         int answer = known ? ask_one(a, t, op, i, known) : PyErr_Occurred() ? -1 : 0;
+        if (answer == 2 && changes_from_call_to_call(t, op)) answer = leave_out(a, t, op, i);
         if (answer < 0) status = TH_ERUN;
         if (answer > 0) {
             long cut = PyLong_AsLong(PyTuple_GET_ITEM(a->cuts, i));

@@ -2,6 +2,7 @@
 #include "callable.h"
 
 #include "derive.h"
+#include "origin.h"
 #include "region.h"
 #include "transform.h"
 
@@ -25,7 +26,6 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     Py_XDECREF(e->kwnames);
     Py_XDECREF(e->absent);
     Py_XDECREF(e->expected);
-    PyMem_Free(e->numbers);
     thx_places_free(e);
     Py_XDECREF(e->formula);
     thx_sizes_free(e->main.literals.sizes);
@@ -331,6 +331,9 @@ static bool asks_in_backward(const thx_recorder *r, const th_trace *t) {
     bool asks = r->ties != NULL;
     for (th_opref o = 1; o < t->nops && !asks; o++) {
         const char *name = t->ops[o].callee_opaque ? "" : th_str_get(t->ctx, t->ops[o].callee);
+        PyObject *object = t->ops[o].callee_opaque ? t->opaques[t->ops[o].callee_opaque].object : NULL;
+        if (object && PyFunction_Check(object) && thx_origin_of_code(r->x, PyFunction_GET_CODE(object)) == THX_TORCHS)
+            continue; /* x ** 2 */
         bool torchs = strncmp(name, "torch.", 6) == 0 && !strstr(name, "autograd") &&
                       (strncmp(name, "torch.ops.", 10) != 0 || strncmp(name, "torch.ops.aten.", 15) == 0);
         asks = t->ops[o].kind == TH_OP_CALL && !torchs && !thx_mark_kind(t, &t->ops[o]);

@@ -236,7 +236,8 @@ static PyObject *run_plain(thx *x, thx_entry *e, const thx_leaves *leaves, thx_r
         if (!slots) return PyErr_NoMemory();
         fill_roots(&f, slots);
         memset(slots + e->nroots, 0, sizeof *slots * (e->main.plan->nroots - e->nroots));
-        PyObject *numbers = e->formula ? thx_numbers_fill(e, leaves, slots + e->nroots) : NULL;
+        PyObject *numbers = e->formula ? thx_numbers_values(e, leaves) : NULL;
+        if (numbers) thx_literals_fill(&e->main, numbers, slots);
         bool ready = e->formula               ? numbers != NULL
                      : e->main.literals.sizes ? thx_sizes_start(x, e, leaves, slots + e->nroots)
                                               : true;
@@ -271,7 +272,10 @@ static int run_filled(void *user, th_slot *slots) {
 static PyObject *run_differentiable(thx *x, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
     filling f = {x, e, leaves, call};
     thx_forward run = {.program = &e->main, .gradient = e->gradient, .fill = fill_roots, .run = run_filled, .user = &f};
-    if (under_grad_mode(x, e, &run) < 0) return NULL;
+    if (e->formula && !(run.numbers = thx_numbers_values(e, leaves))) return NULL;
+    int rc = under_grad_mode(x, e, &run);
+    Py_XDECREF(run.numbers);
+    if (rc < 0) return NULL;
     PyObject *result = thx_entry_place(x, e) == 0 ? finish(x, e, leaves, run.slots) : NULL;
     thx_forward_fini(&run);
     return result;

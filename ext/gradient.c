@@ -25,6 +25,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->kept);
     PyMem_Free(g->stale);
     PyMem_Free(g->saved);
+    PyMem_Free(g->numbers);
     PyMem_Free(g->depends);
     Py_XDECREF(g->derived);
     type->tp_free((PyObject *)g);

@@ -13,10 +13,13 @@ typedef struct thx_instr_data { /* head of every instruction's data */
 typedef struct thx_number { /* a literal of a program that is another one at each call */
     th_opref op;
     uint32_t argument; /* place among the positional arguments, then those by keyword */
+    uint32_t from;     /* which of the values of a run it is */
 } thx_number;
 
-typedef struct thx_literals {  /* in the slots after those of the inputs */
-    const thx_number *numbers; /* filled by the caller (borrowed) */
+bool thx_holds_number(const th_trace *t, th_node n); /* numbers.c: of one that changes from call to call */
+
+typedef struct thx_literals { /* in the slots after those of the inputs */
+    thx_number *numbers;      /* owned by the program */
     uint32_t nnumbers;
     const struct thx_sizes *sizes; /* sizes.h: what the program computes of sizes, as integers in `handle`; or NULL */
 } thx_literals;

@@ -9,16 +9,20 @@
  *
  * Floats that the callable reads of attributes, dictionaries and variables go the same way: these hold Numbers while it
  * is captured. A number whose value was looked at (compared, rounded, printed) stays a constant; one that the program
- * has no use for may be any. Where gradients are computed no number is a slot: a backward that waits would have to keep
- * the numbers of its forward.
+ * has no use for may be any.
+ *
+ * Where gradients are computed, those literals that operations add, subtract, multiply or divide by may be slots: no
+ * derivative looks at these. A run keeps the values for its backward.
  */
 #include "callable.h"
+
+#include "region.h"
 
 #include "ir/ir.h"
 
 #include <string.h>
 
-enum { MAX_TRIES = 4, MAX_LITERALS = 64 };
+enum { MAX_TRIES = 4, MAX_LITERALS = 128 };
 
 /* ---- arguments ---- */
 
@@ -91,7 +95,7 @@ int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
 
 typedef struct literal {
     thx_number place;
-    double before;
+    double before, now;
     int number; /* of the tape; -1: none */
 } literal;
 
@@ -100,6 +104,7 @@ typedef struct comparison {
     literal found[MAX_LITERALS];
     uint32_t count;
     thx_number at;
+    bool claimed; /* executors have claimed some of the operations */
 } comparison;
 
 static bool same_value(void *user, th_val a, th_val b) {
@@ -112,24 +117,25 @@ static bool same_node(comparison *k, th_node a, th_node b) {
 }
 
 /* Is a number of the tape somewhere inside? */
-static bool holds_number(const th_trace *t, th_node n) {
+bool thx_holds_number(const th_trace *t, th_node n) {
     const th_node_data *d = &t->nodes[n];
     bool found = d->kind == TH_N_FLOAT && d->f2 > 0;
     if (d->kind < TH_N_TUPLE || d->kind > TH_N_SLICE) return found;
-    for (uint32_t i = 0; i < d->count && !found; i++) found = holds_number(t, t->kids[d->u.kids + i]);
+    for (uint32_t i = 0; i < d->count && !found; i++) found = thx_holds_number(t, t->kids[d->u.kids + i]);
     return found;
 }
 
 /* An argument itself, which may be a number of the tape, or a literal that differs. */
 static bool same_argument(comparison *k, th_node na, th_node nb) {
     const th_node_data *a = &k->a->nodes[na], *b = &k->b->nodes[nb];
-    bool floats = a->kind == TH_N_FLOAT && b->kind == TH_N_FLOAT, number = holds_number(k->b, nb);
+    bool floats = a->kind == TH_N_FLOAT && b->kind == TH_N_FLOAT, number = thx_holds_number(k->b, nb);
     if (!floats) return !number && same_node(k, na, nb);
     if (!number && same_node(k, na, nb)) return true;
     const th_op *op = &k->b->ops[k->at.op];
     if (k->count == MAX_LITERALS || (!op->callee_opaque && strstr(th_str_get(k->b->ctx, op->callee), "range")))
         return false; /* numbers make the shapes of ranges */
-    k->found[k->count++] = (literal){k->at, a->u.f, (int)b->f2 - 1};
+    k->at.from = k->count;
+    k->found[k->count++] = (literal){k->at, a->u.f, b->u.f, (int)b->f2 - 1};
     return true;
 }
 
@@ -174,6 +180,86 @@ static bool same_program(comparison *k, const th_trace *a, const th_trace *b) {
         same = a->inputs[i] == b->inputs[i] && a->values[a->inputs[i]].type == b->values[b->inputs[i]].type;
     for (th_opref o = 1; o < a->nops && same; o++) same = same_op(k, o);
     return same && same_node(k, a->result, b->result);
+}
+
+/* Operations whose derivatives take a literal as it is, and whose kernels do the same for any. */
+static bool is_linear_in_literals(const th_trace *t, const th_op *op) {
+    static const char *const names[] = {
+        "add",         "sub",          "rsub",    "mul",       "div",   "true_divide", "__rsub__",
+        "__rdiv__",    "__rtruediv__", "addcmul", "addcdiv",   "clamp", "clamp_min",   "clamp_max",
+        "leaky_relu",  "ge",           "gt",      "le",        "lt",    "eq",          "ne",
+        "masked_fill", "where",        "full",    "full_like", "fill",  NULL};
+    const char *callee = th_str_get(t->ctx, op->callee_opaque ? t->opaques[op->callee_opaque].name : op->callee);
+    const char *name = strrchr(callee, '.');
+    size_t n = name ? strlen(++name) : 0;
+    if (n > 1 && name[n - 1] == '_' && name[n - 2] != '_') n--; /* in place */
+    for (int i = 0; n && names[i]; i++)
+        if (strlen(names[i]) == n && strncmp(name, names[i], n) == 0) return true;
+    return false;
+}
+
+/* Passes and derivatives treat these in ways of their own. */
+static bool is_special(double value) { return value == 0 || value == 1 || value == -1; }
+
+static bool are_linear(const comparison *k, const th_trace *t) {
+    bool all = true;
+    for (uint32_t i = 0; i < k->count && all; i++) all = is_linear_in_literals(t, &t->ops[k->found[i].place.op]);
+    return all;
+}
+
+static thx_region *region_of(thx *x, const th_trace *t, th_opref o) {
+    PyObject *callee = t->ops[o].callee_opaque ? t->opaques[t->ops[o].callee_opaque].object : NULL;
+    return callee && Py_TYPE(callee) == x->Region ? (thx_region *)callee : NULL;
+}
+
+static bool has_regions(thx *x, const th_trace *t) {
+    bool found = false;
+    for (th_opref o = 1; t && o < t->nops && !found; o++) found = region_of(x, t, o) != NULL;
+    return found;
+}
+
+/* Numbers inside are what the executor made its code for. */
+static bool regions_hold_numbers(thx *x, const th_trace *t) {
+    bool found = false;
+    for (th_opref o = 1; t && o < t->nops && !found; o++) {
+        const thx_region *r = region_of(x, t, o);
+        const th_trace *body = r ? r->reference.t : NULL;
+        for (th_opref p = 1; body && p < body->nops && !found; p++)
+            found = body->ops[p].kind == TH_OP_CALL &&
+                    (thx_holds_number(body, body->ops[p].args) ||
+                     (body->ops[p].kwargs && thx_holds_number(body, body->ops[p].kwargs)));
+    }
+    return found;
+}
+
+static const th_trace *backward_of(const thx_entry *e) { return e->gradient ? e->gradient->backward.t : NULL; }
+
+/* Regions are objects of their own in each program, so programs that have some are compared as they were captured. */
+static bool same_but_for_regions(thx *x, comparison *k, const thx_entry *a, const thx_entry *b) {
+    if (!same_program(k, a->captured, b->captured)) return false;
+    bool special = false;
+    for (uint32_t i = 0; i < k->count; i++) special |= is_special(k->found[i].before) || is_special(k->found[i].now);
+    return !k->count || (!special && are_linear(k, b->captured) && !regions_hold_numbers(x, b->main.t) &&
+                         !regions_hold_numbers(x, backward_of(b)));
+}
+
+/* As they were captured, and all that was made of that. The literals are those of the latter. */
+static bool same_gradients(comparison *k, const thx_entry *a, const thx_entry *b) {
+    if (!same_program(k, a->captured, b->captured)) return false;
+    if (!k->count) return true; /* what is made of it has none either */
+    if (!are_linear(k, b->captured)) return false;
+    k->count = 0;
+    const thx_gradient *g = a->gradient, *h = b->gradient;
+    return same_program(k, a->main.t, b->main.t) && same_program(k, g->backward.t, h->backward.t) &&
+           same_program(k, g->again.t, h->again.t);
+}
+
+static bool same_entries(thx *x, comparison *k, const thx_entry *a, const thx_entry *b) {
+    k->claimed = has_regions(x, a->main.t) || has_regions(x, b->main.t) || has_regions(x, backward_of(a)) ||
+                 has_regions(x, backward_of(b));
+    return k->claimed    ? same_but_for_regions(x, k, a, b)
+           : b->gradient ? same_gradients(k, a, b)
+                         : same_program(k, a->main.t, b->main.t);
 }
 
 /* Inputs that are no arguments: the same parameters and buffers, and constants that are equal. */
@@ -233,10 +319,13 @@ static uint32_t free_arguments(thx_spec *s, PyObject *free) {
     return bits;
 }
 
+/* The others are ints that the other program has no use for. */
+static bool is_float(const thx_place *p) { return PyFloat_CheckExact(p->value); }
+
 static int former_places(const thx_entry *e, PyObject *list) {
     int rc = list ? 0 : -1;
     for (uint32_t i = 0; i < e->nplaces && rc == 0; i++)
-        if (PyFloat_CheckExact(e->places[i].value)) rc = PyList_Append(list, e->places[i].value);
+        if (is_float(&e->places[i])) rc = PyList_Append(list, e->places[i].value);
     return rc;
 }
 
@@ -255,13 +344,15 @@ static PyObject *all_former_floats(const thx_entry *e, const thx_entry *like) {
 static PyObject *known_floats(const thx_entry *e, const thx_entry *like) {
     PyObject *known = PySet_New(NULL);
     int rc = known ? 0 : -1;
-    for (uint32_t i = 0; i < e->nfloats + e->nplaces && rc == 0; i++) {
+    for (uint32_t i = 0, at = 0; i < e->nfloats + e->nplaces && rc == 0; i++) {
         const thx_place *place = i < e->nfloats ? NULL : &e->places[i - e->nfloats];
+        if (place && !is_float(place)) continue;
+        uint32_t tape_place = at++;
         bool any = !place && like->nfloats == e->nfloats && like->free_floats >> i & 1;
         for (uint32_t k = 0; place && k < like->nplaces && !any; k++)
             any = like->places[k].any && like->places[k].owner == place->owner &&
                   PyObject_RichCompareBool(like->places[k].key, place->key, Py_EQ) == 1;
-        PyObject *number = any ? PyLong_FromUnsignedLong(i) : NULL;
+        PyObject *number = any ? PyLong_FromUnsignedLong(tape_place) : NULL;
         if (any) rc = number ? PySet_Add(known, number) : -1;
         Py_XDECREF(number);
     }
@@ -298,28 +389,84 @@ static PyObject *ask_tape(const thx_entry *e, const thx_entry *like, PyObject *t
 
 /* Floats that are no arguments: those that the program is a function of may be any from here on. */
 static int free_places(thx_entry *e, PyObject *free) {
-    for (uint32_t i = 0; i < e->nplaces; i++) {
+    for (uint32_t i = 0, at = e->nfloats; i < e->nplaces; i++) {
         thx_place *p = &e->places[i];
-        PyObject *number = PyLong_FromUnsignedLong(e->nfloats + i);
+        if (!is_float(p)) {
+            p->any = true;
+            continue;
+        }
+        PyObject *number = PyLong_FromUnsignedLong(at++);
         p->any = number && PySet_Contains(free, number) == 1;
         Py_XDECREF(number);
     }
     return thx_places_keep(e);
 }
 
+static int take_literals(thx_program *p, const comparison *k) {
+    thx_literals *l = &p->literals;
+    if (!(l->numbers = PyMem_Calloc(k->count + 1, sizeof *l->numbers))) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < k->count; i++) l->numbers[i] = k->found[i].place;
+    l->nnumbers = k->count;
+    return 0;
+}
+
+/* A program with other literals than it was lowered with. */
+static int lower_anew(thx *x, thx_program *p) {
+    bool checked = p->checked;
+    if (thx_program_lower(x, p, false) < 0) return -1;
+    p->checked &= checked;
+    return 0;
+}
+
+static int take_numbers(thx *x, thx_entry *e, const comparison *k) {
+    int32_t numbers[MAX_LITERALS];
+    thx_gradient *g = e->gradient;
+    for (uint32_t i = 0; i < k->count; i++) numbers[i] = k->found[i].number;
+    if (thx_literals_find(numbers, k->count, &e->main) < 0) return -1;
+    if (!g) return 0;
+    if (!(g->numbers = PyMem_Calloc(k->count + 1, sizeof *g->numbers))) return PyErr_NoMemory(), -1;
+    memcpy(g->numbers, numbers, k->count * sizeof *numbers);
+    g->nnumbers = k->count;
+    return thx_literals_find(numbers, k->count, &g->backward) < 0 ? -1 : lower_anew(x, &g->backward);
+}
+
+/* The literals of an operation, each a number of the tape; without `numbers` they are counted. */
+static uint32_t literals_of(const th_trace *t, th_opref o, const int32_t *numbers, uint32_t n, thx_literals *l) {
+    const th_op *op = &t->ops[o];
+    uint32_t nargs = t->nodes[op->args].count, nkw = op->kwargs ? t->nodes[op->kwargs].count / 2 : 0, count = 0;
+    for (uint32_t i = 0; i < nargs + nkw; i++) {
+        uint32_t kid = i < nargs ? t->nodes[op->args].u.kids + i : t->nodes[op->kwargs].u.kids + 2 * (i - nargs) + 1;
+        const th_node_data *d = &t->nodes[t->kids[kid]];
+        if (d->kind != TH_N_FLOAT || d->f2 <= 0) continue;
+        thx_number place = {o, i, 0};
+        while (numbers && place.from < n && numbers[place.from] != (int32_t)d->f2 - 1) place.from++;
+        if (numbers && place.from < n) l->numbers[l->nnumbers++] = place;
+        count++;
+    }
+    return count;
+}
+
+int thx_literals_find(const int32_t *numbers, uint32_t n, thx_program *p) {
+    uint32_t count = 0;
+    thx_literals *l = &p->literals;
+    if (!n) return 0;
+    for (th_opref o = 1; o < p->t->nops; o++)
+        if (p->t->ops[o].kind == TH_OP_CALL) count += literals_of(p->t, o, NULL, 0, NULL);
+    PyMem_Free(l->numbers);
+    l->nnumbers = 0;
+    if (!(l->numbers = PyMem_Calloc(count + 1, sizeof *l->numbers))) return PyErr_NoMemory(), -1;
+    for (th_opref o = 1; o < p->t->nops; o++)
+        if (p->t->ops[o].kind == TH_OP_CALL) literals_of(p->t, o, numbers, n, l);
+    if (l->nnumbers == count) return 0;
+    return PyErr_Format(PyExc_SystemError, "a literal that is none of the program's numbers"), -1;
+}
+
 static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *answer) {
-    e->numbers = PyMem_Calloc(k->count + 1, sizeof *e->numbers);
-    if (!e->numbers) return PyErr_NoMemory(), -1;
-    for (uint32_t i = 0; i < k->count; i++) e->numbers[i] = k->found[i].place;
-    e->nnumbers = k->count;
+    if ((e->gradient || k->claimed ? take_numbers(x, e, k) : take_literals(&e->main, k)) < 0) return -1;
     e->formula = Py_NewRef(PyTuple_GET_ITEM(answer, 0));
     for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], PyTuple_GET_ITEM(answer, 1));
     if (free_places(e, PyTuple_GET_ITEM(answer, 1)) < 0) return -1;
-    e->main.literals.numbers = e->numbers;
-    e->main.literals.nnumbers = e->nnumbers;
-    bool checked = e->main.checked;
-    if (thx_program_lower(x, &e->main, false) < 0) return -1;
-    e->main.checked &= checked;
+    if (lower_anew(x, &e->main) < 0) return -1;
     e->placed = NULL;
     return thx_entry_place(x, e);
 }
@@ -351,11 +498,9 @@ static bool covers(const thx_entry *e, const thx_entry *like) {
 
 int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape) {
     comparison k = {.count = 0};
-    bool gradient = e->gradient != NULL;
-    bool same = gradient == (like->gradient != NULL) && !e->ask_in_backward && !e->expected && !e->effects.count &&
+    bool same = !e->gradient == !like->gradient && !e->ask_in_backward && !e->expected && !e->effects.count &&
                 same_writes(like, e) && same_result(&like->result, &e->result) && same_roots(x, like, e) &&
-                (gradient ? same_program(&k, like->captured, e->captured) && !k.count
-                          : same_program(&k, like->main.t, e->main.t));
+                same_entries(x, &k, like, e);
     int rc = 0;
     if (same && k.count) {
         PyObject *answer = ask_tape(e, like, tape, &k);
@@ -405,17 +550,16 @@ int thx_numbers_folded(const thx_recorder *r, const th_trace *t, th_node n) {
 
 /* ---- running ---- */
 
-PyObject *thx_numbers_fill(const thx_entry *e, const thx_leaves *leaves, th_slot *slots) {
+PyObject *thx_numbers_values(const thx_entry *e, const thx_leaves *leaves) {
     PyObject *floats[THX_MAX_NUMBERS];
-    uint32_t n = e->nfloats + e->nplaces;
+    uint32_t n = e->nfloats;
     for (uint32_t i = 0; i < e->nfloats; i++) floats[i] = e->free_floats >> i & 1 ? leaves->numbers[i] : Py_None;
     for (uint32_t i = 0; i < e->nplaces; i++) {
+        if (!is_float(&e->places[i])) continue;
         PyObject *now = e->places[i].any ? thx_number_at(e->places[i].owner, e->places[i].key) : Py_None;
         if (!now || (e->places[i].any && !PyFloat_CheckExact(now)))
             return PyErr_Format(PyExc_RuntimeError, "a float that the program reads is gone");
-        floats[e->nfloats + i] = now;
+        floats[n++] = now;
     }
-    PyObject *found = PyObject_Vectorcall(e->formula, floats, n, NULL);
-    for (uint32_t i = 0; found && i < e->nnumbers; i++) slots[i] = (th_slot){.object = PyTuple_GET_ITEM(found, i)};
-    return found; /* it holds the numbers */
+    return PyObject_Vectorcall(e->formula, floats, n, NULL);
 }

@@ -23,8 +23,14 @@ int thx_program_lower(thx *x, thx_program *p, bool plain) {
 void thx_program_fini(thx_program *p) {
     th_plan_free(p->plan);
     PyMem_Free(p->slot_of);
+    PyMem_Free(p->literals.numbers);
     th_trace_free(p->t);
     *p = (thx_program){0};
+}
+
+void thx_literals_fill(const thx_program *p, PyObject *values, th_slot *slots) {
+    for (uint32_t i = 0; i < p->literals.nnumbers; i++)
+        slots[p->t->ninputs + i] = (th_slot){.object = PyTuple_GET_ITEM(values, p->literals.numbers[i].from)};
 }
 
 uint32_t thx_program_result(const thx_program *p, uint32_t n) {

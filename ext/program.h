@@ -23,6 +23,8 @@ enum { THX_SLOTS_ON_STACK = 192 };
 /* plain: builtins only, which trust no predicted strides and let torch's autograd see what they do. */
 int thx_program_lower(thx *x, thx_program *p, bool plain);
 void thx_program_fini(thx_program *p);
+/* Literals that are others at each run: `values` is a tuple, which holds them until the run has ended. */
+void thx_literals_fill(const thx_program *p, PyObject *values, th_slot *slots);
 /* The slots from the roots on are cleared here. 0 with results in the slots; -1 with an exception, everything released;
  * 1: predicted strides were wrong, the program was lowered anew: fill new slots and start over. */
 int thx_program_run(thx *x, thx_program *p, th_slot *slots);

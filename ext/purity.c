@@ -359,8 +359,9 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
         Py_DECREF(code);
         return -1;
     }
-    /* torch.save and torch.load: from C they write and read what the profiler does not see. */
-    bool file = fresh && names(code->co_filename, "/torch/serialization.py");
+    /* torch.save and torch.load: from C they write and read what the profiler does not see. Modules of torch that an
+     * operation imports only register their classes there. */
+    bool file = fresh && names(code->co_filename, "/torch/serialization.py") && !in_an_import(frame);
     bool environment = (PyObject *)code == r->x->read_environment;
     bool memo = r->reached && thx_guards_memoizes(r->reached, (PyObject *)code);
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&

@@ -28,40 +28,28 @@ static th_val plus(th__backward *b, th_val x, double term) {
 static th_val g_of(const th__backward *b) { return b->tangents[0]; }
 static th_val out_of(const th__backward *b) { return b->outs[0]; }
 
-/* A number that scales one operand of a sum: 1 when absent. */
-static th_status alpha_of(const th__backward *b, double *alpha) {
+/* The gradient of an operand of a sum that a number may scale: by 1, -1 or `alpha`, or by minus that. */
+static th_val scaled(th__backward *b, th_val g, bool by_alpha, bool minus) {
     const th_node_data *d = &b->e.t->nodes[arg(b, 2)];
-    *alpha = 1;
-    if (d->kind == TH_N_ABSENT) return TH_OK;
-    DECLINE_IF(d->kind != TH_N_INT && d->kind != TH_N_FLOAT);
-    *alpha = d->kind == TH_N_INT ? (double)d->u.i : d->u.f;
+    double alpha = d->kind == TH_N_ABSENT ? 1 : d->kind == TH_N_INT ? (double)d->u.i : d->u.f;
+    if (by_alpha && alpha == -1) return minus ? g : times(b, g, -1);
+    if (by_alpha && alpha != 1) g = emit2(b, "torch.mul", th__node_of(b, g), arg(b, 2));
+    return minus ? times(b, g, -1) : g;
+}
+
+static th_status sum_of(th__backward *b, uint32_t scaled_one, uint32_t minus_one) {
+    const th_node_data *d = &b->e.t->nodes[arg(b, 2)];
+    DECLINE_IF(d->kind != TH_N_ABSENT && d->kind != TH_N_INT && d->kind != TH_N_FLOAT);
+    for (uint32_t i = 0; i < 2; i++) {
+        th_val x = th__use(b, i);
+        if (th__wants(b, x)) th__give(b, x, scaled(b, g_of(b), i == scaled_one, i == minus_one));
+    }
     return TH_OK;
 }
 
-static th_status sum_of(th__backward *b, double first, double second) {
-    th_val x = th__use(b, 0), y = th__use(b, 1), g = g_of(b);
-    if (th__wants(b, x)) th__give(b, x, first == 1 ? g : times(b, g, first));
-    if (th__wants(b, y)) th__give(b, y, second == 1 ? g : times(b, g, second));
-    return TH_OK;
-}
-
-TH_GRAD(add) {
-    double alpha;
-    TRY(alpha_of(b, &alpha));
-    return sum_of(b, 1, alpha);
-}
-
-TH_GRAD(sub) {
-    double alpha;
-    TRY(alpha_of(b, &alpha));
-    return sum_of(b, 1, -alpha);
-}
-
-TH_GRAD(rsub) {
-    double alpha;
-    TRY(alpha_of(b, &alpha));
-    return sum_of(b, -alpha, 1);
-}
+TH_GRAD(add) { return sum_of(b, 1, 2); }
+TH_GRAD(sub) { return sum_of(b, 1, 1); }
+TH_GRAD(rsub) { return sum_of(b, 0, 0); }
 
 TH_GRAD(mul) {
     th_val x = th__use(b, 0), y = th__use(b, 1);

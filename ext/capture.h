@@ -147,6 +147,10 @@ bool thx_under_functorch(thx *x);
 /* ---- custom.c: torch.autograd.Function ---- */
 int thx_custom_init(thx *x, PyObject *module);
 PyObject *thx_custom_class(thx *x, PyObject *callee); /* whose apply a recorded callee is: borrowed; NULL: none's */
+/* State that the methods of such a class can reach. */
+struct thx_guards *thx_custom_state(thx *x, PyObject *cls);
+/* Put it back as it was. -1 with an exception: its backward has changed it. */
+int thx_custom_check(thx *x, struct thx_guards *state);
 int thx_custom_enter(thx *x);
 void thx_custom_leave(thx *x);
 /* ---- operator.c: calls of a user's operators ---- */

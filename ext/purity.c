@@ -360,13 +360,13 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
         return -1;
     }
     /* torch.save and torch.load: from C they write and read what the profiler does not see. */
-    bool file = fresh && names(code->co_filename, "/torch/serialization.py");
+    bool file = fresh && names(code->co_filename, "/torch/serialization.py") && !in_an_import(frame);
     bool environment = (PyObject *)code == r->x->read_environment;
     bool memo = r->reached && thx_guards_memoizes(r->reached, (PyObject *)code);
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
     Py_DECREF(code); /* the frame holds it */
-    if (bound && !r->x->applying && !r->depth && thx_grad_mode(r->x) == 1)
+    if (bound && !r->x->applying && !r->depth && !r->deriving && thx_grad_mode(r->x) == 1)
         return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
                                  "its backward would not be seen", "write Function.apply(...) where it is called");
     if (memo) return refuse_filling(r);
@@ -377,7 +377,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
 
 static int on_event(PyObject *recorder, PyFrameObject *frame, int what, PyObject *arg) {
     thx_recorder *r = (thx_recorder *)recorder;
-    if (r->x->active != recorder || r->deriving) return 0;
+    if (r->x->active != recorder) return 0;
     if (what == PyTrace_C_CALL) return check_c_call(r, frame, arg);
     return what == PyTrace_CALL ? check_call(r, frame) : 0;
 }

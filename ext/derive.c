@@ -477,6 +477,12 @@ static void leave(thx *x, around *a) { /* keeps a pending exception */
 
 /* The backward of the user's autograd.Function runs here once for all calls: like a captured function it may not print
  * and the like, and may not change what is there already. */
+static bool writes_outside(const thx_recorder *r) { /* to a tensor that is neither an argument nor its own */
+    bool found = false;
+    for (uint32_t i = 0; i < r->nroots && !found; i++) found = th__is_written(r->t, r->roots[i].value, r->t->nops);
+    return found;
+}
+
 static int run_users_backward(derivation *d, thx_guards *state, uint64_t *out_grad) {
     thx_purity purity;
     if (!state) return run_backward(d, out_grad);
@@ -487,6 +493,10 @@ static int run_users_backward(derivation *d, thx_guards *state, uint64_t *out_gr
     PyErr_Fetch(&type, &value, &trace);
     thx_purity_end(d->r, &purity);
     int unchanged = thx_custom_check(d->x, state);
+    if (rc == 0 && unchanged == 0 && writes_outside(d->r)) {
+        PyErr_SetString(PyExc_RuntimeError, "its backward writes to a tensor that was there before");
+        unchanged = -1;
+    }
     if (rc == 0 && unchanged == 0 && d->r->error) PyErr_SetObject(d->x->CaptureError, d->r->error);
     if (rc < 0)
         PyErr_Restore(type, value, trace);

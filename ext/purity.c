@@ -34,6 +34,7 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          "a weak reference",
                                          "a lazily conjugated or negated tensor",
                                          THX_TENSOR_ATTRIBUTE,
+                                         "a result of type generator",
                                          NULL};
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);

@@ -59,6 +59,39 @@ static PyObject *bytes_of(PyObject *o) {
     return bytes;
 }
 
+/* Is part of the object's buffer in these bytes of memory? */
+static bool lies_in(PyObject *o, const char *from, size_t bytes) {
+    Py_buffer b;
+    if (PyObject_GetBuffer(o, &b, PyBUF_STRIDED_RO) < 0) return PyErr_Clear(), false;
+    const char *low = b.buf, *high = low + b.itemsize;
+    for (int i = 0; i < b.ndim && b.len; i++) {
+        Py_ssize_t span = (b.shape[i] - 1) * b.strides[i];
+        *(span < 0 ? &low : &high) += span;
+    }
+    bool found = b.len && low < from + bytes && from < high;
+    PyBuffer_Release(&b);
+    return found;
+}
+
+bool thx_guards_shares_buffer(thx *x, const thx_guards *g, PyObject *tensor) {
+    const char *base = NULL;
+    Py_ssize_t bytes = -1;
+    for (uint32_t i = 0; i < g->others.count; i++) {
+        if (g->others.items[i].kind != WATCH_BUFFER) continue;
+        if (!base && (base = thx_storage_base(x, tensor))) {
+            PyObject *storage = PyObject_CallMethod(tensor, "untyped_storage", NULL);
+            PyObject *size = storage ? PyObject_CallMethod(storage, "nbytes", NULL) : NULL;
+            bytes = size ? PyLong_AsSsize_t(size) : -1;
+            PyErr_Clear();
+            Py_XDECREF(size);
+            Py_XDECREF(storage);
+        }
+        if (!base || bytes < 0) return false;
+        if (lies_in(g->others.items[i].object, base, (size_t)bytes)) return true;
+    }
+    return false;
+}
+
 static PyObject *read_slot(PyObject *o, PyObject *name) {
     PyObject *value = PyObject_GetAttr(o, name);
     if (value) return value;

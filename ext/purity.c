@@ -35,6 +35,7 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          "a lazily conjugated or negated tensor",
                                          THX_TENSOR_ATTRIBUTE,
                                          "a result of type generator",
+                                         THX_SHARED_ARRAY,
                                          NULL};
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);

@@ -308,7 +308,8 @@ static int refuse_appeared(compile *k) {
         const thx_root *root = &k->r->roots[i];
         if (k->r->reached && th__is_written(t, root->value, t->nops) &&
             thx_guards_shares_buffer(k->x, k->r->reached, root->real))
-            return thx_capture_error(k->r, THX_SHARED_ARRAY, "a write to the tensor does not reach it during the capture",
+            return thx_capture_error(k->r, THX_SHARED_ARRAY,
+                                     "a write to the tensor does not reach it during the capture",
                                      "copy the array, torch.tensor(array)");
         if (!appeared(k->r, root)) continue;
         const th_value *v = &t->values[root->value];

@@ -498,8 +498,7 @@ static int run_users_backward(derivation *d, thx_guards *state, uint64_t *out_gr
         unchanged = -1;
     }
     if (rc == 0 && unchanged == 0 && d->r->error) PyErr_SetObject(d->x->CaptureError, d->r->error);
-    if (rc < 0)
-        PyErr_Restore(type, value, trace);
+    if (rc < 0) PyErr_Restore(type, value, trace);
     return rc < 0 || unchanged < 0 || d->r->error ? -1 : 0;
 }
 

@@ -286,6 +286,20 @@ static bool is_plain_list(thx *x, PyObject *o) {
     return plain;
 }
 
+/* Is it an object of a class of another library's, put there: torch.relu = Mock()? */
+static bool is_strange(thx *x, PyObject *module, PyObject *o) {
+    PyTypeObject *type = Py_TYPE(o);
+    bool plain = !(type->tp_flags & Py_TPFLAGS_HEAPTYPE) || PyType_Check(o) || thx_is_tensor(x, o);
+    const char *name = plain ? NULL : PyModule_GetName(module);
+    PyObject *where = name ? PyObject_GetAttr((PyObject *)type, x->n.module) : NULL;
+    const char *its = where && PyUnicode_Check(where) ? PyUnicode_AsUTF8(where) : NULL;
+    size_t length = name ? strcspn(name, ".") : 0;
+    bool strange = its && (strcspn(its, ".") != length || strncmp(its, name, length) != 0);
+    PyErr_Clear();
+    Py_XDECREF(where);
+    return strange;
+}
+
 /* A function that is the user's own, or a method or a partial of one: put in the place of a library's. */
 static bool is_users_function(thx *x, PyObject *o) {
     if (PyMethod_Check(o)) o = PyMethod_GET_FUNCTION(o);
@@ -304,7 +318,8 @@ static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, 
         if (PyErr_Occurred()) return -1;
         if (!scope || PyDict_Contains(scope->copy, name) == 1) continue;
         if (PyDict_SetItem(scope->copy, name, value) < 0) return -1;
-        if ((is_plain_list(w->x, value) || is_users_function(w->x, value)) && walk(w, value, depth) < 0) return -1;
+        bool theirs = is_users_function(w->x, value) || is_strange(w->x, module, value);
+        if ((theirs || is_plain_list(w->x, value)) && walk(w, value, depth) < 0) return -1;
         if (PyModule_Check(value) && watch_library_names(w, value, code, depth + 1) < 0) return -1;
     }
     return 0;

@@ -59,37 +59,24 @@ static PyObject *bytes_of(PyObject *o) {
     return bytes;
 }
 
-/* Is part of the object's buffer in these bytes of memory? */
-static bool lies_in(PyObject *o, const char *from, size_t bytes) {
+bool thx_buffer_in(PyObject *o, const thx_memory *memory) {
     Py_buffer b;
-    if (PyObject_GetBuffer(o, &b, PyBUF_STRIDED_RO) < 0) return PyErr_Clear(), false;
+    if (!memory->bytes || PyObject_GetBuffer(o, &b, PyBUF_STRIDED_RO) < 0) return PyErr_Clear(), false;
     const char *low = b.buf, *high = low + b.itemsize;
     for (int i = 0; i < b.ndim && b.len; i++) {
         Py_ssize_t span = (b.shape[i] - 1) * b.strides[i];
         *(span < 0 ? &low : &high) += span;
     }
-    bool found = b.len && low < from + bytes && from < high;
+    bool found = b.len && low < memory->from + memory->bytes && memory->from < high;
     PyBuffer_Release(&b);
     return found;
 }
 
-bool thx_guards_shares_buffer(thx *x, const thx_guards *g, PyObject *tensor) {
-    const char *base = NULL;
-    Py_ssize_t bytes = -1;
-    for (uint32_t i = 0; i < g->others.count; i++) {
-        if (g->others.items[i].kind != WATCH_BUFFER) continue;
-        if (!base && (base = thx_storage_base(x, tensor))) {
-            PyObject *storage = PyObject_CallMethod(tensor, "untyped_storage", NULL);
-            PyObject *size = storage ? PyObject_CallMethod(storage, "nbytes", NULL) : NULL;
-            bytes = size ? PyLong_AsSsize_t(size) : -1;
-            PyErr_Clear();
-            Py_XDECREF(size);
-            Py_XDECREF(storage);
-        }
-        if (!base || bytes < 0) return false;
-        if (lies_in(g->others.items[i].object, base, (size_t)bytes)) return true;
-    }
-    return false;
+bool thx_guards_buffer_in(const thx_guards *g, const thx_memory *memory) {
+    bool found = false;
+    for (uint32_t i = 0; i < g->others.count && !found; i++)
+        found = g->others.items[i].kind == WATCH_BUFFER && thx_buffer_in(g->others.items[i].object, memory);
+    return found;
 }
 
 static PyObject *read_slot(PyObject *o, PyObject *name) {

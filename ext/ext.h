@@ -153,8 +153,8 @@ PyObject *thx_enter(thx *x, PyObject *make);
 void thx_leave(thx *x, PyObject *manager);
 PyObject *thx_empty_strided(thx *x, const th_type *type, PyObject *device); /* laid out as the type says */
 PyObject *thx_int_tuple(const int64_t *items, uint32_t n);
-int thx_needs_grad(thx *x, PyObject *tensor);     /* 0, 1, -1 where it does not say; no exception */
-int thx_grad_mode(thx *x);                        /* 0, 1, -1 with an exception */
+int thx_needs_grad(thx *x, PyObject *tensor); /* 0, 1, -1 where it does not say; no exception */
+int thx_grad_mode(thx *x);                    /* 0, 1, -1 with an exception */
 typedef struct thx_memory {
     const char *from;
     size_t bytes; /* 0: none, or none that is known */

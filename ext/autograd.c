@@ -130,6 +130,17 @@ static PyObject *result_view(thx *x, th_slot *slot, PyObject *input) {
     return view;
 }
 
+/* A result that shares memory with another one, as one of several views: torch refuses to write to it where gradients
+ * are computed, since the other's gradient would not know. */
+static PyObject *result_aliased(thx *x, th_slot *slot) {
+    PyObject *o = result_object(x, slot), *view = o ? PyObject_CallMethod(o, "view_as", "O", o) : NULL;
+    if (!view) return NULL;
+    thx_slot_drop(x, slot);
+    slot->object = view;
+    slot->owns_object = true;
+    return view;
+}
+
 /* Values that torch keeps: a tuple in the order of the saved ones. */
 static PyObject *shown_tuple(thx *x, const pending *p, thx_forward *f) {
     const thx_gradient *g = p->g;
@@ -193,7 +204,9 @@ static PyObject *forward(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     PyObject *outs = PyTuple_New(g->ntangents);
     for (uint32_t i = 0; outs && i < g->ntangents; i++) {
         th_slot *slot = result_slot(f, g->tangent_of[i]);
-        PyObject *o = g->base_of[i] < 0 ? result_object(x, slot) : result_view(x, slot, f->slots[g->base_of[i]].object);
+        PyObject *o = g->base_of[i] >= 0 ? result_view(x, slot, f->slots[g->base_of[i]].object)
+                      : g->aliased[i]    ? result_aliased(x, slot)
+                                         : result_object(x, slot);
         if (!o)
             Py_CLEAR(outs);
         else

@@ -30,6 +30,7 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     uint32_t nwrt, *wrt;       /* inputs of the call that require grad */
     uint32_t ntangents, *tangent_of;
     int32_t *base_of;            /* by result that has a gradient: the input whose memory it lies in; -1: none */
+    bool *aliased;               /* by result that has a gradient: another such result lies in its memory too */
     bool *shared;                /* by input that requires grad: its gradient lies in the memory of one before it */
     uint32_t nmutated, *mutated; /* inputs that take new contents under autograd; these are the last results */
     uint32_t nkept, *kept;       /* results that retain their gradients */

@@ -129,6 +129,7 @@ PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn v
 #define THX_TENSOR_ATTRIBUTE "an attribute of a tensor"
 #define THX_OBJECT_IN_C      "an object that C code implements"
 #define THX_APPEARED         "a tensor that torch's functions did not make"
+#define THX_SHARED_ARRAY     "an array that shares the memory of a tensor"
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
 int thx_refuse_lazy(thx_recorder *r); /* a tensor that shows other values than it holds: CaptureError; -1 */
 void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
@@ -147,6 +148,10 @@ bool thx_under_functorch(thx *x);
 /* ---- custom.c: torch.autograd.Function ---- */
 int thx_custom_init(thx *x, PyObject *module);
 PyObject *thx_custom_class(thx *x, PyObject *callee); /* whose apply a recorded callee is: borrowed; NULL: none's */
+/* State that the methods of such a class can reach. */
+struct thx_guards *thx_custom_state(thx *x, PyObject *cls);
+/* Put it back as it was. -1 with an exception: its backward has changed it. */
+int thx_custom_check(thx *x, struct thx_guards *state);
 int thx_custom_enter(thx *x);
 void thx_custom_leave(thx *x);
 /* ---- operator.c: calls of a user's operators ---- */

@@ -301,11 +301,24 @@ static bool appeared(const thx_recorder *r, const thx_root *root) {
     return !known;
 }
 
+/* Does an array that the code can read lie in the same memory? */
+static bool shares_array(const compile *k, const thx_root *root) {
+    const thx_memory memory = thx_storage_memory(k->x, root->real);
+    bool found = k->r->reached && thx_guards_buffer_in(k->r->reached, &memory);
+    for (uint32_t i = 0; i < k->e->nargs && !found; i++)
+        found = thx_spec_buffer_in(&k->e->args[i], k->call->args[i], &memory);
+    return found;
+}
+
 /* Each call of the original has another one of these, or writes to the array; that of the trace is always the same. */
 static int refuse_appeared(compile *k) {
     const th_trace *t = k->r->t;
     for (uint32_t i = 0; i < k->r->nroots; i++) {
         const thx_root *root = &k->r->roots[i];
+        if (th__is_written(t, root->value, t->nops) && shares_array(k, root))
+            return thx_capture_error(k->r, THX_SHARED_ARRAY,
+                                     "a write to the tensor does not reach it during the capture",
+                                     "copy the array, torch.tensor(array)");
         if (!appeared(k->r, root)) continue;
         const th_value *v = &t->values[root->value];
         bool leaves = thx_random_is_state(k->r, root->real);

@@ -218,6 +218,19 @@ void *thx_storage_base(thx *x, PyObject *tensor) {
     return data;
 }
 
+thx_memory thx_storage_memory(thx *x, PyObject *tensor) {
+    PyObject *off = thx_enter(x, x->modes_off);
+    PyObject *storage = off ? PyObject_CallMethod(tensor, "untyped_storage", NULL) : NULL;
+    PyObject *size = storage ? PyObject_CallMethod(storage, "nbytes", NULL) : NULL;
+    Py_ssize_t bytes = size ? PyLong_AsSsize_t(size) : 0;
+    PyErr_Clear();
+    Py_XDECREF(size);
+    Py_XDECREF(storage);
+    if (off) thx_leave(x, off);
+    const char *from = thx_storage_base(x, tensor);
+    return (thx_memory){from, from && bytes > 0 ? (size_t)bytes : 0};
+}
+
 th_typeref thx_meta_type(thx *x, const thx_meta *m) {
     th_typeref type = th_type_tensor(x->ctx, m->dtype, m->device, (uint32_t)m->ndim, m->shape, m->stride,
                                      m->requires_grad ? TH_TYPE_REQUIRES_GRAD : 0);

@@ -7,6 +7,7 @@
  */
 #include "ambient.h"
 #include "capture.h"
+#include "guards.h"
 
 #include <string.h>
 
@@ -101,6 +102,25 @@ PyObject *thx_custom_class(thx *x, PyObject *callee) {
     Py_XDECREF(bound); /* the callee holds it */
     return cls;
 }
+
+struct thx_guards *thx_custom_state(thx *x, PyObject *cls) {
+    PyObject *roots = PyList_New(1);
+    if (!roots) return NULL;
+    PyList_SET_ITEM(roots, 0, Py_NewRef(cls));
+    thx_guards *state = thx_guards_new(x, roots);
+    Py_DECREF(roots);
+    return state;
+}
+
+static int refuse_change(void *user, PyObject *owner, PyObject *key, PyObject *before, PyObject *after) {
+    (void)user, (void)owner, (void)before, (void)after;
+    bool named = key && PyUnicode_Check(key);
+    PyErr_Format(PyExc_RuntimeError, "its backward changes state%s%V, and later calls would not do that again",
+                 named ? ", " : "", named ? key : NULL, "");
+    return -1;
+}
+
+int thx_custom_check(thx *x, thx_guards *state) { return thx_guards_restore(x, state, refuse_change, NULL); }
 
 static PyMethodDef methods[] = {{"apply", (PyCFunction)(void (*)(void))apply, METH_VARARGS | METH_KEYWORDS, NULL}};
 

@@ -10,6 +10,7 @@
 #include "derive.h"
 
 #include "capture.h"
+#include "guards.h"
 
 #include "passes/pass.h"
 
@@ -474,17 +475,54 @@ static void leave(thx *x, around *a) { /* keeps a pending exception */
 
 /* ---- all of it ---- */
 
+/* The backward of the user's autograd.Function runs here once for all calls: like a captured function it may not print
+ * and the like, and may not change what is there already. */
+static bool writes_outside(const thx_recorder *r) { /* to a tensor that is neither an argument nor its own */
+    bool found = false;
+    for (uint32_t i = 0; i < r->nroots && !found; i++) found = th__is_written(r->t, r->roots[i].value, r->t->nops);
+    return found;
+}
+
+static int run_users_backward(derivation *d, thx_guards *state, uint64_t *out_grad) {
+    thx_purity purity;
+    if (!state) return run_backward(d, out_grad);
+    if (thx_guards_restore(d->x, state, NULL, NULL) < 0) return -1; /* the forward is done again at each call */
+    thx_purity_begin(d->r, &purity);
+    int rc = run_backward(d, out_grad);
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    thx_purity_end(d->r, &purity);
+    int unchanged = thx_custom_check(d->x, state);
+    if (rc == 0 && unchanged == 0 && writes_outside(d->r)) {
+        PyErr_SetString(PyExc_RuntimeError, "its backward writes to a tensor that was there before");
+        unchanged = -1;
+    }
+    if (rc == 0 && unchanged == 0 && d->r->error) PyErr_SetObject(d->x->CaptureError, d->r->error);
+    if (rc < 0) PyErr_Restore(type, value, trace);
+    return rc < 0 || unchanged < 0 || d->r->error ? -1 : 0;
+}
+
+static thx_guards *users_state(thx *x, const th_rule_request *q, int *rc) {
+    PyObject *callee = q->op->callee_opaque ? thx_callable(x, q->t, q->op) : NULL;
+    PyObject *cls = callee ? thx_custom_class(x, callee) : NULL;
+    thx_guards *state = cls ? thx_custom_state(x, cls) : NULL;
+    *rc = cls && !state ? -1 : 0;
+    return state;
+}
+
 static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
     derivation d = {.x = x, .q = q, .r = thx_recorder_new(x, NULL)};
     around a = {0};
     if (!d.r) return -1;
     d.r->deriving = true;
-    int rc = make_inputs(&d);
+    int rc = 0;
+    thx_guards *state = users_state(x, q, &rc);
+    if (rc == 0) rc = make_inputs(&d);
     if (rc == 0) {
         rc = enter(x, &d, &a);
         if (rc == 0) rc = run_forward(&d);
         d.r->late = true;
-        if (rc == 0) rc = run_backward(&d, &out->rule.out_grad);
+        if (rc == 0) rc = run_users_backward(&d, state, &out->rule.out_grad);
         leave(x, &a);
     }
     if (rc == 0) rc = set_result(&d);
@@ -502,6 +540,7 @@ static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
         out->rule.nouts = q->nouts;
         d.r->t = NULL;
     }
+    if (state) thx_guards_free(x, state);
     Py_XDECREF(d.outs);
     Py_XDECREF(d.inputs);
     Py_XDECREF(d.roots);

@@ -153,8 +153,14 @@ PyObject *thx_enter(thx *x, PyObject *make);
 void thx_leave(thx *x, PyObject *manager);
 PyObject *thx_empty_strided(thx *x, const th_type *type, PyObject *device); /* laid out as the type says */
 PyObject *thx_int_tuple(const int64_t *items, uint32_t n);
-int thx_needs_grad(thx *x, PyObject *tensor);     /* 0, 1, -1 where it does not say; no exception */
-int thx_grad_mode(thx *x);                        /* 0, 1, -1 with an exception */
+int thx_needs_grad(thx *x, PyObject *tensor); /* 0, 1, -1 where it does not say; no exception */
+int thx_grad_mode(thx *x);                    /* 0, 1, -1 with an exception */
+typedef struct thx_memory {
+    const char *from;
+    size_t bytes; /* 0: none, or none that is known */
+} thx_memory;
+thx_memory thx_storage_memory(thx *x, PyObject *tensor);
+bool thx_buffer_in(PyObject *o, const thx_memory *memory); /* part of what an array or the like shows */
 void *thx_storage_base(thx *x, PyObject *tensor); /* equal for real tensors that share storage; NULL: no memory */
 th_dev thx_device_ref(thx *x, PyObject *device);
 PyObject *thx_device_object(thx *x, th_dev device);

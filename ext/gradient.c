@@ -8,6 +8,7 @@
 
 #include "ir/ir.h"
 #include "passes/pass.h"
+#include "passes/view.h"
 
 #include <string.h>
 
@@ -20,6 +21,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->wrt);
     PyMem_Free(g->tangent_of);
     PyMem_Free(g->base_of);
+    PyMem_Free(g->aliased);
     PyMem_Free(g->shared);
     PyMem_Free(g->mutated);
     PyMem_Free(g->kept);
@@ -92,6 +94,8 @@ int thx_find_shared(const thx_gradient *g, th_trace *t, bool **shared) {
     return 0;
 }
 
+static th_dtype dtype_of(const th_trace *t, th_val v) { return th_type_get(t->ctx, t->values[v].type)->dtype; }
+
 /* Results that lie in the memory of an input that requires grad. */
 static int find_bases(thx_gradient *g, const th_trace *forward) {
     const th_node_data *result = &forward->nodes[forward->result];
@@ -103,12 +107,31 @@ static int find_bases(thx_gradient *g, const th_trace *forward) {
         g->base_of[i] = -1;
         for (uint32_t k = 0; value->alias && k < forward->ninputs && g->base_of[i] < 0; k++) {
             const th_value *input = &forward->values[forward->inputs[k]];
-            bool dtype = th_type_get(forward->ctx, input->type)->dtype == th_type_get(forward->ctx, value->type)->dtype;
+            bool dtype = dtype_of(forward, forward->inputs[k]) == dtype_of(forward, v);
             bool wanted = index_of(g->wrt, g->nwrt, forward->inputs[k]) != UINT32_MAX;
             bool written = th__is_written(forward, forward->inputs[k], forward->nops);
             for (uint32_t m = 0; m < g->nmutated && !written; m++) /* copied to after the call: values for now */
                 written = forward->values[g->mutated[m]].alias == value->alias;
             if (input->alias == value->alias && dtype && wanted && !written) g->base_of[i] = (int32_t)k;
+        }
+    }
+    return 0;
+}
+
+/* Results that share elements with another one. The same result twice is one object. */
+static int find_aliased(thx_gradient *g, const th_trace *forward) {
+    const th_node_data *result = &forward->nodes[forward->result];
+    g->aliased = PyMem_Calloc(g->ntangents + 1, sizeof *g->aliased);
+    if (!g->aliased) return PyErr_NoMemory(), -1;
+    for (uint32_t i = 0; i < g->ntangents; i++) {
+        th_val a = forward->nodes[forward->kids[result->u.kids + g->tangent_of[i]]].u.ref;
+        for (uint32_t k = 0; k < i && forward->values[a].alias; k++) {
+            th_val b = forward->nodes[forward->kids[result->u.kids + g->tangent_of[k]]].u.ref;
+            th__view va, vb;
+            if (a == b || forward->values[a].alias != forward->values[b].alias) continue;
+            bool apart = dtype_of(forward, a) == dtype_of(forward, b) && th__view_of(forward, a, &va) &&
+                         th__view_of(forward, b, &vb) && !th__views_overlap(&va, &vb);
+            if (!apart) g->aliased[i] = g->aliased[k] = true;
         }
     }
     return 0;
@@ -305,7 +328,7 @@ static int gradient_init(thx *x, thx_gradient *g, th_joint *joint, th_remat rema
     int rc = !g->kept || !g->derived || copy_numbers(&g->wrt, joint->wrt, g->nwrt) < 0 ||
                      copy_numbers(&g->mutated, joint->mutated, g->nmutated) < 0 ||
                      copy_numbers(&g->tangent_of, joint->tangent_of, g->ntangents) < 0 ||
-                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 ||
+                     describe_saved(g, f, &halves) < 0 || find_bases(g, f) < 0 || find_aliased(g, f) < 0 ||
                      thx_find_shared(g, g->backward.t, &g->shared) < 0 || find_dependences(g) < 0 ||
                      find_stale(g, f) < 0
                  ? -1

@@ -36,6 +36,8 @@ const char *thx_guards_iterator(const thx_guards *g);
 const char *thx_guards_weak(const thx_guards *g);
 /* The type of an object that the callable can reach and whose attributes cannot be watched; NULL: there is none. */
 const char *thx_guards_hidden(const thx_guards *g);
+/* Is an array that is watched in this memory? */
+bool thx_guards_buffer_in(const thx_guards *g, const thx_memory *memory);
 /* Was this generator of random numbers there before the callable ran? */
 bool thx_guards_holds_generator(const thx_guards *g, PyObject *generator);
 void thx_guards_forget(thx *x, thx_guards *g); /* from now on nothing is watched or kept alive */

@@ -251,15 +251,31 @@ static bool names(PyCodeObject *code, const char *name) {
     return false;
 }
 
-/* What code names of a module that it can reach. */
+static bool mentions(PyObject *code, bool (*such)(PyObject *name)) {
+    PyObject *names = ((PyCodeObject *)code)->co_names;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++)
+        if (such(PyTuple_GET_ITEM(names, i))) return true;
+    return false;
+}
+
+static bool asks_whether(PyObject *name) {
+    static const char *const all[] = {"getattr", "hasattr", "vars", "dir", "__dict__", "attrgetter", NULL};
+    for (int i = 0; all[i]; i++)
+        if (PyUnicode_CompareWithASCIIString(name, all[i]) == 0) return true;
+    return false;
+}
+
+/* What code names of a module that it can reach, there or not; getattr(config, "scale") names it by a constant. */
 static int walk_module_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
     if (!is_users_module(w->x, module)) return 0;
-    PyObject *dict = PyModule_GetDict(module);
+    PyObject *dict = PyModule_GetDict(module), *constants = code->co_consts;
     int rc = 0;
-    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++) {
-        PyObject *name = PyTuple_GET_ITEM(code->co_names, i);
-        if (PyDict_Contains(dict, name) == 1) rc = walk_name(w, dict, name, depth);
-    }
+    for (Py_ssize_t i = 0; rc == 0 && i < PyTuple_GET_SIZE(code->co_names); i++)
+        rc = walk_name(w, dict, PyTuple_GET_ITEM(code->co_names, i), depth);
+    bool asks = mentions((PyObject *)code, asks_whether);
+    for (Py_ssize_t i = 0; asks && rc == 0 && i < PyTuple_GET_SIZE(constants); i++)
+        if (PyUnicode_Check(PyTuple_GET_ITEM(constants, i)))
+            rc = walk_name(w, dict, PyTuple_GET_ITEM(constants, i), depth);
     return rc;
 }
 
@@ -270,8 +286,29 @@ static bool is_plain_list(thx *x, PyObject *o) {
     return plain;
 }
 
+/* Is it an object of a class of another library's, put there: torch.relu = Mock()? */
+static bool is_strange(thx *x, PyObject *module, PyObject *o) {
+    PyTypeObject *type = Py_TYPE(o);
+    bool plain = !(type->tp_flags & Py_TPFLAGS_HEAPTYPE) || PyType_Check(o) || thx_is_tensor(x, o);
+    const char *name = plain ? NULL : PyModule_GetName(module);
+    PyObject *where = name ? PyObject_GetAttr((PyObject *)type, x->n.module) : NULL;
+    const char *its = where && PyUnicode_Check(where) ? PyUnicode_AsUTF8(where) : NULL;
+    size_t length = name ? strcspn(name, ".") : 0;
+    bool strange = its && (strcspn(its, ".") != length || strncmp(its, name, length) != 0);
+    PyErr_Clear();
+    Py_XDECREF(where);
+    return strange;
+}
+
+/* A function that is the user's own, or a method or a partial of one: put in the place of a library's. */
+static bool is_users_function(thx *x, PyObject *o) {
+    if (PyMethod_Check(o)) o = PyMethod_GET_FUNCTION(o);
+    bool partial = strcmp(Py_TYPE(o)->tp_name, "functools.partial") == 0;
+    return partial || (PyFunction_Check(o) && thx_origin_of_code(x, PyFunction_GET_CODE(o)) == THX_USERS);
+}
+
 /* What code names of a library's module, torch.nn.functional.relu: that somebody may put another function there, not
- * what is inside, but for plain lists. */
+ * what is inside, but for plain lists and functions of the user's. */
 static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, int depth) {
     PyObject *dict =
         module && PyModule_Check(module) && !is_users_module(w->x, module) ? PyModule_GetDict(module) : NULL;
@@ -281,7 +318,8 @@ static int watch_library_names(walker *w, PyObject *module, PyCodeObject *code, 
         if (PyErr_Occurred()) return -1;
         if (!scope || PyDict_Contains(scope->copy, name) == 1) continue;
         if (PyDict_SetItem(scope->copy, name, value) < 0) return -1;
-        if (is_plain_list(w->x, value) && walk(w, value, depth) < 0) return -1;
+        bool theirs = is_users_function(w->x, value) || is_strange(w->x, module, value);
+        if ((theirs || is_plain_list(w->x, value)) && walk(w, value, depth) < 0) return -1;
         if (PyModule_Check(value) && watch_library_names(w, value, code, depth + 1) < 0) return -1;
     }
     return 0;
@@ -442,24 +480,10 @@ static int walk_module_dict(walker *w, PyObject *dict, int depth) {
     return walk_attributes(w, dict, depth);
 }
 
-static bool mentions(PyObject *code, bool (*such)(PyObject *name)) {
-    PyObject *names = ((PyCodeObject *)code)->co_names;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); i++)
-        if (such(PyTuple_GET_ITEM(names, i))) return true;
-    return false;
-}
-
 /* Did code run that names these hooks? Module.state_dict() does. */
 static bool saved(PyObject *codes) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(codes); i++)
         if (mentions(PyList_GET_ITEM(codes, i), is_for_saving)) return true;
-    return false;
-}
-
-static bool asks_whether(PyObject *name) {
-    static const char *const all[] = {"getattr", "hasattr", "vars", "dir", "__dict__", "attrgetter", NULL};
-    for (int i = 0; all[i]; i++)
-        if (PyUnicode_CompareWithASCIIString(name, all[i]) == 0) return true;
     return false;
 }
 
@@ -716,6 +740,12 @@ static int walk_tensor_attributes(walker *w, PyObject *tensor, int depth) {
     return rc;
 }
 
+/* What a method of an object in C is bound to: the list of `kept.append`. Borrowed, or NULL. */
+static PyObject *bound_to(PyObject *o) {
+    PyObject *self = PyCFunction_Check(o) ? PyCFunction_GET_SELF(o) : NULL;
+    return self && !PyModule_Check(self) && !PyType_Check(self) ? self : NULL;
+}
+
 static bool is_local(PyObject *o) {
     for (PyTypeObject *t = Py_TYPE(o); t; t = t->tp_base)
         if (strcmp(t->tp_name, "_thread._local") == 0) return true;
@@ -747,6 +777,7 @@ static int walk(walker *w, PyObject *o, int depth) {
         int fresh = depth > 64 ? 0 : first_visit(w, o);
         return fresh == 1 ? walk_dict(w, o, depth) : fresh;
     }
+    if (bound_to(o) && depth <= 64) return walk(w, bound_to(o), depth + 1);
     if (is_leaf(w->x, o) || depth > 64) return 0;
     if (PyType_Check(o)) {
         PyTypeObject *type = (PyTypeObject *)o;
@@ -820,6 +851,13 @@ static int walk_global_hooks(walker *w) {
     return rc;
 }
 
+static int walk_users_methods(walker *w, PyObject *dict) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);)
+        if (is_users_function(w->x, inside(value)) && walk(w, inside(value), 0) < 0) return -1;
+    return 0;
+}
+
 /* A callable, or an argument that is compared by identity. What a call of an object does is in its class. */
 static int walk_root(walker *w, PyObject *o) {
     int rc = walk(w, o, 0);
@@ -835,6 +873,7 @@ int thx_guards_collect(thx *x, thx_guards *g, PyObject *roots, PyObject *names) 
     walker w = {.x = x, .g = g, .names = names};
     int rc = walk_global_hooks(&w);
     if (rc == 0) rc = watch_items(&w, x->Tensor->tp_dict, 0, false, true); /* methods put in another's place */
+    if (rc == 0) rc = walk_users_methods(&w, x->Tensor->tp_dict);
     for (Py_ssize_t i = 0; rc == 0 && i < PyList_GET_SIZE(roots); i++) rc = walk_root(&w, PyList_GET_ITEM(roots, i));
     PyMem_Free(w.seen);
     return rc;

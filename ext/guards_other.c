@@ -59,6 +59,26 @@ static PyObject *bytes_of(PyObject *o) {
     return bytes;
 }
 
+bool thx_buffer_in(PyObject *o, const thx_memory *memory) {
+    Py_buffer b;
+    if (!memory->bytes || PyObject_GetBuffer(o, &b, PyBUF_STRIDED_RO) < 0) return PyErr_Clear(), false;
+    const char *low = b.buf, *high = low + b.itemsize;
+    for (int i = 0; i < b.ndim && b.len; i++) {
+        Py_ssize_t span = (b.shape[i] - 1) * b.strides[i];
+        *(span < 0 ? &low : &high) += span;
+    }
+    bool found = b.len && low < memory->from + memory->bytes && memory->from < high;
+    PyBuffer_Release(&b);
+    return found;
+}
+
+bool thx_guards_buffer_in(const thx_guards *g, const thx_memory *memory) {
+    bool found = false;
+    for (uint32_t i = 0; i < g->others.count && !found; i++)
+        found = g->others.items[i].kind == WATCH_BUFFER && thx_buffer_in(g->others.items[i].object, memory);
+    return found;
+}
+
 static PyObject *read_slot(PyObject *o, PyObject *name) {
     PyObject *value = PyObject_GetAttr(o, name);
     if (value) return value;

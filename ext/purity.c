@@ -34,6 +34,8 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          "a weak reference",
                                          "a lazily conjugated or negated tensor",
                                          THX_TENSOR_ATTRIBUTE,
+                                         "a result of type generator",
+                                         THX_SHARED_ARRAY,
                                          NULL};
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
@@ -367,7 +369,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
     Py_DECREF(code); /* the frame holds it */
-    if (bound && !r->x->applying && !r->depth && thx_grad_mode(r->x) == 1)
+    if (bound && !r->x->applying && !r->depth && !r->deriving && thx_grad_mode(r->x) == 1)
         return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
                                  "its backward would not be seen", "write Function.apply(...) where it is called");
     if (memo) return refuse_filling(r);
@@ -378,7 +380,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
 
 static int on_event(PyObject *recorder, PyFrameObject *frame, int what, PyObject *arg) {
     thx_recorder *r = (thx_recorder *)recorder;
-    if (r->x->active != recorder || r->deriving) return 0;
+    if (r->x->active != recorder) return 0;
     if (what == PyTrace_C_CALL) return check_c_call(r, frame, arg);
     return what == PyTrace_CALL ? check_call(r, frame) : 0;
 }

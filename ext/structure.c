@@ -524,6 +524,17 @@ bool thx_same_constant(PyObject *a, PyObject *b) {
     return plain && t == Py_TYPE(b) && match_const(&spec, b) == 1;
 }
 
+bool thx_spec_buffer_in(const thx_spec *s, PyObject *o, const thx_memory *memory) {
+    bool found = s->kind == THX_S_BUFFER && thx_buffer_in(o, memory);
+    for (uint32_t i = 0; i < s->nkids && !found; i++) {
+        PyObject *kid = thx_spec_part(s, o, i);
+        found = kid && thx_spec_buffer_in(&s->kids[i], kid, memory);
+        PyErr_Clear();
+        Py_XDECREF(kid);
+    }
+    return found;
+}
+
 bool thx_spec_buffers_unchanged(const thx_spec *s, PyObject *o) {
     if (s->kind == THX_S_BUFFER) return match_buffer(s, o) == 1;
     bool same = true;

@@ -87,6 +87,8 @@ int thx_result_init(struct thx_recorder *r, thx_spec *spec, PyObject *result, co
                     const thx_guards *guards, thx_leaves *leaves);
 PyObject *thx_result_build(thx *x, const thx_spec *spec, thx_leaf_fn leaf, void *user, const thx_inputs *inputs);
 
+/* Does an array or the like in `object`, which the spec describes, show part of that memory? */
+bool thx_spec_buffer_in(const thx_spec *spec, PyObject *object, const thx_memory *memory);
 /* Do arrays and the like in `fake`, built from spec, hold what they did? */
 bool thx_spec_buffers_unchanged(const thx_spec *spec, PyObject *fake);
 bool thx_same_constant(PyObject *a, PyObject *b); /* numbers, by their bits, and strings */

@@ -156,7 +156,8 @@ def _parameter_names(fn: Callable, count: int) -> list[str]:
 def _describe(place: str, value: Any, depth: int) -> Iterator[tuple[str, str]]:
     if isinstance(value, torch.Tensor):
         yield f"class of {place}", type(value).__name__
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # nested and wrapped ones have no such thing
+        quiet = torch._C.DisableTorchFunctionSubclass()  # a subclass may count what it is asked
+        with quiet, contextlib.suppress(RuntimeError, NotImplementedError):  # nested ones have no such thing
             yield f"dtype of {place}", str(value.dtype)
             yield f"device of {place}", str(value.device)
             yield f"requires_grad of {place}", str(value.requires_grad)

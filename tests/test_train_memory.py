@@ -31,7 +31,9 @@ def batch() -> torch.Tensor:
 
 def tensors_that_only_the_collector_frees(step) -> list[str]:
     """What kinds of objects holding a tensor `step()` leaves in reference cycles."""
-    gc.collect()
+    for _ in range(5):  # what the tests before left: finalizers make new garbage
+        if not gc.collect():
+            break
     kept = gc.get_debug()
     was_enabled = gc.isenabled()
     gc.disable()

@@ -96,6 +96,12 @@ void thx_entry_leave(thx_callable_object *c, thx_entry *e) {
     if (!--e->running && e->dropped) thx_entry_free(c->x, e);
 }
 
+/* Is it a program for any sizes, some of which it may turn out not to fit? */
+static bool may_misfit(const thx_entry *e) {
+    const thx_sizes *z = e->main.literals.sizes;
+    return z && !z->dry && !z->steady;
+}
+
 /* A kernel failed. What eager writes before that line is not written yet, and the code may catch the error: eager does
  * it, as long as nothing else has changed; otherwise the error stays, which names the line. */
 static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call) {
@@ -105,8 +111,7 @@ static PyObject *run_entry_or_raise(thx_callable_object *c, thx_entry *e, const 
     bool kernel = !result && e->main.failed && thx_entry_may_fail_in_eager(c, e);
     bool again = !result && (thx_entry_leaves(e) || kernel) && !c->needs_transform &&
                  PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(c->x->StaleProgram) &&
-                 !PyErr_ExceptionMatches(c->x->ValueChanged) &&
-                 (!e->main.literals.sizes || e->main.literals.sizes->dry) && thx_entry_is_untouched(e);
+                 !PyErr_ExceptionMatches(c->x->ValueChanged) && !may_misfit(e) && thx_entry_is_untouched(e);
     thx_entry_leave(c, e);
     if (!again) return result;
     PyErr_Clear();
@@ -310,8 +315,7 @@ static void settle(thx_callable_object *c, const thx_request *call) {
 /* A program for any sizes could not run: the call goes on without it, and raises what is to be raised. */
 static bool is_misfit(thx_entry *e, uint64_t number) {
     enum { MAX_MISFITS = 8 };
-    if (!e->main.literals.sizes || e->main.literals.sizes->dry || !PyErr_ExceptionMatches(PyExc_Exception))
-        return false;
+    if (!may_misfit(e) || !PyErr_ExceptionMatches(PyExc_Exception)) return false;
     PyErr_Clear();
     e->tried = number;
     if (++e->misfits >= MAX_MISFITS) e->dead = true;
@@ -402,7 +406,7 @@ static bool serve_by(thx_callable_object *c, thx_request *call, bool any_sizes, 
             continue;
         }
         if (c->timed) c->guard_ns += nanoseconds() - c->entered_ns;
-        if (any_sizes && thx_sizes_recur(x, e, &leaves)) {
+        if (any_sizes && !e->main.literals.sizes->steady && thx_sizes_recur(x, e, &leaves)) {
             call->exact = true;
             break;
         }

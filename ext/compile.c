@@ -801,7 +801,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     if (rc == 0) rc = run_passes(&k);
     if (rc == 0) k.e->ask_in_backward = k.e->gradient && asks_in_backward(k.r, k.e->captured);
     if (rc == 0 && k.sizes)
-        rc = k.ints ? thx_ints_end(x, k.e, k.other, k.sizes, k.tape)
+        rc = k.ints ? thx_ints_end(x, k.e, k.other, k.r, k.sizes, k.tape)
                     : thx_sizes_end(x, k.e, k.other, k.r, k.sizes, c->dynamic > 1);
     passed = now_ms();
     if (rc == 0) rc = lower(&k);

@@ -265,6 +265,7 @@ static int under_grad_mode(thx *x, const thx_entry *e, thx_forward *run) {
 
 static int run_filled(void *user, th_slot *slots) {
     const filling *f = user;
+    if (f->e->main.literals.sizes && !thx_sizes_start(f->x, f->e, f->leaves, slots + f->e->nroots)) return -1;
     return run_program(f->x, f->e, slots, f->call);
 }
 

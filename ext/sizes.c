@@ -390,19 +390,52 @@ static int free_all_ints(thx_entry *e) {
     return thx_places_keep(e);
 }
 
-int thx_ints_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *sizes, PyObject *tape) {
+static void put_former_numbers(const comparison *k, const thx_entry *e, const thx_entry *like) {
+    for (uint32_t i = 0; i < e->nargs; i++) former_ints(&like->args[i], &e->args[i], k);
+    for (uint32_t i = 0; i < e->nplaces; i++) put_former(k, e->nfloats + i, e->places[i].value);
+}
+
+/* What the code computes of numbers goes to Python's state alone (`self.steps += 1`), and arguments tell it. 1, 0, -1.
+ */
+static int compute_for_python(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes) {
+    thx_sizes *z = read_sizes(r, sizes, false);
+    th_slot *slots = z ? PyMem_Calloc(z->count + 1, sizeof *slots) : NULL;
+    if (!slots) {
+        PyMem_Free(z);
+        return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
+    }
+    comparison k = {like->captured, e->captured, z, slots, 0};
+    put_former_numbers(&k, e, like);
+    bool same = !e->expected;
+    for (uint32_t i = 0; i < z->count; i++) same &= z->terms[i].early && z->terms[i].op != THX_T_SIZE;
+    same = same && same_program(&k);
+    int rc = same ? note_varying(z, like->captured, e->captured, e->main.t) : 0;
+    if (rc == 0 && same) memset(z->varies, 0, e->main.t->nvalues * sizeof *z->varies);
+    PyMem_Free(slots);
+    if (rc == 0 && same) {
+        z->steady = true;
+        e->main.literals.sizes = z;
+        return 1;
+    }
+    thx_sizes_free(z);
+    return rc;
+}
+
+int thx_ints_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes, PyObject *tape) {
     PyObject *terms = PyObject_GetAttrString(sizes, "terms");
     const th_trace *t = e->captured;
     uint32_t floats = 0;
     for (uint32_t i = 0; i < e->nplaces; i++) floats += PyFloat_CheckExact(e->places[i].value);
-    bool used =
-        !terms || PyList_GET_SIZE(terms) > (Py_ssize_t)(e->nfloats + e->nplaces - floats) || holds_extent(&e->result);
+    bool computed =
+        terms && (PyList_GET_SIZE(terms) > (Py_ssize_t)(e->nfloats + e->nplaces - floats) || holds_extent(&e->result));
+    bool used = !terms || e->ask_in_backward || (computed && floats);
     for (th_opref o = 1; o < t->nops && !used; o++)
         used = th_node_has_extent(t, t->ops[o].args) || th_node_has_extent(t, t->ops[o].kwargs);
     Py_XDECREF(terms);
-    used |= e->ask_in_backward;
     if (!used && floats) used = thx_floats_unseen(e, like, tape) != 1;
-    if (!used) return free_all_ints(e);
+    int rc = !used && computed ? compute_for_python(x, e, like, r, sizes) : 1;
+    if (rc < 0) return -1;
+    if (!used && rc) return free_all_ints(e);
     if (!PyErr_Occurred()) PyErr_SetString(x->SizesChanged, "the program computes with a number that changes");
     return -1;
 }
@@ -415,8 +448,7 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
         return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
     }
     comparison k = {like->captured, e->captured, z, slots, 0};
-    for (uint32_t i = 0; i < e->nargs; i++) former_ints(&like->args[i], &e->args[i], &k);
-    for (uint32_t i = 0; i < e->nplaces; i++) put_former(&k, e->nfloats + i, e->places[i].value);
+    put_former_numbers(&k, e, like);
     const char *why = e->expected               ? "values of tensors steer the program"
                       : e->gradient             ? "the program computes gradients"
                       : acts_outside(e->main.t) ? "the program acts outside of tensors"

@@ -23,6 +23,7 @@ typedef struct thx_sizes {
     uint32_t count;
     thx_dry *dry;  /* the program cannot begin anew: whether it holds is found out before; or NULL (owned) */
     bool trusting; /* the caller guarantees that sizes decide nothing: conditions do not count */
+    bool steady;   /* no operation depends on them, only what the program writes to Python's state: it fits always */
     bool *varies;  /* by value of the final trace: its sizes or strides are others for other sizes; owned */
     thx_term terms[];
 } thx_sizes;
@@ -103,8 +104,9 @@ struct thx_callable_object;
  * *ints: they alone differ, in a program that could not be made for any sizes (it computes gradients, say): it is one
  * for any of them if it has no use for them. */
 int thx_sizes_begin(struct thx_callable_object *c, struct thx_entry *e, struct thx_entry **like, bool *ints);
-/* After a capture that followed numbers alone: the program has no use for them. */
-int thx_ints_end(thx *x, struct thx_entry *e, const struct thx_entry *like, PyObject *sizes, PyObject *tape);
+/* After a capture that followed numbers alone: no operation of the program has a use for them. */
+int thx_ints_end(thx *x, struct thx_entry *e, const struct thx_entry *like, const thx_recorder *r, PyObject *sizes,
+                 PyObject *tape);
 /* Before the passes: operations that sizes change are marked. like: the capture with other sizes. -1 with SizesChanged.
  */
 int thx_sizes_mark(thx *x, th_trace *t, const th_trace *like);

@@ -168,3 +168,80 @@ import torch.distributed.tensor
 def test_modules_that_torch_imports_within_a_capture():
     done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ---- ints that the code counts in ----
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.dropout = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.3)
+        self.steps, self.seen = 0, {"rows": 0, "twice": 0}
+
+    def forward(self, x):
+        self.steps += 1
+        self.seen["rows"] += len(x)
+        self.seen["twice"] = self.steps * 2
+        return self.dropout(self.norm(self.layer(x)))
+
+
+class CountsToFour(Counts):
+    def forward(self, x):
+        if self.steps % 4 == 3:
+            x = x * 2
+        return super().forward(x)
+
+
+def state(module):
+    return (
+        module.steps,
+        module.seen,
+        module.norm.running_mean,
+        module.norm.num_batches_tracked,
+        module.layer.weight.grad,
+    )
+
+
+@pytest.mark.parametrize(("cls", "most"), [(Counts, 2), (CountsToFour, 8)])
+def test_a_training_step_that_counts(cls, most):
+    torch.manual_seed(0)
+    ours = cls().double()
+    theirs, compiled = copy.deepcopy(ours), thunder.jit(ours, recompile_limit=100)
+    for i in range(24):
+        x, losses = torch.randn(3, 4, dtype=torch.float64), []
+        for module, call in ((ours, compiled), (theirs, theirs)):
+            torch.manual_seed(i)
+            module.zero_grad()
+            losses.append(call(x).square().sum())
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(state(ours), state(theirs))
+    assert thunder.cache_misses(compiled) <= most
+
+
+def test_a_step_that_counts_and_fails():
+    ours = Counts().double()
+    theirs, compiled = copy.deepcopy(ours), thunder.jit(ours)
+    for i in range(12):
+        x = torch.randn(1 if i == 7 else 3, 4, dtype=torch.float64)  # batch norm wants more than one value per channel
+        for _, call in ((ours, compiled), (theirs, theirs)):
+            torch.manual_seed(i)
+            if i == 7:
+                with pytest.raises(ValueError, match="more than 1 value"):
+                    call(x)
+            else:
+                call(x).sum().backward()
+        torch.testing.assert_close(state(ours), state(theirs))
+
+
+def test_a_counter_that_outgrows_64_bits():
+    ours = Counts().double()
+    theirs, compiled = copy.deepcopy(ours), thunder.jit(ours)
+    for i in range(8):
+        for module, call in ((ours, compiled), (theirs, theirs)):
+            if i == 4:
+                module.steps = 2**62 - 1
+            torch.manual_seed(i)
+            call(torch.ones(3, 4, dtype=torch.float64)).sum().backward()
+        torch.testing.assert_close(state(ours), state(theirs))

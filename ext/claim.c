@@ -77,6 +77,12 @@ static PyObject *put(asking *a, const char *method, const th_trace *t, const th_
     return answer;
 }
 
+static int decline(const asking *a, const th_trace *t, const th_op *op, Py_ssize_t i, const char *reason) { /* 0, -1 */
+    PyObject *done = PyObject_CallMethod(a->claims, "declined", "nss", i, th_str_get(t->ctx, op->callee), reason);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 /* A C executor looks at the operation itself. */
 static int ask_native(asking *a, th_trace *t, const th_op *op, Py_ssize_t i, thx_native_operator *o) {
     char reason[240];
@@ -84,9 +90,7 @@ static int ask_native(asking *a, th_trace *t, const th_op *op, Py_ssize_t i, thx
     int rc = thx_native_claim(o, t, (th_opref)(op - t->ops), &data, reason, sizeof reason);
     thx_native_release(o, data);
     if (rc != 0) return rc;
-    PyObject *done = PyObject_CallMethod(a->claims, "declined", "nss", i, th_str_get(t->ctx, op->callee), reason);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    return decline(a, t, op, i, reason);
 }
 
 /* 0, 1, 2 as `ask` answers; -1 with an exception. */
@@ -107,18 +111,6 @@ static bool is_ours(const th_trace *t, const th_op *op) { /* checks of data, hoo
     return !op->callee_opaque && strncmp(th_str_get(t->ctx, op->callee), "thunder._kernels.", 17) == 0;
 }
 
-/* Code for a region has its numbers in it: one that changes would have to be built at every call. */
-static bool changes_from_call_to_call(const th_trace *t, const th_op *op) {
-    return thx_holds_number(t, op->args) || (op->kwargs && thx_holds_number(t, op->kwargs));
-}
-
-static int leave_out(asking *a, const th_trace *t, const th_op *op, Py_ssize_t i) {
-    PyObject *done = PyObject_CallMethod(a->claims, "declined", "nss", i, th_str_get(t->ctx, op->callee),
-                                         "one of its numbers changes from call to call");
-    Py_XDECREF(done);
-    return done ? 0 : -1;
-}
-
 static th_status ask(void *user, th_trace *t, th_opref o, th_claim *claim) {
     asking *a = user;
     const th_op *op = &t->ops[o];
@@ -131,7 +123,9 @@ static th_status ask(void *user, th_trace *t, th_opref o, th_claim *claim) {
         if (!known && !PyErr_Occurred()) known = PyDict_GetItemWithError(table, a->star);
         if (known == Py_None) continue;
         int answer = known ? ask_one(a, t, op, i, known) : PyErr_Occurred() ? -1 : 0;
-        if (answer == 2 && changes_from_call_to_call(t, op)) answer = leave_out(a, t, op, i);
+        /* Code for a region has its numbers in it: one that changes would have it built at every call. */
+        if (answer == 2 && thx_op_holds_number(t, op))
+            answer = decline(a, t, op, i, "one of its numbers changes from call to call");
         if (answer < 0) status = TH_ERUN;
         if (answer > 0) {
             long cut = PyLong_AsLong(PyTuple_GET_ITEM(a->cuts, i));

@@ -475,14 +475,14 @@ static void leave(thx *x, around *a) { /* keeps a pending exception */
 
 /* ---- all of it ---- */
 
-/* The backward of the user's autograd.Function runs here once for all calls: like a captured function it may not print
- * and the like, and may not change what is there already. */
 static bool writes_outside(const thx_recorder *r) { /* to a tensor that is neither an argument nor its own */
     bool found = false;
     for (uint32_t i = 0; i < r->nroots && !found; i++) found = th__is_written(r->t, r->roots[i].value, r->t->nops);
     return found;
 }
 
+/* The backward of the user's autograd.Function runs here once for all calls: like a captured function it may not print
+ * and the like, and may not change what is there already. */
 static int run_users_backward(derivation *d, thx_guards *state, uint64_t *out_grad) {
     thx_purity purity;
     if (!state) return run_backward(d, out_grad);

@@ -16,7 +16,7 @@ typedef struct thx_number { /* a literal of a program that is another one at eac
     uint32_t from;     /* which of the values of a run it is */
 } thx_number;
 
-bool thx_holds_number(const th_trace *t, th_node n); /* numbers.c: of one that changes from call to call */
+bool thx_op_holds_number(const th_trace *t, const th_op *op); /* numbers.c: one that changes from call to call */
 
 typedef struct thx_literals { /* in the slots after those of the inputs */
     thx_number *numbers;      /* owned by the program */

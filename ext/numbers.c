@@ -94,7 +94,7 @@ int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
 /* ---- comparing two programs ---- */
 
 typedef struct literal {
-    thx_number place;
+    th_opref op; /* of the program that was captured later */
     double before, now;
     int number; /* of the tape; -1: none */
 } literal;
@@ -103,8 +103,7 @@ typedef struct comparison {
     const th_trace *a, *b;
     literal found[MAX_LITERALS];
     uint32_t count;
-    thx_number at;
-    bool claimed; /* executors have claimed some of the operations */
+    th_opref at;
 } comparison;
 
 static bool same_value(void *user, th_val a, th_val b) {
@@ -117,24 +116,27 @@ static bool same_node(comparison *k, th_node a, th_node b) {
 }
 
 /* Is a number of the tape somewhere inside? */
-bool thx_holds_number(const th_trace *t, th_node n) {
+static bool holds_number(const th_trace *t, th_node n) {
     const th_node_data *d = &t->nodes[n];
     bool found = d->kind == TH_N_FLOAT && d->f2 > 0;
     if (d->kind < TH_N_TUPLE || d->kind > TH_N_SLICE) return found;
-    for (uint32_t i = 0; i < d->count && !found; i++) found = thx_holds_number(t, t->kids[d->u.kids + i]);
+    for (uint32_t i = 0; i < d->count && !found; i++) found = holds_number(t, t->kids[d->u.kids + i]);
     return found;
+}
+
+bool thx_op_holds_number(const th_trace *t, const th_op *op) {
+    return holds_number(t, op->args) || (op->kwargs && holds_number(t, op->kwargs));
 }
 
 /* An argument itself, which may be a number of the tape, or a literal that differs. */
 static bool same_argument(comparison *k, th_node na, th_node nb) {
     const th_node_data *a = &k->a->nodes[na], *b = &k->b->nodes[nb];
-    bool floats = a->kind == TH_N_FLOAT && b->kind == TH_N_FLOAT, number = thx_holds_number(k->b, nb);
+    bool floats = a->kind == TH_N_FLOAT && b->kind == TH_N_FLOAT, number = holds_number(k->b, nb);
     if (!floats) return !number && same_node(k, na, nb);
     if (!number && same_node(k, na, nb)) return true;
-    const th_op *op = &k->b->ops[k->at.op];
+    const th_op *op = &k->b->ops[k->at];
     if (k->count == MAX_LITERALS || (!op->callee_opaque && strstr(th_str_get(k->b->ctx, op->callee), "range")))
         return false; /* numbers make the shapes of ranges */
-    k->at.from = k->count;
     k->found[k->count++] = (literal){k->at, a->u.f, b->u.f, (int)b->f2 - 1};
     return true;
 }
@@ -143,16 +145,13 @@ static bool same_arguments(comparison *k, const th_op *a, const th_op *b) {
     const th_node_data *pa = &k->a->nodes[a->args], *pb = &k->b->nodes[b->args];
     uint32_t n = pa->count, la = pa->u.kids, lb = pb->u.kids;
     if (n != pb->count) return false;
-    for (uint32_t i = 0; i < n; i++) {
-        k->at.argument = i;
+    for (uint32_t i = 0; i < n; i++)
         if (!same_argument(k, k->a->kids[la + i], k->b->kids[lb + i])) return false;
-    }
     if (!a->kwargs || !b->kwargs) return !a->kwargs && !b->kwargs;
     uint32_t m = k->a->nodes[a->kwargs].count;
     la = k->a->nodes[a->kwargs].u.kids, lb = k->b->nodes[b->kwargs].u.kids;
     if (m != k->b->nodes[b->kwargs].count) return false;
     for (uint32_t i = 0; i + 1 < m; i += 2) {
-        k->at.argument = n + i / 2;
         if (!same_node(k, k->a->kids[la + i], k->b->kids[lb + i]) ||
             !same_argument(k, k->a->kids[la + i + 1], k->b->kids[lb + i + 1]))
             return false;
@@ -162,7 +161,7 @@ static bool same_arguments(comparison *k, const th_op *a, const th_op *b) {
 
 static bool same_op(comparison *k, th_opref o) {
     const th_op *a = &k->a->ops[o], *b = &k->b->ops[o];
-    k->at.op = o;
+    k->at = o;
     const th__match m = {k->a, k->b, same_value, k};
     if (!th__callees_match(&m, a, b) || a->kind != b->kind || a->effects != b->effects || a->marks != b->marks ||
         a->nwrites != b->nwrites || a->outs_list != b->outs_list)
@@ -183,7 +182,7 @@ static bool same_program(comparison *k, const th_trace *a, const th_trace *b) {
 }
 
 /* Operations whose derivatives take a literal as it is, and whose kernels do the same for any. */
-static bool is_linear_in_literals(const th_trace *t, const th_op *op) {
+static bool takes_any_literal(const th_trace *t, const th_op *op) {
     static const char *const names[] = {
         "add",         "sub",          "rsub",    "mul",       "div",   "true_divide", "__rsub__",
         "__rdiv__",    "__rtruediv__", "addcmul", "addcdiv",   "clamp", "clamp_min",   "clamp_max",
@@ -201,9 +200,9 @@ static bool is_linear_in_literals(const th_trace *t, const th_op *op) {
 /* Passes and derivatives treat these in ways of their own. */
 static bool is_special(double value) { return value == 0 || value == 1 || value == -1; }
 
-static bool are_linear(const comparison *k, const th_trace *t) {
+static bool take_any_literals(const comparison *k, const th_trace *t) {
     bool all = true;
-    for (uint32_t i = 0; i < k->count && all; i++) all = is_linear_in_literals(t, &t->ops[k->found[i].place.op]);
+    for (uint32_t i = 0; i < k->count && all; i++) all = takes_any_literal(t, &t->ops[k->found[i].op]);
     return all;
 }
 
@@ -225,9 +224,7 @@ static bool regions_hold_numbers(thx *x, const th_trace *t) {
         const thx_region *r = region_of(x, t, o);
         const th_trace *body = r ? r->reference.t : NULL;
         for (th_opref p = 1; body && p < body->nops && !found; p++)
-            found = body->ops[p].kind == TH_OP_CALL &&
-                    (thx_holds_number(body, body->ops[p].args) ||
-                     (body->ops[p].kwargs && thx_holds_number(body, body->ops[p].kwargs)));
+            found = body->ops[p].kind == TH_OP_CALL && thx_op_holds_number(body, &body->ops[p]);
     }
     return found;
 }
@@ -239,7 +236,7 @@ static bool same_but_for_regions(thx *x, comparison *k, const thx_entry *a, cons
     if (!same_program(k, a->captured, b->captured)) return false;
     bool special = false;
     for (uint32_t i = 0; i < k->count; i++) special |= is_special(k->found[i].before) || is_special(k->found[i].now);
-    return !k->count || (!special && are_linear(k, b->captured) && !regions_hold_numbers(x, b->main.t) &&
+    return !k->count || (!special && take_any_literals(k, b->captured) && !regions_hold_numbers(x, b->main.t) &&
                          !regions_hold_numbers(x, backward_of(b)));
 }
 
@@ -247,7 +244,7 @@ static bool same_but_for_regions(thx *x, comparison *k, const thx_entry *a, cons
 static bool same_gradients(comparison *k, const thx_entry *a, const thx_entry *b) {
     if (!same_program(k, a->captured, b->captured)) return false;
     if (!k->count) return true; /* what is made of it has none either */
-    if (!are_linear(k, b->captured)) return false;
+    if (!take_any_literals(k, b->captured)) return false;
     k->count = 0;
     const thx_gradient *g = a->gradient, *h = b->gradient;
     return same_program(k, a->main.t, b->main.t) && same_program(k, g->backward.t, h->backward.t) &&
@@ -255,9 +252,9 @@ static bool same_gradients(comparison *k, const thx_entry *a, const thx_entry *b
 }
 
 static bool same_entries(thx *x, comparison *k, const thx_entry *a, const thx_entry *b) {
-    k->claimed = has_regions(x, a->main.t) || has_regions(x, b->main.t) || has_regions(x, backward_of(a)) ||
-                 has_regions(x, backward_of(b));
-    return k->claimed    ? same_but_for_regions(x, k, a, b)
+    bool claimed = has_regions(x, a->main.t) || has_regions(x, b->main.t) || has_regions(x, backward_of(a)) ||
+                   has_regions(x, backward_of(b));
+    return claimed       ? same_but_for_regions(x, k, a, b)
            : b->gradient ? same_gradients(k, a, b)
                          : same_program(k, a->main.t, b->main.t);
 }
@@ -402,14 +399,6 @@ static int free_places(thx_entry *e, PyObject *free) {
     return thx_places_keep(e);
 }
 
-static int take_literals(thx_program *p, const comparison *k) {
-    thx_literals *l = &p->literals;
-    if (!(l->numbers = PyMem_Calloc(k->count + 1, sizeof *l->numbers))) return PyErr_NoMemory(), -1;
-    for (uint32_t i = 0; i < k->count; i++) l->numbers[i] = k->found[i].place;
-    l->nnumbers = k->count;
-    return 0;
-}
-
 /* A program with other literals than it was lowered with. */
 static int lower_anew(thx *x, thx_program *p) {
     bool checked = p->checked;
@@ -462,7 +451,7 @@ int thx_literals_find(const int32_t *numbers, uint32_t n, thx_program *p) {
 }
 
 static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *answer) {
-    if ((e->gradient || k->claimed ? take_numbers(x, e, k) : take_literals(&e->main, k)) < 0) return -1;
+    if (take_numbers(x, e, k) < 0) return -1;
     e->formula = Py_NewRef(PyTuple_GET_ITEM(answer, 0));
     for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], PyTuple_GET_ITEM(answer, 1));
     if (free_places(e, PyTuple_GET_ITEM(answer, 1)) < 0) return -1;

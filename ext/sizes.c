@@ -390,35 +390,40 @@ static int free_all_ints(thx_entry *e) {
     return thx_places_keep(e);
 }
 
-static void put_former_numbers(const comparison *k, const thx_entry *e, const thx_entry *like) {
+/* What the capture of e followed, and the numbers as they were in the former one; NULL with an exception. */
+static thx_sizes *begin_comparison(comparison *k, const thx_entry *e, const thx_entry *like, const thx_recorder *r,
+                                   PyObject *sizes, bool trusting) {
+    thx_sizes *z = read_sizes(r, sizes, trusting);
+    th_slot *slots = z ? PyMem_Calloc(z->count + 1, sizeof *slots) : NULL;
+    if (!slots) {
+        PyMem_Free(z);
+        if (!PyErr_Occurred()) PyErr_NoMemory();
+        return NULL;
+    }
+    *k = (comparison){like->captured, e->captured, z, slots, 0};
     for (uint32_t i = 0; i < e->nargs; i++) former_ints(&like->args[i], &e->args[i], k);
     for (uint32_t i = 0; i < e->nplaces; i++) put_former(k, e->nfloats + i, e->places[i].value);
+    return z;
 }
 
 /* What the code computes of numbers goes to Python's state alone (`self.steps += 1`), and arguments tell it. 1, 0, -1.
  */
-static int compute_for_python(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes) {
-    thx_sizes *z = read_sizes(r, sizes, false);
-    th_slot *slots = z ? PyMem_Calloc(z->count + 1, sizeof *slots) : NULL;
-    if (!slots) {
-        PyMem_Free(z);
-        return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
-    }
-    comparison k = {like->captured, e->captured, z, slots, 0};
-    put_former_numbers(&k, e, like);
+static int compute_for_python(thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes) {
+    comparison k;
+    thx_sizes *z = begin_comparison(&k, e, like, r, sizes, false);
+    if (!z) return -1;
     bool same = !e->expected;
     for (uint32_t i = 0; i < z->count; i++) same &= z->terms[i].early && z->terms[i].op != THX_T_SIZE;
     same = same && same_program(&k);
-    int rc = same ? note_varying(z, like->captured, e->captured, e->main.t) : 0;
-    if (rc == 0 && same) memset(z->varies, 0, e->main.t->nvalues * sizeof *z->varies);
-    PyMem_Free(slots);
-    if (rc == 0 && same) {
-        z->steady = true;
-        e->main.literals.sizes = z;
-        return 1;
+    PyMem_Free(k.slots);
+    if (same && !(z->varies = PyMem_Calloc(e->main.t->nvalues + 1, sizeof *z->varies))) PyErr_NoMemory();
+    if (!z->varies) {
+        thx_sizes_free(z);
+        return same ? -1 : 0;
     }
-    thx_sizes_free(z);
-    return rc;
+    z->steady = true;
+    e->main.literals.sizes = z;
+    return 1;
 }
 
 int thx_ints_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes, PyObject *tape) {
@@ -433,7 +438,7 @@ int thx_ints_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder
         used = th_node_has_extent(t, t->ops[o].args) || th_node_has_extent(t, t->ops[o].kwargs);
     Py_XDECREF(terms);
     if (!used && floats) used = thx_floats_unseen(e, like, tape) != 1;
-    int rc = !used && computed ? compute_for_python(x, e, like, r, sizes) : 1;
+    int rc = !used && computed ? compute_for_python(e, like, r, sizes) : 1;
     if (rc < 0) return -1;
     if (!used && rc) return free_all_ints(e);
     if (!PyErr_Occurred()) PyErr_SetString(x->SizesChanged, "the program computes with a number that changes");
@@ -441,14 +446,9 @@ int thx_ints_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder
 }
 
 int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorder *r, PyObject *sizes, bool trusting) {
-    thx_sizes *z = read_sizes(r, sizes, trusting);
-    th_slot *slots = z ? PyMem_Calloc(z->count + 1, sizeof *slots) : NULL;
-    if (!slots) {
-        PyMem_Free(z);
-        return PyErr_Occurred() ? -1 : (PyErr_NoMemory(), -1);
-    }
-    comparison k = {like->captured, e->captured, z, slots, 0};
-    put_former_numbers(&k, e, like);
+    comparison k;
+    thx_sizes *z = begin_comparison(&k, e, like, r, sizes, trusting);
+    if (!z) return -1;
     const char *why = e->expected               ? "values of tensors steer the program"
                       : e->gradient             ? "the program computes gradients"
                       : acts_outside(e->main.t) ? "the program acts outside of tensors"
@@ -464,7 +464,7 @@ int thx_sizes_end(thx *x, thx_entry *e, const thx_entry *like, const thx_recorde
             why = "the program writes to its inputs or draws random numbers, and some operation that sizes change "
                   "has no rule";
     }
-    PyMem_Free(slots);
+    PyMem_Free(k.slots);
     if (same) {
         e->main.literals.sizes = z;
         return free_all_ints(e);

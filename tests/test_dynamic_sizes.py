@@ -863,6 +863,7 @@ def test_ints_are_followed_where_no_other_thread_is():
         "tests/test_dynamic_sizes.py::test_a_counter_and_a_length_that_a_module_keeps",
         "tests/test_dynamic_sizes.py::test_ints_of_globals_and_enclosing_functions",
         "tests/test_recompile.py::test_numbers_beside_a_training_step",
+        "tests/test_changing_numbers.py::test_a_training_step_that_counts",
     )
 
 

@@ -77,23 +77,25 @@ typedef struct thx_recorder {
     th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;    /* code objects that ran, by address: open addressing (owned) */
     uint32_t ncodes, cap_codes;
-    PyObject *asking;     /* dict: code -> the variables whose types it asks (owned); NULL: none does */
-    bool may_expect;      /* values of tensors may be found out: a call is captured, and has real inputs */
-    PyObject *tape;       /* of numbers that are followed, or NULL (borrowed) */
-    PyObject *numbers;    /* r->sizes.values (borrowed) */
-    PyObject *sizes;      /* thunder._sizes.Sizes: those of arguments are followed; or NULL (borrowed) */
-    const th_trace *like; /* then: a capture with other sizes (borrowed) */
-    PyObject *fixed;      /* then: set of values whose sizes the program was told, which must not change (owned) */
-    PyObject *oracle;     /* tuple of values of tensors that a run has seen, in order; or NULL (owned) */
-    PyObject *expected;   /* list of all that the program was told, or NULL (owned) */
-    thx_shadow *shadow;   /* shadow.c; NULL until a value is asked for */
-    thx_pool *pool;       /* pool.c; NULL until the first fake of our own */
-    thx_line *lines;      /* THX_LINES, by code and instruction; NULL until the first look-up */
-    PyObject *cast;       /* dict: (value, dtype) -> what autocast casts once and keeps; or NULL (owned) */
-    bool autocast;        /* of the caller */
-    int casting;          /* above 0: an operation under autocast is recorded, with autocast off */
-    PyObject *heard;      /* while autocast.c listens: list of the kernels that are called; or NULL (borrowed) */
-    int depth;            /* above 0: inside an operation that is recorded whole */
+    const PyMethodDef *warns; /* warnings.warn or the like while it is at work; NULL */
+    PyObject *messages;       /* list of what the program gave to warnings and logging: thunder/_messages.py; or NULL */
+    PyObject *asking;         /* dict: code -> the variables whose types it asks (owned); NULL: none does */
+    bool may_expect;          /* values of tensors may be found out: a call is captured, and has real inputs */
+    PyObject *tape;           /* of numbers that are followed, or NULL (borrowed) */
+    PyObject *numbers;        /* r->sizes.values (borrowed) */
+    PyObject *sizes;          /* thunder._sizes.Sizes: those of arguments are followed; or NULL (borrowed) */
+    const th_trace *like;     /* then: a capture with other sizes (borrowed) */
+    PyObject *fixed;          /* then: set of values whose sizes the program was told, which must not change (owned) */
+    PyObject *oracle;         /* tuple of values of tensors that a run has seen, in order; or NULL (owned) */
+    PyObject *expected;       /* list of all that the program was told, or NULL (owned) */
+    thx_shadow *shadow;       /* shadow.c; NULL until a value is asked for */
+    thx_pool *pool;           /* pool.c; NULL until the first fake of our own */
+    thx_line *lines;          /* THX_LINES, by code and instruction; NULL until the first look-up */
+    PyObject *cast;           /* dict: (value, dtype) -> what autocast casts once and keeps; or NULL (owned) */
+    bool autocast;            /* of the caller */
+    int casting;              /* above 0: an operation under autocast is recorded, with autocast off */
+    PyObject *heard;          /* while autocast.c listens: list of the kernels that are called; or NULL (borrowed) */
+    int depth;                /* above 0: inside an operation that is recorded whole */
     th_dtype default_dtype;
     th_dev default_device;
     uint32_t nfast, nslow, nqueries, nevals;
@@ -164,12 +166,17 @@ PyObject *thx_pool_fake(thx_recorder *r, th_typeref type); /* for a value of our
 typedef struct thx_purity { /* the profiler of Python that was set before */
     Py_tracefunc before;
     PyObject *argument;
-    PyObject *numpy; /* the state of numpy's global generator; NULL: numpy is not there */
+    PyObject *numpy;    /* the state of numpy's global generator; NULL: numpy is not there */
+    PyObject *listener; /* thunder._messages.Listener */
 } thx_purity;
 bool thx_is_unseen_by_dynamo(thx *x);
 void thx_purity_begin(thx_recorder *r, thx_purity *p);
-/* rc: of the run. -1 with an exception when it drew numbers from numpy's global generator, which is put back. */
-int thx_purity_end(thx_recorder *r, thx_purity *p);
+/* The recorder keeps its error, when it drew numbers from numpy's global generator, which is put back, or the like. */
+void thx_purity_end(thx_recorder *r, thx_purity *p);
+/* What it gives to warnings and logging is heard instead of shown (r->messages): NULL without exception: shown. */
+PyObject *thx_listen(thx_recorder *r);
+void thx_stop_listening(thx_recorder *r, PyObject *listener); /* of thx_listen, or NULL; consumed */
+PyObject *thx_refuse_message(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs); /* (what, why) */
 int thx_purity_init(thx *x);
 PyObject *thx_codes_list(const thx_recorder *r); /* the code that ran */
 

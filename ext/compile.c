@@ -209,6 +209,16 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
                              "keep such state outside the compiled function, or pass it in and return it");
 }
 
+static int add_messages(compile *k) {
+    int rc = 0;
+    for (Py_ssize_t i = 0; rc == 0 && k->r->messages && i < PyList_GET_SIZE(k->r->messages); i++) {
+        const thx_effect effect = {
+            .kind = THX_EFFECT_CALL, .owner = PyList_GET_ITEM(k->r->messages, i), .after = k->e->nwrites};
+        rc = thx_effect_add(&k->e->effects, &effect, NULL);
+    }
+    return rc;
+}
+
 /* ---- outputs ---- */
 
 static int collect_outputs(compile *k) {
@@ -440,8 +450,8 @@ static int capture(compile *k) {
     if (rc < 0) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
-    } else if (kept < 0 || undone < 0 || thx_ties_check(k->r, k->e->guards) < 0 || check_arguments_unchanged(k) < 0 ||
-               collect_outputs(k) < 0 || refuse_appeared(k) < 0) {
+    } else if (kept < 0 || undone < 0 || add_messages(k) < 0 || thx_ties_check(k->r, k->e->guards) < 0 ||
+               check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0 || refuse_appeared(k) < 0) {
         rc = -1;
     }
     thx_guards_forget_met(k->e->guards);

@@ -520,7 +520,9 @@ static int derive(thx *x, const th_rule_request *q, thx_rule *out) {
     if (rc == 0) rc = make_inputs(&d);
     if (rc == 0) {
         rc = enter(x, &d, &a);
+        PyObject *listener = thx_listen(d.r); /* what forward says it has said */
         if (rc == 0) rc = run_forward(&d);
+        thx_stop_listening(d.r, listener);
         d.r->late = true;
         if (rc == 0) rc = run_users_backward(&d, state, &out->rule.out_grad);
         leave(x, &a);

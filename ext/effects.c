@@ -129,6 +129,12 @@ int thx_effect_add_items(thx_effects *e, const thx_effect *effect, PyObject *dic
 
 /* ---- applying ---- */
 
+static int call_owner(PyObject *owner) {
+    PyObject *done = PyObject_CallNoArgs(owner);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 int thx_effect_apply(const thx_effect *e, PyObject *owner, PyObject *content) {
     switch ((thx_effect_kind)e->kind) {
     case THX_EFFECT_BODY:
@@ -140,6 +146,7 @@ int thx_effect_apply(const thx_effect *e, PyObject *owner, PyObject *content) {
     case THX_EFFECT_DELETE:
         return PyType_Check(owner) ? PyObject_SetAttr(owner, e->key, NULL) : remove_item(owner, e->key);
     case THX_EFFECT_CELL: return PyCell_Set(owner, content);
+    case THX_EFFECT_CALL: return call_owner(owner);
     }
     return 0;
 }

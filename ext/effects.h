@@ -14,6 +14,7 @@ typedef enum thx_effect_kind {
     THX_EFFECT_KEY,      /* dictionary or class, key: a value */
     THX_EFFECT_DELETE,   /* dictionary or class, key */
     THX_EFFECT_CELL,     /* variable of an enclosing function: a value */
+    THX_EFFECT_CALL,     /* the owner is called */
 } thx_effect_kind;
 
 typedef struct thx_effect {
@@ -29,7 +30,7 @@ typedef struct thx_effect {
 typedef struct thx_effects {
     thx_effect *items;
     uint32_t count;
-    PyObject *contents; /* while captured: list, one for each effect (None for DELETE) */
+    PyObject *contents; /* while captured: list, one for each effect (None for DELETE, CALL) */
 } thx_effects;
 
 int thx_effect_add(thx_effects *e, const thx_effect *effect, PyObject *content); /* takes new references */

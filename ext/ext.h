@@ -37,6 +37,7 @@ typedef struct thx_code { /* of the cache of code objects: recorder.c */
     PyObject *code;       /* owned */
     th_str file;          /* base name */
     bool torch;           /* torch's own code: not what a user calls a line */
+    bool standard;        /* of Python's own library: a line only where nobody else called it */
 } thx_code;
 
 enum { THX_CODES = 256, THX_DEVICES = 32 }; /* of the caches below; others take the slower road */
@@ -107,6 +108,8 @@ typedef struct thx {
     PyObject *default_generator;        /* torch's, of the processor */
     PyTypeObject *generators[4];        /* whose methods draw random numbers that are not torch's; NULL at the end */
     const PyMethodDef *pure[THX_CODES]; /* C functions that were looked at and are not: by address */
+    const PyMethodDef *warns[2];        /* warnings.warn and warnings.warn_explicit */
+    PyObject *asks_level;               /* code of logging.Logger.isEnabledFor, once a capture has begun */
     PyObject *read_environment;         /* code of os.environ[...] */
     PyObject *remakes;                  /* code of a function that contextlib has decorated with a manager; or NULL */
     PyTypeObject *Remade;               /* the type of such a manager, which each call makes anew */

@@ -615,7 +615,8 @@ static bool scope_holds(thx_guards *g, watch_scope *s) {
 
 static bool object_holds(thx *x, thx_guards *g, watch_other *w) {
     if (w->ignored || w->kind == WATCH_DRAWS || thx_watch_other_holds(x, w)) return true;
-    w->ignored = w->kind == WATCH_SLOT ? !thx_relevant_name(g, w->name) : !thx_relevant_owner(x, g, w->object);
+    w->ignored = w->kind == WATCH_SLOT ? !thx_relevant_name(g, w->name)
+                                       : w->kind != WATCH_ANSWER && !thx_relevant_owner(x, g, w->object);
     if (!w->ignored) {
         PyObject *now = w->kind == WATCH_SLOT ? PyObject_GetAttr(w->object, w->name) : NULL;
         PyErr_Clear();

@@ -297,7 +297,7 @@ const char *thx_watch_other_text(const watch_other *w) {
                                         [WATCH_LOCAL] = "a threading.local",
                                         [WATCH_DRAWS] = "a generator of numpy's",
                                         [WATCH_REGISTRY] = "the registry of an abstract class",
-                                        [WATCH_ANSWER] = "a setting of torch"};
+                                        [WATCH_ANSWER] = "a setting of torch or of a logger"};
     return texts[w->kind];
 }
 

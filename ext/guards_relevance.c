@@ -33,7 +33,7 @@ static bool watches(const thx_guards *g, PyObject *o) {
 bool thx_relevant_owner(thx *x, thx_guards *g, PyObject *owner) {
     thx_guards reached = {0};
     PyObject *known = names(g);
-    if (known == Py_None || !g->roots || PyCFunction_Check(owner)) return true;
+    if (known == Py_None || !g->roots) return true;
     bool relevant = thx_guards_collect(x, &reached, g->roots, known) < 0 || watches(&reached, owner);
     PyErr_Clear();
     thx_guards_clear(x, &reached);

@@ -57,7 +57,7 @@ typedef enum watch_kind {
     WATCH_PARTIAL,
     WATCH_LOCAL, /* threading.local: attributes as this thread sees them */
     WATCH_DRAWS, /* a generator of numpy's: that a capture drew from it shows in its state; calls do not look */
-    WATCH_ANSWER /* of a function of torch that tells of a setting */
+    WATCH_ANSWER /* of a function that the code has asked for a setting of torch's, or for the level of a logger */
 } watch_kind;
 
 typedef struct watch_other {

@@ -152,6 +152,8 @@ static const char *of_module(PyObject *self, const PyMethodDef *method) {
     return NULL;
 }
 
+static bool writes_to(const PyMethodDef *method) { return strncmp(method->ml_name, "write", 5) == 0; }
+
 int thx_impure_why(thx *x, PyObject *function, thx_impurity *found) {
     const PyMethodDef *method = ((PyCFunctionObject *)function)->m_ml;
     PyObject *self = PyCFunction_GET_SELF(function), *id = PyLong_FromVoidPtr((void *)method);
@@ -166,7 +168,7 @@ int thx_impure_why(thx *x, PyObject *function, thx_impurity *found) {
         found->why = state;
         found->type = type->tp_name;
     }
-    found->prints = found->why == prints;
+    found->prints = found->why == prints || (type && strncmp(type->tp_name, "_io.", 4) == 0 && writes_to(method));
     found->asks = found->why == system_ || found->why == interpreter || found->why == date_;
     found->of_caller = found->why == identity_;
     return 0;

@@ -58,7 +58,15 @@ int thx_purity_init(thx *x) {
     PyObject *environ = os ? PyObject_GetAttrString(os, "environ") : NULL;
     PyObject *get = environ ? PyObject_GetAttrString((PyObject *)Py_TYPE(environ), "__getitem__") : NULL;
     if (get && PyFunction_Check(get)) x->read_environment = Py_NewRef(PyFunction_GET_CODE(get));
+    static const char *const warns[] = {"warn", "warn_explicit"};
+    PyObject *warnings = PyImport_ImportModule("_warnings");
+    for (int i = 0; warnings && i < 2; i++) {
+        PyObject *function = PyObject_GetAttrString(warnings, warns[i]);
+        if (function && PyCFunction_Check(function)) x->warns[i] = ((PyCFunctionObject *)function)->m_ml;
+        Py_XDECREF(function);
+    }
     PyErr_Clear();
+    Py_XDECREF(warnings);
     Py_XDECREF(get);
     Py_XDECREF(environ);
     Py_XDECREF(random);
@@ -220,6 +228,11 @@ static int check_extension(thx_recorder *r, const PyMethodDef **known, const PyM
                              "register it with torch.library.custom_op, or call it outside the compiled function");
 }
 
+static bool is_warning(const thx_recorder *r, PyObject *function) {
+    const PyMethodDef *method = PyCFunction_Check(function) ? ((PyCFunctionObject *)function)->m_ml : NULL;
+    return method && (method == r->x->warns[0] || method == r->x->warns[1]);
+}
+
 static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *function) {
     thx *x = r->x;
     if (!PyCFunction_Check(function)) return 0;
@@ -229,6 +242,7 @@ static int check_c_call(thx_recorder *r, PyFrameObject *frame, PyObject *functio
         Py_XDECREF(done);
         return done ? 0 : -1;
     }
+    if (is_warning(r, function)) r->warns = method;
     if (tells_of_a_setting(method, function) && r->reached) return thx_guards_ask(x, r->reached, function);
     const PyMethodDef **known = &x->pure[((uintptr_t)method >> 5) % THX_CODES];
     if (*known == method) return 0;
@@ -354,6 +368,17 @@ static int check_types(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code
                  : 0;
 }
 
+/* A method of loggers that many others begin with: its answer decides what is logged. */
+static int watch_level(thx_recorder *r, PyFrameObject *frame) {
+    PyObject *messages = PyImport_ImportModule("thunder._messages"), *locals = PyFrame_GetLocals(frame);
+    PyObject *question = messages && locals ? PyObject_CallMethod(messages, "asked", "OO", frame, locals) : NULL;
+    if (question && question != Py_None) thx_guards_ask(r->x, r->reached, question);
+    Py_XDECREF(question);
+    Py_XDECREF(locals);
+    Py_XDECREF(messages);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
     int fresh = note_code(r, (PyObject *)code);
@@ -368,7 +393,9 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     bool memo = r->reached && thx_guards_memoizes(r->reached, (PyObject *)code);
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
+    bool level = r->reached && (PyObject *)code == r->x->asks_level;
     Py_DECREF(code); /* the frame holds it */
+    if (level && watch_level(r, frame) < 0) return -1;
     if (bound && !r->x->applying && !r->depth && !r->deriving && thx_grad_mode(r->x) == 1)
         return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
                                  "its backward would not be seen", "write Function.apply(...) where it is called");
@@ -382,6 +409,7 @@ static int on_event(PyObject *recorder, PyFrameObject *frame, int what, PyObject
     thx_recorder *r = (thx_recorder *)recorder;
     if (r->x->active != recorder) return 0;
     if (what == PyTrace_C_CALL) return check_c_call(r, frame, arg);
+    if ((what == PyTrace_C_RETURN || what == PyTrace_C_EXCEPTION) && r->warns && is_warning(r, arg)) r->warns = NULL;
     return what == PyTrace_CALL ? check_call(r, frame) : 0;
 }
 
@@ -409,29 +437,56 @@ static bool same_state(PyObject *a, PyObject *b) {
     return same;
 }
 
+/* ---- messages ---- */
+
+PyObject *thx_listen(thx_recorder *r) {
+    PyObject *module = PyImport_ImportModule("thunder._messages");
+    PyObject *listener = module ? PyObject_CallMethod(module, "Listener", "O", r) : NULL;
+    if (listener && !r->x->asks_level) r->x->asks_level = PyObject_GetAttrString(module, "ASKS_LEVEL");
+    PyErr_Clear();
+    Py_XDECREF(module);
+    return listener;
+}
+
+/* Keeps no exception. */
+void thx_stop_listening(thx_recorder *r, PyObject *listener) {
+    PyObject *done = listener ? PyObject_CallMethod(listener, "stop", NULL) : NULL;
+    PyObject *heard = done ? PyObject_GetAttrString(listener, "heard") : NULL;
+    if (heard) Py_XSETREF(r->messages, Py_NewRef(heard));
+    PyErr_Clear();
+    Py_XDECREF(heard);
+    Py_XDECREF(done);
+    Py_XDECREF(listener);
+}
+
+PyObject *thx_refuse_message(PyObject *recorder, PyObject *const *args, Py_ssize_t nargs) {
+    const char *what = nargs == 2 ? PyUnicode_AsUTF8(args[0]) : NULL, *why = what ? PyUnicode_AsUTF8(args[1]) : NULL;
+    if (why) (void)refuse((thx_recorder *)recorder, what, why);
+    return NULL;
+}
+
 void thx_purity_begin(thx_recorder *r, thx_purity *p) {
     PyThreadState *state = PyThreadState_Get();
     find_numpys(r->x);
     p->numpy = numpys("get_state", NULL);
+    p->listener = thx_listen(r);
     p->before = state->c_profilefunc;
     p->argument = Py_XNewRef(state->c_profileobj);
     PyEval_SetProfile(on_event, (PyObject *)r);
 }
 
-int thx_purity_end(thx_recorder *r, thx_purity *p) {
+void thx_purity_end(thx_recorder *r, thx_purity *p) {
     PyEval_SetProfile(p->before, p->argument);
     Py_CLEAR(p->argument);
-    PyErr_Clear();
+    thx_stop_listening(r, p->listener);
     PyObject *now = p->numpy ? numpys("get_state", NULL) : NULL;
-    int rc = 0;
     if (now && !same_state(p->numpy, now)) {
         PyObject *done = numpys("set_state", p->numpy);
         Py_XDECREF(done);
-        rc = refuse(r, "numpy.random",
-                    "it draws random numbers that are not torch's, and later calls would have the same ones");
+        (void)refuse(r, "numpy.random",
+                     "it draws random numbers that are not torch's, and later calls would have the same ones");
         PyErr_Clear(); /* the recorder keeps it, and raises it at the end */
     }
     Py_XDECREF(now);
     Py_CLEAR(p->numpy);
-    return rc;
 }

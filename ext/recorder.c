@@ -328,27 +328,28 @@ static const thx_code *code_of(thx *x, PyCodeObject *code) {
     const char *path = PyUnicode_AsUTF8(code->co_filename), *base = path ? strrchr(path, '/') : NULL;
     PyErr_Clear();
     Py_XSETREF(c->code, Py_NewRef((PyObject *)code));
-    c->torch = !path || thx_is_inner(thx_origin_of_code(x, (PyObject *)code));
+    thx_origin origin = path ? thx_origin_of_code(x, (PyObject *)code) : THX_OURS;
+    c->torch = thx_is_inner(origin);
+    c->standard = origin == THX_STANDARD;
     c->file = path ? th_intern_z(x->ctx, base ? base + 1 : path) : 0;
     return c;
 }
 
-/* The innermost frame outside torch: new reference, or NULL. */
+/* The innermost frame outside torch and Python's library, else outside torch: new reference, or NULL. */
 static PyFrameObject *user_frame(thx *x, th_str *file) {
-    PyFrameObject *frame = PyThreadState_GetFrame(PyThreadState_Get());
+    PyFrameObject *frame = PyThreadState_GetFrame(PyThreadState_Get()), *standard = NULL;
     while (frame) {
         PyCodeObject *code = PyFrame_GetCode(frame);
         const thx_code *known = code_of(x, code);
         Py_DECREF(code);
-        if (!known->torch) {
-            *file = known->file;
-            return frame;
-        }
-        PyFrameObject *back = PyFrame_GetBack(frame);
-        Py_DECREF(frame);
-        frame = back;
+        if (!known->torch && (!known->standard || !standard)) *file = known->file;
+        if (!known->torch && !known->standard) break;
+        if (!known->torch && !standard) standard = (PyFrameObject *)Py_NewRef((PyObject *)frame);
+        Py_SETREF(frame, PyFrame_GetBack(frame));
     }
-    return NULL;
+    if (!frame) return standard;
+    Py_XDECREF(standard);
+    return frame;
 }
 
 /* CPython finds a line by walking the code's table from its start; loops over layers ask for the same ones again. */
@@ -689,6 +690,7 @@ static void recorder_dealloc(thx_recorder *r) {
     for (uint32_t i = 0; i < r->cap_codes; i++) Py_XDECREF(r->codes[i]);
     PyMem_Free(r->codes);
     Py_XDECREF(r->asking);
+    Py_XDECREF(r->messages);
     Py_XDECREF(r->expected);
     Py_XDECREF(r->fixed);
     thx_shadow_free(r->shadow);
@@ -709,12 +711,25 @@ static PyObject *recorder_getattr(PyObject *self, char *name) {
 static PyMethodDef recorder_methods[] = {
     {"__torch_function__", (PyCFunction)(void (*)(void))thx_torch_function, METH_FASTCALL, NULL},
     {"__torch_dispatch__", (PyCFunction)(void (*)(void))thx_watch_dispatch, METH_FASTCALL, NULL},
+    {"refuse", (PyCFunction)(void (*)(void))thx_refuse_message, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
+};
+static PyObject *recorder_hears(PyObject *self, void *unused) {
+    const thx_recorder *r = (thx_recorder *)self;
+    (void)unused;
+    bool own = !r->depth || r->x->applying || r->deriving; /* forward of an autograd function is the program's */
+    return PyLong_FromLong(!own ? 0 : 1 | (r->warns || r->deriving ? 2 : 0) | (r->late ? 4 : 0));
+}
+
+static PyGetSetDef recorder_getset[] = {
+    {"hears", recorder_hears, NULL, "Whose a message is now: see thunder/_messages.py.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 static PyType_Slot recorder_slots[] = {
     {Py_tp_dealloc, recorder_dealloc},
     {Py_tp_getattr, recorder_getattr},
     {Py_tp_methods, recorder_methods},
+    {Py_tp_getset, recorder_getset},
     {Py_tp_doc, "The observer of a capture in progress."},
     {0, NULL},
 };

@@ -209,6 +209,7 @@ static PyObject *run_first(thx_callable_object *c, thx_entry *e, thx_request *ca
     int same = 1;
     for (uint32_t i = 0; i < e->nargs && same == 1; i++)
         same = thx_spec_match(c->x, &e->args[i], call->args[i], &leaves);
+    if (same == 1) same = thx_entry_match_grads(c->x, e, &leaves);
     if (same == 1)
         result = run_entry_or_raise(c, e, &leaves, call);
     else if (same == 0)
@@ -394,6 +395,7 @@ static bool serve_by(thx_callable_object *c, thx_request *call, bool any_sizes, 
                    : c->cache == 2
                        ? thx_arguments_match(x, e, call->args, npositional, call->kwnames, &leaves)
                        : thx_entry_matches(c, e, call->ambient, call->args, npositional, call->kwnames, &leaves);
+        if (same == 1 && c->cache == 2) same = thx_entry_match_grads(x, e, &leaves);
         thx_entry_leave(c, e);
         if (same < 0) break;
         if (c->changes != changes) { /* comparing ran Python code, and that or another thread came by here */

@@ -44,8 +44,13 @@ typedef struct thx_entry { /* one compiled program of a callable */
     uint64_t generation; /* of the guards, when `roots` was filled */
     th_trace *captured;
     thx_program main;
-    thx_guards *reads;        /* owned: see thx_gradient; NULL: none */
-    thx_gradient *gradient;   /* owned; NULL: nothing to differentiate */
+    thx_guards *reads;      /* owned: see thx_gradient; NULL: none */
+    thx_gradient *gradient; /* owned; NULL: nothing to differentiate */
+    struct thx_entry_grad { /* the `.grad` of an input that the program reads: read_grads.c */
+        uint32_t root;
+        thx_spec spec;
+    } *grads;
+    uint32_t ngrads;
     bool inference;           /* the program's operations run in an inference mode of its own */
     const th_plan *placed;    /* the plan that result_slots and writes belong to */
     uint32_t nroots, nvalues; /* nvalues: outputs and tensors written to state */
@@ -176,6 +181,13 @@ int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a
                       Py_ssize_t npositional, PyObject *kwnames, thx_leaves *leaves);
 int thx_arguments_match(thx *x, const thx_entry *e, PyObject *const *args, Py_ssize_t npositional, PyObject *kwnames,
                         thx_leaves *leaves); /* as far as these go */
+/* ---- read_grads.c ---- */
+typedef struct thx_entry_grad thx_entry_grad;
+int thx_entry_add_grads(thx *x, thx_entry *e, const thx_recorder *r, thx_leaves *leaves);
+/* 1: they are of the same kind, and leaves after those of the arguments; 0: not; -1: error. After the guards. */
+int thx_entry_match_grads(thx *x, const thx_entry *e, thx_leaves *leaves);
+void thx_entry_free_grads(thx_entry *e);
+
 /* The result as the caller gets it. ValueChanged: all is as it was before, and call->left has what was computed. */
 PyObject *thx_entry_run(thx_callable_object *c, thx_entry *e, const thx_leaves *leaves, thx_request *call);
 

@@ -24,6 +24,10 @@ typedef struct thx_root { /* an input of the trace and where a call finds it */
     bool requires_grad;
 } thx_root;
 
+typedef struct thx_read_grad { /* a tensor of the caller's, and what lay at its `.grad`: a tensor or None (owned) */
+    PyObject *tensor, *grad;
+} thx_read_grad;
+
 typedef struct thx_pool thx_pool;
 typedef struct thx_shadow thx_shadow;
 
@@ -70,9 +74,11 @@ typedef struct thx_recorder {
     bool inside, outside;       /* operations were recorded in an inference mode of the program's own, and out of one */
     uint64_t schema_writes;     /* bit per input: an operation's schema says that it writes it */
     struct thx_guards *reached; /* of the callable that is captured; NULL: none */
-    bool threads;               /* other ones of Python's were seen while it is captured */
-    bool seeded;                /* the program set a generator's state since that was last looked at */
-    PyObject *rng_last;         /* the generator's state when it was last looked at (owned) */
+    thx_read_grad *read_grads;  /* read_grads.c */
+    uint32_t nread_grads, nleaves; /* nleaves: of the arguments */
+    bool threads;                  /* other ones of Python's were seen while it is captured */
+    bool seeded;                   /* the program set a generator's state since that was last looked at */
+    PyObject *rng_last;            /* the generator's state when it was last looked at (owned) */
     PyObject *rng_outer; /* list of states that belong to the caller's stream; the last one is where it stands now */
     th_val rng_saved;    /* while the program runs on a seed of its own: the caller's state, to go back to */
     PyObject **codes;    /* code objects that ran, by address: open addressing (owned) */
@@ -158,6 +164,10 @@ int thx_custom_enter(thx *x);
 void thx_custom_leave(thx *x);
 /* ---- operator.c: calls of a user's operators ---- */
 int thx_operator_init(thx *x, PyObject *module);
+
+/* ---- read_grads.c: the `.grad` of a caller's tensor ---- */
+PyObject *thx_read_grad_of(thx_recorder *r, PyObject *tensor); /* NULL without exception: it cannot be an input */
+void thx_read_grads_fini(thx_recorder *r);
 
 /* ---- pool.c ---- */
 PyObject *thx_pool_fake(thx_recorder *r, th_typeref type); /* for a value of our own rules: new reference */

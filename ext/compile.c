@@ -23,6 +23,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     PyErr_Fetch(&type, &value, &trace);
     for (uint32_t i = 0; i < e->nargs; i++) thx_spec_fini(&e->args[i]);
     PyMem_Free(e->args);
+    thx_entry_free_grads(e);
     Py_XDECREF(e->kwnames);
     Py_XDECREF(e->absent);
     Py_XDECREF(e->expected);
@@ -399,6 +400,7 @@ static int capture(compile *k) {
     Py_XDECREF(params);
     if (!k->r) return -1;
     k->r->oracle = Py_XNewRef(k->call->seen);
+    k->r->nleaves = k->leaves.count;
     k->r->claims = k->c->claims;
     k->r->may_expect = k->c->branch_limit > 0;
     x->following = k->sizes;
@@ -593,6 +595,16 @@ static bool take_flags(const thx_recorder *r, th_trace *t) {
     return any;
 }
 
+/* Does anything that was computed require grad? Where parameters are only written, as an optimizer does, nothing does.
+ */
+static bool computes_gradients(const th_trace *t) {
+    bool any = false;
+    for (th_val v = 1; v < t->nvalues && !any; v++)
+        any = t->values[v].def && !(t->ops[t->values[v].def].marks & TH_MARK_NO_GRAD) &&
+              th_type_get(t->ctx, t->values[v].type)->flags & TH_TYPE_REQUIRES_GRAD;
+    return any;
+}
+
 /* The error of the core that says why there is no derivative: calls like this one run the original. */
 static int no_derivative(compile *k, th_status status) {
     if (status != TH_DECLINED) return thx_check(k->x, status);
@@ -735,6 +747,8 @@ static const char functional[] = "functionalize,noop,fold,cse,errors,dce"; /* wh
 /* What comes before differentiation. Operations that are the same are merged after it: of two that are one, the
  * derivative is (g1 + g2) * c where eager's is g1 * c + g2 * c, which is another number where c is infinite. */
 static const char differentiable[] = "functionalize,noop,fold,errors,dce";
+/* Without gradients, before executors claim what they run: regions are made of what is functional. */
+static const char unclaimed[] = "functionalize,noop,fold,cse,errors,dce,lifetime";
 /* Of a program for any sizes: what functionalize makes of a write states sizes. */
 static const char sized[] = "noop,fold,cse,errors,dce,lifetime";
 
@@ -768,13 +782,15 @@ static int run_passes(compile *k) {
     e->main.t = k->r->t;
     k->r->t = NULL;
     if (k->sizes && !k->ints && thx_sizes_mark(k->x, e->main.t, k->other->captured) < 0) return -1;
-    bool grad = take_flags(k->r, e->main.t);
+    bool only_writes = k->r->hidden_write && !k->r->leaves && !computes_gradients(e->main.t);
+    bool grad = take_flags(k->r, e->main.t) && !only_writes;
     th_fuel fuel = {.left = -1};
     bool more = grad || k->c->transform;
     const char *passes = k->x->passes           ? k->x->passes
                          : grad                 ? before_gradients(e->main.t)
                          : more                 ? functional
                          : k->sizes && !k->ints ? sized
+                         : k->c->claims         ? unclaimed
                                                 : NULL;
     if (thx_check(k->x, th_pipeline_run(e->main.t, passes, &fuel, k->x->verify, between_passes, k)) < 0) return -1;
     if (k->c->transform && transform(k, &grad) < 0) return -1;
@@ -815,6 +831,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
                     : thx_sizes_end(x, k.e, k.other, k.r, k.sizes, c->dynamic > 1);
     passed = now_ms();
     if (rc == 0) rc = lower(&k);
+    if (rc == 0) rc = thx_entry_add_grads(x, k.e, k.r, &k.leaves);
     if (rc == 0) {
         thx_entry *e = k.e;
         e->sharing = PyMem_Malloc(sizeof *e->sharing * (3 * k.leaves.count + 1));

@@ -81,6 +81,7 @@ int thx_arguments_match(thx *x, const thx_entry *e, PyObject *const *args, Py_ss
                         thx_leaves *leaves) {
     if (e->npositional != npositional || !same_names(e->kwnames, kwnames)) return 0;
     leaves->count = 0;
+    if (leaves->held) Py_CLEAR(leaves->held);
     int same = 1;
     for (uint32_t i = 0; i < e->nargs && same == 1; i++) same = thx_spec_match(x, &e->args[i], args[i], leaves);
     return same;
@@ -105,6 +106,7 @@ int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a
     if (same == 1 && !still_absent(e, leaves)) same = 0;
     thx_guards_pin(e->guards, e->running > 1); /* the tensors of a run that goes on stay */
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
+    if (holds == 1) holds = thx_entry_match_grads(c->x, e, leaves);
     if (holds == 1 && e->main.literals.sizes && !thx_sizes_hold(c->x, e, leaves)) return 0;
     if (holds == 1 && e->offsets && !same_offsets(c->x, e, leaves)) return 0;
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;

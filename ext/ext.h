@@ -91,8 +91,8 @@ typedef struct thx {
     bool counts_offsets; /* a rule was used that holds for inputs that start where they do in their storages */
     bool derived_only;   /* derivatives come from torch's autograd alone: for the tests of the catalogue's rules */
     PyObject *push_function, *pop_function, *push_dispatch, *pop_dispatch;
-    getter version_get, requires_grad_get;
-    void *version_closure, *requires_grad_closure;
+    getter version_get, requires_grad_get, grad_get;
+    void *version_closure, *requires_grad_closure, *grad_closure;
     PyObject *active; /* the Recorder of the capture in progress, or NULL (borrowed) */
     unsigned long active_thread;
     bool compiling; /* some thread captures: others run the original meanwhile */
@@ -100,6 +100,7 @@ typedef struct thx {
         *fake_dispatch, *forbid_data_ptr, *increment_version, *functorch_level;
     PyObject *casts;               /* dict: kind of operation and of its arguments -> what autocast casts: autocast.c */
     PyObject *to_copy, *tensor_to; /* torch's overload of casts; Tensor.to */
+    PyObject *step_value, *step_code; /* of torch.optim, and what it runs in a capture: thunder/_optimizers.py */
     PyObject *get_script_optimize, *set_script_optimize; /* TorchScript's optimiser: off while capturing */
     int dict_watcher;                   /* 3.12+: its id; -1: broken or none left, -2: not asked for yet */
     PyObject *empty_set;                /* the copy of every set that is empty, for guards */

@@ -443,7 +443,10 @@ PyObject *thx_ask_autograd(thx_recorder *r, const thx_func *f, PyObject *func, P
         if (!root) return PyObject_CallNoArgs((PyObject *)r->x->GradFn);
     }
     if (!is && strcmp(name, "grad_fn.__get__") == 0) Py_RETURN_NONE;
-    if (!is && strcmp(name, "grad.__get__") == 0 && !root) Py_RETURN_NONE;
+    if (strcmp(name, "grad.__get__") == 0) {
+        PyObject *grad = !is && !root ? Py_NewRef(Py_None) : thx_read_grad_of(r, tensor);
+        if (grad || PyErr_Occurred()) return grad;
+    }
     if (is) {
         char why[120];
         snprintf(why, sizeof why, "the function uses torch.Tensor.%.60s of a tensor that requires grad", name);

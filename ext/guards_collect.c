@@ -18,13 +18,23 @@ static bool is_leaf(thx *x, PyObject *o) {
 }
 
 /* Classes of torch other than modules, fields of dataclasses, loggers and locks hold nothing that a forward's result
- * depends on. */
+ * depends on; but these do. */
+static bool holds_settings(const char *module) {
+    static const char *const of[] = {"torch.optim", "torch.distributions", "torch.amp", "torch.nn.attention", NULL};
+    bool found = false;
+    for (const char *const *o = of; *o && !found; o++) {
+        size_t length = strlen(*o);
+        found = strncmp(module, *o, length) == 0 && (!module[length] || module[length] == '.');
+    }
+    return found;
+}
+
 static bool is_foreign(thx *x, PyObject *o) {
     if (PyObject_TypeCheck(o, x->NnModule)) return false;
     PyObject *module = PyObject_GetAttr((PyObject *)Py_TYPE(o), x->n.module);
     const char *name = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
-    bool foreign = strncmp(name, "torch.", 6) == 0 || strcmp(name, "torch") == 0 || strcmp(name, "logging") == 0 ||
-                   strcmp(name, "_thread") == 0 || strcmp(name, "dataclasses") == 0 ||
+    bool foreign = (strncmp(name, "torch.", 6) == 0 && !holds_settings(name)) || strcmp(name, "torch") == 0 ||
+                   strcmp(name, "logging") == 0 || strcmp(name, "_thread") == 0 || strcmp(name, "dataclasses") == 0 ||
                    strcmp(name, "thunder._C") == 0 || strncmp(name, "thunder.", 8) == 0;
     PyErr_Clear();
     Py_XDECREF(module);
@@ -717,11 +727,15 @@ static int walk_memo(walker *w, PyObject *o, int depth) {
     return rc;
 }
 
-/* A guard owns what it watches, so that a weak reference would never die; modules live as long as their callable. */
+static bool was_visited(const walker *w, void *o) { return w->cap_seen && *seen_place(w->seen, w->cap_seen, o); }
+
+/* A guard owns what it watches, so that a weak reference would never die; modules live as long as their callable, and
+ * what was met on another way lives with it. */
 static int walk_weak(walker *w, PyObject *o, int depth) {
     PyObject *target = PyWeakref_GetObject(o); /* borrowed */
     if (!target || target == Py_None || thx_is_tensor(w->x, target)) return 0;
-    bool stays = PyObject_TypeCheck(target, w->x->NnModule) || PyType_Check(target) || PyFunction_Check(target);
+    bool stays = PyObject_TypeCheck(target, w->x->NnModule) || PyType_Check(target) || PyFunction_Check(target) ||
+                 was_visited(w, target);
     if (!stays) w->g->weak = Py_TYPE(target);
     return walk(w, target, depth + 1);
 }

@@ -210,16 +210,20 @@ static PyObject *call_item(thx *x, th_frame *f, const thx_call *c) {
     return result;
 }
 
+static int set_grad_mode(thx *x, bool on) {
+    if (x->abi.on && x->abi.aoti_torch_grad_mode_set_enabled) return x->abi.aoti_torch_grad_mode_set_enabled(on), 0;
+    PyObject *done = PyObject_CallOneArg(x->set_grad, on ? Py_True : Py_False);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
 /* With another grad mode than the current one. */
 static PyObject *call_in_grad_mode(thx *x, th_frame *f, const thx_call *c, bool on) {
-    PyObject *done = PyObject_CallOneArg(x->set_grad, on ? Py_True : Py_False), *result = NULL, *type, *value, *trace;
-    if (!done) return NULL;
-    Py_DECREF(done);
-    result = c->kind == CALL_VECTOR ? call_vector(x, f, c, c->callee) : call_item(x, f, c);
+    PyObject *type, *value, *trace;
+    if (set_grad_mode(x, on) < 0) return NULL;
+    PyObject *result = c->kind == CALL_VECTOR ? call_vector(x, f, c, c->callee) : call_item(x, f, c);
     PyErr_Fetch(&type, &value, &trace);
-    done = PyObject_CallOneArg(x->set_grad, on ? Py_False : Py_True);
-    Py_XDECREF(done);
-    PyErr_Clear();
+    if (set_grad_mode(x, !on) < 0) PyErr_Clear();
     PyErr_Restore(type, value, trace);
     return result;
 }

@@ -62,7 +62,8 @@ static int load_types(thx *x) {
         get_type(x->torch, "device", &x->Device) < 0 || get_type(x->torch, "layout", &x->Layout) < 0 ||
         get_type(x->torch, "memory_format", &x->MemoryFormat) < 0 ||
         get_getter(x, "_version", &x->version_get, &x->version_closure) < 0 ||
-        get_getter(x, "requires_grad", &x->requires_grad_get, &x->requires_grad_closure) < 0)
+        get_getter(x, "requires_grad", &x->requires_grad_get, &x->requires_grad_closure) < 0 ||
+        get_getter(x, "grad", &x->grad_get, &x->grad_closure) < 0)
         return -1;
     PyObject *wrapper = get_path((PyObject *)x->Tensor, "shape.__get__");
     if (!wrapper) return -1;

@@ -94,16 +94,16 @@ int thx_numbers_begin(thx_callable_object *c, thx_entry *e, thx_entry **like) {
 /* ---- comparing two programs ---- */
 
 typedef struct literal {
-    th_opref op; /* of the program that was captured later */
     double before, now;
     int number; /* of the tape; -1: none */
 } literal;
 
 typedef struct comparison {
     const th_trace *a, *b;
-    literal found[MAX_LITERALS];
+    literal found[MAX_LITERALS]; /* different ones: a learning rate may be in hundreds of operations */
     uint32_t count;
     th_opref at;
+    bool narrow, special; /* some operation does not take any literal; some literal is one that passes know */
 } comparison;
 
 static bool same_value(void *user, th_val a, th_val b) {
@@ -128,6 +128,18 @@ bool thx_op_holds_number(const th_trace *t, const th_op *op) {
     return holds_number(t, op->args) || (op->kwargs && holds_number(t, op->kwargs));
 }
 
+static bool takes_any_literal(const th_trace *t, const th_op *op);
+
+/* Passes and derivatives treat these in ways of their own. */
+static bool is_special(double value) { return value == 0 || value == 1 || value == -1; }
+
+static bool is_found(const comparison *k, const literal *l) {
+    bool found = false;
+    for (uint32_t i = 0; i < k->count && l->number >= 0 && !found; i++)
+        found = k->found[i].number == l->number && memcmp(&k->found[i].before, &l->before, sizeof l->before) == 0;
+    return found;
+}
+
 /* An argument itself, which may be a number of the tape, or a literal that differs. */
 static bool same_argument(comparison *k, th_node na, th_node nb) {
     const th_node_data *a = &k->a->nodes[na], *b = &k->b->nodes[nb];
@@ -135,9 +147,14 @@ static bool same_argument(comparison *k, th_node na, th_node nb) {
     if (!floats) return !number && same_node(k, na, nb);
     if (!number && same_node(k, na, nb)) return true;
     const th_op *op = &k->b->ops[k->at];
-    if (k->count == MAX_LITERALS || (!op->callee_opaque && strstr(th_str_get(k->b->ctx, op->callee), "range")))
+    if (!op->callee_opaque && strstr(th_str_get(k->b->ctx, op->callee), "range"))
         return false; /* numbers make the shapes of ranges */
-    k->found[k->count++] = (literal){k->at, a->u.f, b->u.f, (int)b->f2 - 1};
+    const literal l = {a->u.f, b->u.f, (int)b->f2 - 1};
+    k->narrow |= !takes_any_literal(k->b, op);
+    k->special |= is_special(l.before) || is_special(l.now);
+    if (is_found(k, &l)) return true;
+    if (k->count == MAX_LITERALS) return false;
+    k->found[k->count++] = l;
     return true;
 }
 
@@ -197,15 +214,6 @@ static bool takes_any_literal(const th_trace *t, const th_op *op) {
     return false;
 }
 
-/* Passes and derivatives treat these in ways of their own. */
-static bool is_special(double value) { return value == 0 || value == 1 || value == -1; }
-
-static bool take_any_literals(const comparison *k, const th_trace *t) {
-    bool all = true;
-    for (uint32_t i = 0; i < k->count && all; i++) all = takes_any_literal(t, &t->ops[k->found[i].op]);
-    return all;
-}
-
 static thx_region *region_of(thx *x, const th_trace *t, th_opref o) {
     PyObject *callee = t->ops[o].callee_opaque ? t->opaques[t->ops[o].callee_opaque].object : NULL;
     return callee && Py_TYPE(callee) == x->Region ? (thx_region *)callee : NULL;
@@ -234,9 +242,7 @@ static const th_trace *backward_of(const thx_entry *e) { return e->gradient ? e-
 /* Regions are objects of their own in each program, so programs that have some are compared as they were captured. */
 static bool same_but_for_regions(thx *x, comparison *k, const thx_entry *a, const thx_entry *b) {
     if (!same_program(k, a->captured, b->captured)) return false;
-    bool special = false;
-    for (uint32_t i = 0; i < k->count; i++) special |= is_special(k->found[i].before) || is_special(k->found[i].now);
-    return !k->count || (!special && take_any_literals(k, b->captured) && !regions_hold_numbers(x, b->main.t) &&
+    return !k->count || (!k->special && !k->narrow && !regions_hold_numbers(x, b->main.t) &&
                          !regions_hold_numbers(x, backward_of(b)));
 }
 
@@ -244,7 +250,7 @@ static bool same_but_for_regions(thx *x, comparison *k, const thx_entry *a, cons
 static bool same_gradients(comparison *k, const thx_entry *a, const thx_entry *b) {
     if (!same_program(k, a->captured, b->captured)) return false;
     if (!k->count) return true; /* what is made of it has none either */
-    if (!take_any_literals(k, b->captured)) return false;
+    if (k->narrow) return false;
     k->count = 0;
     const thx_gradient *g = a->gradient, *h = b->gradient;
     return same_program(k, a->main.t, b->main.t) && same_program(k, g->backward.t, h->backward.t) &&

@@ -469,7 +469,7 @@ int thx_recorder_check_attributes(thx_recorder *r, PyObject *const *results, uin
 /* ---- running ---- */
 
 typedef struct surroundings { /* state of torch that is different while a program is captured */
-    PyObject *previous, *compiler, *compiling, *script, *frames;
+    PyObject *previous, *compiler, *compiling, *script, *frames, *step_code;
     thx_purity purity;
 } surroundings;
 
@@ -477,6 +477,28 @@ static int set_script_optimize(thx *x, PyObject *on) {
     PyObject *done = PyObject_CallOneArg(x->set_script_optimize, on);
     Py_XDECREF(done);
     return done ? 0 : -1;
+}
+
+static void find_step_value(thx *x) {
+    PyObject *module = PyImport_ImportModule("thunder._optimizers");
+    PyObject *found = module ? PyObject_CallMethod(module, "value_function", NULL) : NULL, *none = Py_None;
+    if (found && PyTuple_Check(found)) {
+        x->step_value = Py_NewRef(PyTuple_GET_ITEM(found, 0));
+        x->step_code = Py_NewRef(PyTuple_GET_ITEM(found, 1));
+    } else if (found) {
+        x->step_value = Py_NewRef(none);
+    }
+    PyErr_Clear();
+    Py_XDECREF(found);
+    Py_XDECREF(module);
+}
+
+/* torch.optim takes the number of a step as thunder/_optimizers.py says. What is there now is returned. */
+static PyObject *set_step_code(thx *x, PyObject *code) {
+    if (!x->step_value || !PyFunction_Check(x->step_value)) return NULL;
+    PyObject *now = Py_NewRef(PyFunction_GET_CODE(x->step_value));
+    if (PyObject_SetAttrString(x->step_value, "__code__", code) < 0) PyErr_Clear();
+    return now;
 }
 
 /* torch.compiler.is_compiling() says yes; TorchScript runs operation by operation, as its fused kernels would want
@@ -502,6 +524,8 @@ static int enter(thx_recorder *r, surroundings *s) {
     x->active = (PyObject *)r;
     x->active_thread = PyThread_get_thread_ident();
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", Py_True);
+    if (!x->step_value) find_step_value(x);
+    s->step_code = set_step_code(x, x->step_code);
     s->frames = PyObject_CallOneArg(x->set_eval_frame, Py_None); /* what torch.compile makes of code is not the code */
     PyErr_Clear();
     thx_purity_begin(r, &s->purity);
@@ -516,6 +540,8 @@ static void leave(thx_recorder *r, surroundings *s) { /* keeps a pending excepti
     PyObject *frames = s->frames ? PyObject_CallOneArg(x->set_eval_frame, s->frames) : NULL;
     Py_XDECREF(frames);
     Py_CLEAR(s->frames);
+    if (s->step_code) Py_XDECREF(set_step_code(x, s->step_code));
+    Py_CLEAR(s->step_code);
     if (s->compiling) PyObject_SetAttrString(s->compiler, "_is_compiling_flag", s->compiling);
     set_script_optimize(x, s->script);
     thx_custom_leave(x);
@@ -691,6 +717,7 @@ static void recorder_dealloc(thx_recorder *r) {
     PyMem_Free(r->codes);
     Py_XDECREF(r->asking);
     Py_XDECREF(r->messages);
+    thx_read_grads_fini(r);
     Py_XDECREF(r->expected);
     Py_XDECREF(r->fixed);
     thx_shadow_free(r->shadow);

@@ -140,7 +140,8 @@ static int pass_border(thx_recorder *r, const th_op *op) {
 /* Effects that are the program's own, or none at all when it runs once more. */
 static bool is_harmless(const th_trace *t, const th_op *op) {
     const char *name = op->callee_opaque ? "" : th_str_get(t->ctx, op->callee);
-    return strstr(name, "rng_state") || strstr(name, "assert") || strcmp(name, "thunder._kernels.raise_if") == 0;
+    return strstr(name, "rng_state") || strstr(name, "assert") || strstr(name, "profiler._record_function") ||
+           strcmp(name, "thunder._kernels.raise_if") == 0;
 }
 
 static int run_op(thx_recorder *r, th_opref o) {

@@ -15,9 +15,11 @@ void thx_leaves_init(thx_leaves *l) {
     l->count = 0;
     l->cap = sizeof l->fixed / sizeof *l->fixed;
     l->args = NULL;
+    l->held = NULL;
 }
 
 void thx_leaves_fini(thx_leaves *l) {
+    Py_CLEAR(l->held);
     if (l->items != l->fixed) PyMem_Free(l->items);
     l->items = l->fixed;
     l->count = 0;

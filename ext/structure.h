@@ -54,6 +54,7 @@ typedef struct thx_leaves { /* distinct tensors in the order of the walk (borrow
     PyObject **items;
     uint32_t count, cap;
     PyObject *const *args;              /* of the call */
+    PyObject *held;                     /* list of those that nothing else holds, or NULL (owned) */
     PyObject *shared[THX_MAX_SHARED];   /* by memo - 1 (borrowed) */
     PyObject *numbers[THX_MAX_NUMBERS]; /* by place (borrowed) */
     PyObject *fixed[24];

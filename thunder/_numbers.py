@@ -39,6 +39,7 @@ class Tape:
         self.origins: list[frozenset[int]] = []
         self.fixed: set[int] = set()
         self.count = 0
+        self._known: dict[Any, int] = {}  # the places of what has been computed: the same again has the same one
 
     def argument(self, value: float, number: int = 0) -> Number:
         """The next argument, or what counts as one."""
@@ -46,11 +47,14 @@ class Tape:
         return self._new(value, self.count - 1, frozenset((self.count - 1,)))
 
     def _new(self, value: float, term: Any, origins: frozenset[int]) -> Number:
-        number = Number(value)
-        number._tape, number._place = self, len(self.values)
         self.values.append(value)
         self.terms.append(term)
         self.origins.append(origins)
+        return self._number(value, len(self.values) - 1)
+
+    def _number(self, value: float, place: int) -> Number:
+        number = Number(value)
+        number._tape, number._place = self, place
         return number
 
     def computed(self, name: str, result: Any, *operands: Any) -> Any:
@@ -59,7 +63,12 @@ class Tape:
         if type(result) is not float:  # a complex power
             self.fixed |= origins
             return result
+        # not by functions of math, which look at numbers
+        key = (name, *(o._place if isinstance(o, Number) else repr(o) for o in operands))
+        if key in self._known:
+            return self._number(result, self._known[key])
         terms = tuple(Ref(o._place) if isinstance(o, Number) else o for o in operands)
+        self._known[key] = len(self.values)
         return self._new(result, (name, *terms), origins)
 
     def unseen(self, before: tuple[float, ...], known: frozenset[int]) -> frozenset[int]:

@@ -14,6 +14,7 @@ static const struct {
     {"cse", th_pass_cse},                     /* the same operation twice */
     {"errors", th_pass_errors},               /* results that nobody uses, of what may raise, stay */
     {"dce", th_pass_dce},                     /* results that nobody uses */
+    {"reinplace", th_pass_reinplace},         /* inputs are not written back, but computed in */
     {"lifetime", th_pass_lifetime},           /* del after the last use */
 };
 enum { NPASSES = sizeof column / sizeof *column };

@@ -20,6 +20,8 @@ typedef struct pending {               /* a run forwards, until it has run backw
     PyObject **inputs;                 /* of the call, for create_graph; owned; NULL where it was written to */
     long *versions;                    /* of those that torch does not keep */
     PyObject *numbers;                 /* tuple: the values of literals, or NULL; owned */
+    PyObject *watched;                 /* tuple by result with a gradient of weak references to those that others are
+                                          computed from, or None; NULL: there are none; owned */
     PyObject *keepers;                 /* tuple by kept result of what fills its .grad, or NULL; owned */
     bool all_shown, freed;
     th_slot kept[1]; /* by saved value: what torch does not keep */
@@ -41,6 +43,7 @@ static void pending_dealloc(pending *p) {
     PyTypeObject *type = Py_TYPE(p);
     pending_release(p);
     Py_XDECREF(p->keepers);
+    Py_XDECREF(p->watched);
     Py_XDECREF(p->numbers);
     Py_DECREF((PyObject *)p->g);
     type->tp_free((PyObject *)p);
@@ -263,6 +266,51 @@ static int keep_gradients_of(thx *x, pending *p, thx_forward *f) {
     return p->keepers ? 0 : -1;
 }
 
+static int watch_results(thx *x, pending *p, thx_forward *f) {
+    const thx_gradient *g = p->g;
+    uint64_t any = 0;
+    for (uint32_t i = 0; g->above && i < g->ntangents; i++) any |= g->above[i];
+    p->watched = any ? PyTuple_New(g->ntangents) : NULL;
+    for (uint32_t i = 0; p->watched && i < g->ntangents; i++) {
+        PyObject *o = any >> i & 1 ? thx_slot_object(x, result_slot(f, g->tangent_of[i])) : NULL, *none = Py_None;
+        PyObject *reference = any >> i & 1 ? (o ? PyWeakref_NewRef(o, NULL) : NULL) : Py_NewRef(none);
+        if (!reference) return -1;
+        PyTuple_SET_ITEM(p->watched, i, reference);
+    }
+    return any && !p->watched ? -1 : 0;
+}
+
+static bool wants_gradient(PyObject *tensor) {
+    PyObject *retains = PyObject_GetAttrString(tensor, "retains_grad");
+    PyObject *hooks = PyObject_GetAttrString(tensor, "_backward_hooks");
+    bool wants = retains == Py_True || (hooks && hooks != Py_None && PyObject_IsTrue(hooks) == 1);
+    PyErr_Clear();
+    Py_XDECREF(hooks);
+    Py_XDECREF(retains);
+    return wants;
+}
+
+/* All results leave one node: what flows from one of them to another inside does not come by outside, where torch would
+ * look for it. */
+static int check_watched(const pending *p, uint64_t absent) {
+    const thx_gradient *g = p->g;
+    for (uint32_t i = 0; p->watched && i < g->ntangents; i++) {
+        PyObject *reference = PyTuple_GET_ITEM(p->watched, i), *o = NULL;
+        if (reference != Py_None) o = PyWeakref_GetObject(reference);
+        if (!o || o == Py_None || !wants_gradient(o)) continue;
+        for (uint32_t j = 0; j < g->ntangents; j++) {
+            if (absent >> j & 1 || !(g->above[j] >> i & 1)) continue;
+            PyErr_Format(PyExc_RuntimeError,
+                         "thunder: the gradient of result %u is asked for, by retain_grad() or a hook, and result %u of "
+                         "the same call is computed from it: that part of it is known inside the compiled function "
+                         "alone. Call retain_grad() or register_hook() there",
+                         (unsigned)i, (unsigned)j);
+            return -1;
+        }
+    }
+    return 0;
+}
+
 /* Inputs that take new contents, in autograd's sight. */
 static int write_inputs(thx *x, thx_forward *f) {
     const thx_gradient *g = f->gradient;
@@ -311,6 +359,7 @@ int thx_forward_run(thx *x, thx_forward *f) {
     if (p) p->run = NULL;
     int rc = outs ? take_outs(f, outs) : -1;
     if (rc == 0) rc = keep_gradients_of(x, p, f);
+    if (rc == 0) rc = watch_results(x, p, f);
     Py_XDECREF((PyObject *)p);
     Py_XDECREF(outs);
     if (rc == 0) rc = write_inputs(x, f);
@@ -613,7 +662,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
                         "they have already been freed). Saved intermediate values of the graph are freed when you call "
                         ".backward() or autograd.grad(). Specify retain_graph=True if you need to backward through the "
                         "graph a second time or if you need to access saved tensors after calling backward.");
-    else if (check_reads(x, p->g) == 0)
+    else if (check_reads(x, p->g) == 0 && check_watched(p, absent) == 0)
         s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
     int graph = thx_grad_mode(x), batched = s.shown ? any_batched(x, a + 1, p->g->ntangents) : 0;
     thx_autocast cast;

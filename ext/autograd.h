@@ -34,6 +34,7 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
     bool *shared;                /* by input that requires grad: its gradient lies in the memory of one before it */
     uint32_t nmutated, *mutated; /* inputs that take new contents under autograd; these are the last results */
     uint32_t nkept, *kept;       /* results that retain their gradients */
+    uint64_t *above;   /* by incoming gradient: bits of the others whose results its own is computed from; NULL: none */
     uint64_t *depends; /* by input that requires grad, then by kept result: bits of the incoming gradients that its own
                           depends on */
     struct thx_guards *reads; /* what backward functions of the user's read, as it was; the entry's; NULL: nothing */

@@ -29,6 +29,7 @@ static void gradient_dealloc(thx_gradient *g) {
     PyMem_Free(g->saved);
     PyMem_Free(g->numbers);
     PyMem_Free(g->depends);
+    PyMem_Free(g->above);
     Py_XDECREF(g->derived);
     type->tp_free((PyObject *)g);
     Py_DECREF(type);

@@ -61,7 +61,7 @@ def group_of_parameters_unfrozen_later():
 
 
 @program("fourth: training")
-def gradients_accumulated_over_micro_batches():
+def gradients_of_micro_batches_with_a_divisor():
     model = small()
 
     def loss(x, parts):
@@ -498,7 +498,7 @@ def checkpointing_switched_on():
 
 
 @program("fourth: training")
-def per_sample_gradients_with_vmap():
+def gradients_of_each_sample_with_vmap():
     model = nn.Linear(4, 1)
     weights = dict(model.named_parameters())
 

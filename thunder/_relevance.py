@@ -67,26 +67,34 @@ def asks_types(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
     given = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
     begins, ends = set(), set()
     for name in found:
-        values = _stores(code, name)
+        values = _values(code, name) if name in code.co_varnames else 2
         if name in code.co_varnames[:given]:
             begins.add(name)
         if values == 1:
             ends.add(name)
-        elif values or name not in begins:
+        elif values > 1:
             begins.add("")
     return tuple(begins), tuple(ends)
 
 
-def _stores(code: CodeType, name: Any) -> int:
-    """How often a local variable gets a value; 2 in a loop, and in a generator, which may never return."""
+def _values(code: CodeType, name: str) -> int:
+    """How often a local variable gets a value that is no constant and no exception; 2: more than once, or lost."""
     ops = _instructions(code)
-    stores = [
-        i.offset
-        for i in ops
-        if "FAST" in i.opname and i.opname.startswith(("STORE", "DELETE")) and (name == i.argval or name in i.argval)
-    ]
-    looped = any(i.argval <= s <= i.offset for i in ops if "JUMP_BACKWARD" in i.opname for s in stores)
-    return 2 if stores and (looped or code.co_flags & inspect.CO_GENERATOR) else len(stores)
+    found, lost = [], bool(code.co_flags & inspect.CO_GENERATOR)  # which may never return
+    for at, i in enumerate(ops):
+        if "FAST" not in i.opname or not i.opname.startswith(("STORE", "DELETE")) or name not in _pair(i.argval):
+            continue
+        caught = at > 1 and ops[at - 2].opname == "CHECK_EXC_MATCH"
+        if i.opname.startswith("DELETE"):
+            lost = True
+        elif not (i.opname == "STORE_FAST" and (caught or _is_constant(ops[at - 1]))):
+            found.append(i.offset)
+    looped = any(i.argval <= s <= i.offset for i in ops if "JUMP_BACKWARD" in i.opname for s in found)
+    return 2 if found and (looped or lost) else len(found)
+
+
+def _pair(argument: Any) -> tuple[Any, ...]:
+    return argument if isinstance(argument, tuple) else (argument,)
 
 
 def _instructions(code: CodeType) -> list[dis.Instruction]:

@@ -1156,3 +1156,18 @@ def type_of_a_variable_of_two_kinds():
     yield X(), 2
     yield X(), 3
     yield X(), 0
+
+
+@program("fourth: python")
+def type_of_a_caught_exception():
+    def f(x, table, name):
+        try:
+            return x * table[name], "fine"
+        except (KeyError, TypeError) as error:
+            return x, f"{type(error).__name__}: {error}"
+
+    yield f, X(), {"a": 2.0}, "a"
+    yield X(), {"a": 2.0}, "b"
+    yield X(), [1.0], "b"
+    yield X(), {"a": "text"}, "a"
+    yield X(), [1.0], 0

@@ -300,11 +300,12 @@ static int check_watched(const pending *p, uint64_t absent) {
         if (!o || o == Py_None || !wants_gradient(o)) continue;
         for (uint32_t j = 0; j < g->ntangents; j++) {
             if (absent >> j & 1 || !(g->above[j] >> i & 1)) continue;
-            PyErr_Format(PyExc_RuntimeError,
-                         "thunder: the gradient of result %u is asked for, by retain_grad() or a hook, and result %u of "
-                         "the same call is computed from it: that part of it is known inside the compiled function "
-                         "alone. Call retain_grad() or register_hook() there",
-                         (unsigned)i, (unsigned)j);
+            PyErr_Format(
+                PyExc_RuntimeError,
+                "thunder: the gradient of result %u is asked for, by retain_grad() or a hook, and result %u of "
+                "the same call is computed from it: that part of it is known inside the compiled function "
+                "alone. Call retain_grad() or register_hook() there",
+                (unsigned)i, (unsigned)j);
             return -1;
         }
     }
@@ -643,6 +644,24 @@ static int check_reads(thx *x, const thx_gradient *g) {
     return -1;
 }
 
+/* x.data = y counts as no write. What the kernels then would take for numbers of the former kind is refused. */
+static int check_saved(const sources *s) {
+    const thx_gradient *g = s->p->g;
+    const th_trace *t = g->backward.t;
+    Py_ssize_t at = 0;
+    for (uint32_t i = 0; i < g->nsaved && !s->p->all_shown; i++) {
+        if (!g->saved[i].shown) continue;
+        PyObject *o = PyTuple_GET_ITEM(s->shown, at++);
+        if (g->saved[i].root < 0 || laid_out_so(s->x, o, th_type_get(s->x->ctx, t->values[t->inputs[i]].type)))
+            continue;
+        PyErr_SetString(PyExc_RuntimeError,
+                        "thunder: an input that the backward needs has another dtype or layout than at the forward "
+                        "call: its .data was assigned to");
+        return -1;
+    }
+    return 0;
+}
+
 /* apply(ctx, *gradients), called by the engine. */
 static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     thx *x = PyModule_GetState(module);
@@ -666,7 +685,7 @@ static PyObject *apply(PyObject *module, PyObject *const *a, Py_ssize_t n) {
         s.shown = PyObject_GetAttr(a[0], x->n.saved_tensors);
     int graph = thx_grad_mode(x), batched = s.shown ? any_batched(x, a + 1, p->g->ntangents) : 0;
     thx_autocast cast;
-    if (batched < 0) Py_CLEAR(s.shown);
+    if (batched < 0 || (s.shown && check_saved(&s) < 0)) Py_CLEAR(s.shown);
     if (s.shown && graph >= 0 && thx_autocast_off(x, &cast) == 0) {
         s.tangents = settle_tangents(x, p->g, a + 1, p->g->backward.t, graph || batched);
         if (s.tangents && graph)

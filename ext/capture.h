@@ -214,6 +214,7 @@ int thx_check_write(thx_recorder *r, th_val value, thx_grad_note *note);        
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
 PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
 int thx_tensor_flag(thx_recorder *r, PyObject *tensor);      /* 1 requires grad, 0 does not, -1 error */
+int thx_make_leaf(thx_recorder *r, PyObject *tensor);
 bool thx_was_made_leaf(const thx_recorder *r, th_val value); /* by the code, of something that required no grad */
 int thx_note_hooks_begin(thx_recorder *r);
 int thx_gradstate_init(thx *x, PyObject *module);

@@ -429,6 +429,7 @@ static int capture(compile *k) {
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     k->raised = rc < 0 && PyErr_ExceptionMatches(PyExc_Exception) && !PyErr_ExceptionMatches(x->CaptureError) &&
                 !PyErr_ExceptionMatches(x->GradNeeded);
+    k->misled = k->raised && k->tape; /* handlers[type(s)] */
     if (rc < 0) PyErr_Fetch(&type, &value, &trace);
     PyObject *codes = rc < 0 ? NULL : thx_codes_list(k->r);
     thx_guards_ran(k->x, k->e->guards, codes);
@@ -436,7 +437,7 @@ static int capture(compile *k) {
         PyObject *done = PyObject_CallMethod(k->tape, "ran", "O", codes);
         if (!done) rc = -1;
         if (done == Py_True) {
-            PyErr_SetString(x->SizesChanged, "code that ran may ask whether a number is of the type float");
+            PyErr_SetString(x->SizesChanged, "code that ran may ask for the type of a number");
             k->misled = true;
             rc = -1;
         }

@@ -370,7 +370,7 @@ bool thx_was_made_leaf(const thx_recorder *r, th_val value) {
 
 /* A tensor that the code computed is made to require grad. Its gradient ends there, where nobody sees it: what reads it
  * runs in eager. What is left is what the code is told, and whether results require grad for its sake (compile.c). */
-static int make_leaf(thx_recorder *r, PyObject *tensor) {
+int thx_make_leaf(thx_recorder *r, PyObject *tensor) {
     thx_cell *cell = thx_recorder_cell(r, tensor);
     if (!cell || (!r->leaves && !(r->leaves = PySet_New(NULL)))) return -1;
     PyObject *id = PyLong_FromUnsignedLong(cell->value);
@@ -395,7 +395,7 @@ static PyObject *set_requires_grad(thx_recorder *r, PyObject *tensor, int is, Py
     if (on < 0) return NULL;
     if (on == is) return Py_NewRef(tensor);
     if (on && !comes_from_outside(r, tensor) && may_require_grad(r, tensor))
-        return make_leaf(r, tensor) < 0 ? NULL : Py_NewRef(tensor);
+        return thx_make_leaf(r, tensor) < 0 ? NULL : Py_NewRef(tensor);
     return thx_grad_needed(r,
                            on ? "a tensor is made to require gradients" : "a tensor is made to require no gradients");
 }

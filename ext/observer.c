@@ -637,6 +637,13 @@ static PyObject *ask(thx_recorder *r, PyObject *func, PyObject *args, PyObject *
     return answer;
 }
 
+/* torch.zeros(3, requires_grad=True): what depends on it requires grad, as if requires_grad_() had made it so. */
+static int note_leaf(thx_recorder *r, PyObject *kwargs, PyObject *result) {
+    if (!kwargs || PyDict_GetItemString(kwargs, "requires_grad") != Py_True) return 0;
+    bool made = thx_is_fake(r->x, result) && !is_input(r, result) && !thx_under_functorch(r->x);
+    return made ? thx_make_leaf(r, result) : 0;
+}
+
 static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     thx_recorder *r = (thx_recorder *)self;
     if (n < 3 || n > 4) return PyErr_Format(PyExc_TypeError, "__torch_function__ takes func, types, args and kwargs");
@@ -655,6 +662,7 @@ static PyObject *observe(PyObject *self, PyObject *const *a, Py_ssize_t n) {
         result = thx_ask_autograd(r, &f, func, tuple, kwargs);
     else if (tuple)
         result = thx_record(r, &f, func, tuple, kwargs);
+    if (result && note_leaf(r, kwargs, result) < 0) Py_CLEAR(result);
     Py_XDECREF(tuple);
     return result;
 }

@@ -337,17 +337,15 @@ static int note_asking(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code
     PyObject *names = module ? PyObject_CallMethod(module, "asks_types", "O", code) : NULL;
     Py_XDECREF(module);
     if (names && !r->asking) r->asking = PyDict_New();
-    int rc = !names || !r->asking          ? -1
-             : PyTuple_GET_SIZE(names) > 0 ? PyDict_SetItem(r->asking, (PyObject *)code, names)
-                                           : 0;
+    int rc = names && r->asking ? PyDict_SetItem(r->asking, (PyObject *)code, names) : -1;
     Py_XDECREF(names);
     return rc;
 }
 
-/* Is it a tensor, or something that is not among the variables yet and may be one? */
-static bool may_be_fake(const thx *x, PyObject *locals, PyObject *name) {
+/* Is it a tensor, or something that is not among the variables and may be one? */
+static bool may_be_fake(const thx *x, PyObject *locals, PyObject *name, bool returns) {
     PyObject *value = PyObject_GetItem(locals, name); /* new, or NULL */
-    bool fake = !value || thx_is_fake(x, value);
+    bool fake = value ? thx_is_fake(x, value) : !returns;
     PyErr_Clear();
     Py_XDECREF(value);
     return fake;
@@ -355,12 +353,13 @@ static bool may_be_fake(const thx *x, PyObject *locals, PyObject *name) {
 
 /* While a program is captured its tensors are instances of a subclass of torch.Tensor; isinstance sees no difference,
  * but type() does. */
-static int check_types(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code) {
-    PyObject *names = r->asking ? PyDict_GetItemWithError(r->asking, (PyObject *)code) : NULL, *locals = NULL;
+static int check_types(thx_recorder *r, PyFrameObject *frame, PyCodeObject *code, bool returns) {
+    PyObject *pair = r->asking ? PyDict_GetItemWithError(r->asking, (PyObject *)code) : NULL, *locals = NULL;
+    PyObject *names = pair ? PyTuple_GET_ITEM(pair, returns) : NULL;
     bool found = false;
-    if (names) locals = PyFrame_GetLocals(frame);
+    if (names && PyTuple_GET_SIZE(names)) locals = PyFrame_GetLocals(frame);
     for (Py_ssize_t i = 0; locals && i < PyTuple_GET_SIZE(names) && !found; i++)
-        found = may_be_fake(r->x, locals, PyTuple_GET_ITEM(names, i));
+        found = may_be_fake(r->x, locals, PyTuple_GET_ITEM(names, i), returns);
     PyErr_Clear();
     Py_XDECREF(locals);
     return found ? thx_capture_error(r, type_text, "a tensor has another one while the program is captured",
@@ -382,7 +381,7 @@ static int watch_level(thx_recorder *r, PyFrameObject *frame) {
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
     int fresh = note_code(r, (PyObject *)code);
-    if (fresh < 0 || (fresh && note_asking(r, frame, code) < 0) || check_types(r, frame, code) < 0) {
+    if (fresh < 0 || (fresh && note_asking(r, frame, code) < 0) || check_types(r, frame, code, false) < 0) {
         Py_DECREF(code);
         return -1;
     }
@@ -405,12 +404,20 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     return refuse(r, environment_text, "it reads the environment, and later calls would not look again");
 }
 
+static int check_return(thx_recorder *r, PyFrameObject *frame) {
+    if (!r->asking || PyErr_Occurred()) return 0;
+    PyCodeObject *code = PyFrame_GetCode(frame);
+    int rc = check_types(r, frame, code, true);
+    Py_DECREF(code);
+    return rc;
+}
+
 static int on_event(PyObject *recorder, PyFrameObject *frame, int what, PyObject *arg) {
     thx_recorder *r = (thx_recorder *)recorder;
     if (r->x->active != recorder) return 0;
     if (what == PyTrace_C_CALL) return check_c_call(r, frame, arg);
     if ((what == PyTrace_C_RETURN || what == PyTrace_C_EXCEPTION) && r->warns && is_warning(r, arg)) r->warns = NULL;
-    return what == PyTrace_CALL ? check_call(r, frame) : 0;
+    return what == PyTrace_CALL ? check_call(r, frame) : what == PyTrace_RETURN ? check_return(r, frame) : 0;
 }
 
 /* ---- numpy's global generator: its methods are no C functions that the profiler sees ---- */

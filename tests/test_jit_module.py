@@ -215,6 +215,12 @@ def test_container_modules_keep_their_protocol():
     assert compiled[0] is inner[0]
     assert list(compiled) == list(inner)
     assert bool(compiled)
+    compiled[1] = nn.Tanh()
+    assert inner[1] in compiled and isinstance(inner[1], nn.Tanh)
+    torch.testing.assert_close(compiled(torch.ones(1, 3)), inner(torch.ones(1, 3)))
+    del compiled[1]
+    assert len(inner) == 1
+    torch.testing.assert_close(compiled(torch.ones(1, 3)), inner(torch.ones(1, 3)))
 
 
 def test_methods_of_the_original_use_the_originals_state():

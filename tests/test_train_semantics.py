@@ -736,3 +736,12 @@ def test_what_gives_a_shape_has_no_gradient():
     for ours, eager in zip(thunder.jit(f)(x(4), leaf(4)), f(x(4), leaf(4)), strict=True):
         assert ours.requires_grad == eager.requires_grad
         assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.t, lambda t: t.new_empty(0)])
+def test_backward_refuses_a_weight_whose_data_became_another_kind(change):
+    weight = torch.ones(2, 3, requires_grad=True)
+    out = thunder.jit(lambda a: a @ weight)(leaf(4, 2))
+    weight.data = change(weight.data)
+    with pytest.raises(RuntimeError, match="was assigned to"):
+        out.sum().backward()

@@ -14,6 +14,7 @@ from types import CodeType
 from typing import Any
 
 from thunder._origin import THUNDER, TORCH
+from thunder._relevance import may_ask_for
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _SIGNS = {"neg": "-", "pos": "+"}
@@ -98,7 +99,7 @@ class Tape:
                 continue
             if _READERS & set(code.co_names) or _formats(code):
                 self.fix_all()
-            asked |= _asks_for_floats(code)
+            asked |= may_ask_for(code, "float")
         return asked
 
     def sources(self, pinned: frozenset[int] = frozenset()) -> list[str]:
@@ -165,14 +166,6 @@ def _formats(code: CodeType) -> bool:
     return any(isinstance(c, str) and "%" in c for c in code.co_consts) and any(
         i.opname == "BINARY_OP" and i.argrepr == "%" for i in dis.get_instructions(code)
     )
-
-
-def _asks_for_floats(code: CodeType) -> bool:
-    """``type(s) is float``, which a number is not."""
-    if not {"type", "float"} <= set(code.co_names):
-        return False
-    read = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return {"type", "float"} <= read
 
 
 class Ref:

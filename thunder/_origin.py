@@ -9,6 +9,17 @@ import torch
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 THUNDER = os.path.dirname(__file__) + os.sep
+_LIBRARY = os.path.dirname(os.__file__)
+
+
+def standard(path: str) -> bool:
+    """Whether it is of Python's own library."""
+    return path.startswith((_LIBRARY, "<frozen")) and "site-packages" not in path
+
+
+def from_library(path: str) -> bool:
+    """Whether it is of Python's own library, or in the folder of installed packages."""
+    return standard(path) or "/site-packages/" in path or "/dist-packages/" in path
 
 
 def installed(path: str) -> bool:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 from collections.abc import Iterable
 from types import CodeType
 from typing import Any
+
+from thunder._origin import from_library
 
 # What gives attributes without naming them.
 _WHOLE = frozenset(
     ("__dict__", "vars", "dir", "__getattribute__", "__getstate__", "__reduce_ex__", "locals", "globals", "attrgetter")
 )
 _BY_STRING = frozenset(("getattr", "hasattr", "setattr", "delattr"))
+_KINDS = [[kind] for kind in ("int", "float", "complex", "bool", "str", "bytes", "tuple", "list", "dict", "set")]
 # nn.Module's own look-up: its names are those that the caller's code mentions, or keys of dictionaries watched whole.
 _LOOKS_UP = "torch/nn/modules/module.py"
 
@@ -42,21 +46,84 @@ def _names_of(code: CodeType) -> frozenset[str] | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def asks_types(code: CodeType) -> tuple[str, ...]:
+def asks_types(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Local variables whose type code compares, keeps or passes on: ``type(x) is Tensor``, ``x.__class__.__name__``.
 
     An attribute that a subclass inherits and ``type(x)(...)`` are no matter. "" stands for other expressions.
+
+    Returns:
+        Those to be looked at when the code begins, and those that have their one value by the time it returns.
     """
     found = []
-    ops = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL")]
+    ops = _instructions(code)
     for at, i in enumerate(ops):
         if i.argval == "type" and i.opname.startswith("LOAD_") and _is_no_attribute(ops, at):
             call = next((n for n in range(at + 1, len(ops)) if ops[n].opname.startswith("CALL")), at)
-            if call > at and ops[call].arg == 1 and _looked_at(ops[call + 1 :]):
+            constant = call == at + 2 and _is_constant(ops[at + 1])  # type(None)
+            if call > at and ops[call].arg == 1 and not constant and _looked_at(ops[call + 1 :]):
                 found.append(ops[at + 1].argval if call == at + 2 and "FAST" in ops[at + 1].opname else "")
         elif i.opname == "LOAD_ATTR" and i.argval == "__class__" and _looked_at(ops[at + 1 :]):
             found.append(ops[at - 1].argval if at and "FAST" in ops[at - 1].opname else "")
-    return tuple(dict.fromkeys(found))
+    given = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
+    begins, ends = set(), set()
+    for name in found:
+        values = _values(code, name) if name in code.co_varnames else 2
+        if name in code.co_varnames[:given]:
+            begins.add(name)
+        if values == 1:
+            ends.add(name)
+        elif values > 1:
+            begins.add("")
+    return tuple(begins), tuple(ends)
+
+
+def _values(code: CodeType, name: str) -> int:
+    """How often a local variable gets a value that is no constant and no exception; 2: more than once, or lost."""
+    ops = _instructions(code)
+    found, lost = [], bool(code.co_flags & inspect.CO_GENERATOR)  # which may never return
+    for at, i in enumerate(ops):
+        if "FAST" not in i.opname or not i.opname.startswith(("STORE", "DELETE")) or name not in _pair(i.argval):
+            continue
+        caught = at > 1 and ops[at - 2].opname == "CHECK_EXC_MATCH"
+        if i.opname.startswith("DELETE"):
+            lost = True
+        elif not (i.opname == "STORE_FAST" and (caught or _is_constant(ops[at - 1]))):
+            found.append(i.offset)
+    looped = any(i.argval <= s <= i.offset for i in ops if "JUMP_BACKWARD" in i.opname for s in found)
+    return 2 if found and (looped or lost) else len(found)
+
+
+def _pair(argument: Any) -> tuple[Any, ...]:
+    return argument if isinstance(argument, tuple) else (argument,)
+
+
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    skipped = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL")
+    return [i for i in dis.get_instructions(code) if i.opname not in skipped]
+
+
+@functools.lru_cache(maxsize=4096)
+def may_ask_for(code: CodeType, kind: str) -> bool:
+    """May code find out that a number that is followed is not of that type, by ``type`` of more than ``self``?
+
+    Code of libraries counts where it names the type: ``type(n) is int``.
+    """
+    if "type" not in code.co_names:
+        return False
+    ops = _instructions(code)
+    asks = any(
+        i.argval == "type"
+        and i.opname.startswith("LOAD_")
+        and _is_no_attribute(ops, at)
+        and not (_is_constant(ops[at + 1], "self", "cls") and ops[at + 2].opname.startswith("CALL"))
+        for at, i in enumerate(ops[:-2])
+    )
+    named = any(i.argval == kind and i.opname in ("LOAD_GLOBAL", "LOAD_NAME") for i in ops)
+    return asks and (named or not from_library(code.co_filename))
+
+
+def _is_constant(op: dis.Instruction, *names: str) -> bool:
+    return op.opname in ("LOAD_CONST", "LOAD_SMALL_INT") or ("FAST" in op.opname and op.argval in names)
 
 
 def _is_no_attribute(ops: list[dis.Instruction], at: int) -> bool:
@@ -67,6 +134,8 @@ def _is_no_attribute(ops: list[dis.Instruction], at: int) -> bool:
 
 def _looked_at(following: list[dis.Instruction]) -> bool:
     """Is the class on top of the stack used for more than what it and its subclasses do alike?"""
+    if _names_another_kind(following):
+        return False
     above, before = 0, ""  # how much lies on top of it; the instruction before
     for i in following:
         if i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
@@ -90,6 +159,16 @@ def _looked_at(following: list[dis.Instruction]) -> bool:
             above = left
         before = i.opname
     return True
+
+
+def _names_another_kind(following: list[dis.Instruction]) -> bool:
+    """``is tuple``, ``== nn.Linear``: which a tensor's class is not, whatever it is while a program is captured."""
+    compared = next((n for n, i in enumerate(following[:4]) if i.opname in ("IS_OP", "COMPARE_OP")), 0)
+    names = [i.argval for i in following[:compared] if i.opname in ("LOAD_GLOBAL", "LOAD_ATTR")]
+    if len(names) != compared:
+        return False
+    names = names[1:] if names[:1] == ["torch"] else names
+    return names in _KINDS or (len(names) == 2 and names[0] == "nn" and names[1] not in ("Parameter", "Buffer"))
 
 
 def _strings(constant: Any) -> Iterable[str]:

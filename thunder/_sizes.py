@@ -13,16 +13,15 @@ What is written down goes by number, in the order in which the program comes to 
 
 from __future__ import annotations
 
-import dis
 import operator
-import os
 from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any
 
 import torch
 
-from thunder._origin import THUNDER, TORCH
+from thunder._origin import THUNDER, TORCH, standard
+from thunder._relevance import may_ask_for
 
 OPERATIONS = (
     "size",
@@ -43,6 +42,11 @@ OPERATIONS = (
 )
 _LIMIT = 4000  # of numbers: what goes on beyond is no program that one wants to run
 _LARGEST = 1 << 40
+
+
+def _ours(path: str) -> bool:
+    """Torch's, thunder's or Python's own."""
+    return standard(path) or path.startswith((TORCH, THUNDER))
 
 
 class Unfollowed(Exception):
@@ -73,8 +77,8 @@ class Sizes:
     def close(self, codes: Iterable[CodeType]) -> None:
         """The capture is over: extents that live on are as good as ints. codes: what has run."""
         for code in codes:
-            if {"type", "int"} <= set(code.co_names) and not _ours(code.co_filename) and _asks_for_ints(code):
-                self.spoil(f"{code.co_name} may ask whether it is of the type int")
+            if not _ours(code.co_filename) and may_ask_for(code, "int"):
+                self.spoil(f"{code.co_name} may ask for its type")
         self.open = False
 
     def size(self, value: int, dimension: int, size: int) -> Extent:
@@ -132,21 +136,6 @@ class Sizes:
         for size in sizes:
             result = result * size
         return result
-
-
-_LIBRARY = os.path.dirname(os.__file__)
-
-
-def _ours(path: str) -> bool:
-    """Torch's, thunder's or Python's own."""
-    standard = path.startswith((_LIBRARY, "<frozen")) and "site-packages" not in path
-    return standard or path.startswith((TORCH, THUNDER))
-
-
-def _asks_for_ints(code: CodeType) -> bool:
-    """``type(n) is int``, which an extent is not."""
-    read = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return {"type", "int"} <= read
 
 
 class Extent(torch.SymInt):

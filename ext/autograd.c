@@ -305,7 +305,7 @@ static int check_watched(const pending *p, uint64_t absent) {
                 "thunder: the gradient of result %u is asked for, by retain_grad() or a hook, and result %u of "
                 "the same call is computed from it: that part of it is known inside the compiled function "
                 "alone. Call retain_grad() or register_hook() there",
-                (unsigned)i, (unsigned)j);
+                (unsigned)g->tangent_of[i], (unsigned)g->tangent_of[j]);
             return -1;
         }
     }

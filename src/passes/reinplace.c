@@ -7,7 +7,10 @@
  *
  * For a chain of pointwise operations with twins that work in place. Nobody may read the former contents after the
  * chain has begun, or write to that memory otherwise, and the chain's own results are no results of the trace. No
- * effect comes between its beginning and the copy: where a run may end early, memory is as it was.
+ * effect comes between its beginning and the copy, and nothing that may raise, unless an input has been written to
+ * before that anyway: where a run ends early, memory is as it was.
+ *
+ * Likewise what is computed of a large intermediate that nobody needs afterwards is computed in its memory.
  */
 #include "passes/pass.h"
 #include "thunder/ops.h"
@@ -20,6 +23,8 @@ typedef struct reinplace {
     uint32_t *nwrites;  /* by group */
     uint32_t *nuses;    /* by value: by operations */
     bool *returned;     /* by value */
+    uint32_t *risks;    /* by operation: how many up to it may raise */
+    th_opref touched;   /* the first operation that writes to an input for good */
     th_opref at;
     th_val *chain; /* by operation: the value that it computes in place of; 0: none */
     bool *dropped; /* by operation */
@@ -43,6 +48,25 @@ static void note_use(void *user, th_val *v) {
 }
 
 static void note_result(void *user, th_val *v) { ((reinplace *)user)->returned[*v] = true; }
+
+static bool may_raise(const th_catalog *catalog, const th_op *op) {
+    if (op->kind != TH_OP_CALL) return false;
+    const th_opdef *def = op->callee_opaque ? NULL : th_catalog_find(catalog, op->callee);
+    return !def || !def->meta || def->fusion == TH_FUSE_OPAQUE || def->effects & TH_OPDEF_RAISES;
+}
+
+static void note_risks(reinplace *p, const th_catalog *catalog, const uint8_t *groups) {
+    const th_trace *t = p->t;
+    th_val from;
+    p->touched = t->nops;
+    for (th_opref op = 1; op < t->nops; op++) {
+        const th_op *data = &t->ops[op];
+        bool copies = data->kind != TH_OP_DEL && copies_to(t, data, &from);
+        p->risks[op] = p->risks[op - 1] + (!copies && may_raise(catalog, data));
+        for (uint32_t i = 0; i < data->nwrites && !copies && p->touched == t->nops; i++)
+            if (groups[th__group_of(t, t->kids[data->writes + i])] & TH__GROUP_INPUT) p->touched = op;
+    }
+}
 
 static void note_uses(reinplace *p) {
     const th_trace *t = p->t;
@@ -136,12 +160,40 @@ static bool find(reinplace *p, th_fuel *fuel) {
         if (t->ops[op].effects & TH_FX_STATE) effect = op;
         if (!to || p->nwrites[th__group_of(t, to)] != 1) continue;
         th_opref first = chain_begins(p, from, to);
-        if (!first || first < effect || p->last_use[th__group_of(t, to)] > first) continue;
+        th_opref end = p->touched < op ? p->touched : op; /* where an input is written to in any case */
+        if (!first || first < effect || (first < end && p->risks[end - 1] > p->risks[first])) continue;
+        if (p->last_use[th__group_of(t, to)] > first) continue;
         if (!th_fuel_take(fuel, "reinplace", th_str_get(t->ctx, t->values[from].name))) continue;
         take(p, from, to);
         p->dropped[op] = any = true;
     }
     return any;
+}
+
+enum { LARGE = 1 << 16 }; /* bytes; for less, new memory costs nothing and there are faster kernels */
+
+static void reuse(reinplace *p, th_fuel *fuel, bool *any) {
+    th_trace *t = p->t;
+    size_t length;
+    for (th_opref op = 1; op < t->nops; op++) {
+        const th_op *data = &t->ops[op];
+        th_val out = twin_of(t, data, &length) ? th__node_as_value(t, data->outs) : 0;
+        th_val in = out ? th__node_as_value(t, th__op_arg(t, data, 0, NULL)) : 0;
+        if (!in || p->chain[op] || p->nuses[in] != 1 || p->returned[in] || t->values[in].alias ||
+            t->values[out].alias || p->nwrites[th__group_of(t, in)] || p->nwrites[th__group_of(t, out)] ||
+            !same_type(t, in, out) || th__bytes_of(t, in) < LARGE || !t->values[in].def)
+            continue;
+        if (!twin_of(t, &t->ops[t->values[in].def], &length)) continue; /* else it may be its own argument */
+        if (!th_fuel_take(fuel, "reinplace", th_str_get(t->ctx, t->values[out].name))) continue;
+        p->chain[op] = in;
+        *any = true;
+    }
+    for (th_opref op = 1; op < t->nops; op++) { /* one group from the first to the last */
+        th_val in = p->chain[op], out = in ? th__node_as_value(t, t->ops[op].outs) : 0;
+        if (!in || t->values[out].alias) continue;
+        if (!t->values[in].alias) t->values[in].alias = th_trace_alias(t);
+        t->values[out].alias = t->values[in].alias;
+    }
 }
 
 static void emit_in_place(th_trace *t, const th_op *op, th_val first) {
@@ -162,18 +214,27 @@ static void emit_in_place(th_trace *t, const th_op *op, th_val first) {
 th_status th_pass_reinplace(th_trace *t, th_fuel *fuel) {
     th__scratch s = {.ctx = t->ctx};
     uint32_t groups = th__group_count(t);
+    th_catalog *catalog = NULL;
+    uint8_t *inputs = th__groups(t, &s);
     reinplace p = {.t = t,
+                   .risks = th__scratch_zeroed(&s, t->nops, sizeof *p.risks),
                    .last_use = th__scratch_zeroed(&s, groups, sizeof *p.last_use),
                    .nwrites = th__scratch_zeroed(&s, groups, sizeof *p.nwrites),
                    .nuses = th__scratch_zeroed(&s, t->nvalues, sizeof *p.nuses),
                    .returned = th__scratch_zeroed(&s, t->nvalues, sizeof *p.returned),
                    .chain = th__scratch_zeroed(&s, t->nops, sizeof *p.chain),
                    .dropped = th__scratch_zeroed(&s, t->nops, sizeof *p.dropped)};
-    bool room = p.last_use && p.nwrites && p.nuses && p.returned && p.chain && p.dropped;
+    bool room = inputs && p.risks && p.last_use && p.nwrites && p.nuses && p.returned && p.chain && p.dropped;
     th_status status = room ? TH_OK : th_ctx_error(t->ctx)->status;
     th__rewrite r;
-    if (room) note_uses(&p);
-    if (room && find(&p, fuel) && (status = th__rewrite_begin(&r, t)) == TH_OK) {
+    if (room) status = th_catalog_new(t->ctx, &catalog);
+    if (status == TH_OK) {
+        note_uses(&p);
+        note_risks(&p, catalog, inputs);
+    }
+    bool any = status == TH_OK && find(&p, fuel);
+    if (status == TH_OK) reuse(&p, fuel, &any);
+    if (any && (status = th__rewrite_begin(&r, t)) == TH_OK) {
         for (th_opref op = 1; op < r.nops; op++) {
             if (p.chain[op])
                 emit_in_place(t, &r.ops[op], p.chain[op]);
@@ -182,6 +243,7 @@ th_status th_pass_reinplace(th_trace *t, th_fuel *fuel) {
         }
         status = th__rewrite_end(&r, th_trace_status(t));
     }
+    th_catalog_free(catalog);
     th__scratch_fini(&s);
     return status;
 }

@@ -96,6 +96,12 @@ class ThunderModule(torch.nn.Module):
     def __getitem__(self, key: Any) -> Any:
         return self._thunder_model[key]  # type: ignore[index]
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._thunder_model[key] = value  # type: ignore[index]
+
+    def __delitem__(self, key: Any) -> None:
+        del self._thunder_model[key]  # type: ignore[attr-defined]
+
     def __bool__(self) -> bool:
         return True
 

@@ -56,7 +56,16 @@ def asks_types(code: CodeType) -> tuple[str, ...]:
                 found.append(ops[at + 1].argval if call == at + 2 and "FAST" in ops[at + 1].opname else "")
         elif i.opname == "LOAD_ATTR" and i.argval == "__class__" and _looked_at(ops[at + 1 :]):
             found.append(ops[at - 1].argval if at and "FAST" in ops[at - 1].opname else "")
-    return tuple(dict.fromkeys(found))
+    return tuple(name for name in dict.fromkeys(found) if not _is_caught(code, ops, name))
+
+
+def _is_caught(code: CodeType, ops: list[dis.Instruction], name: str) -> bool:
+    """Is it a variable that holds exceptions alone, of ``except ValueError as name``? None is put there at the end."""
+    stores = [at for at, i in enumerate(ops) if i.opname == "STORE_FAST" and i.argval == name]
+    match = [any(i.opname == "CHECK_EXC_MATCH" for i in ops[max(at - 3, 0) : at]) for at in stores]
+    end = [ops[at - 1].opname == "LOAD_CONST" and ops[at - 1].argval is None for at in stores]
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return any(match) and name not in arguments and all(m or e for m, e in zip(match, end, strict=True))
 
 
 def _is_no_attribute(ops: list[dis.Instruction], at: int) -> bool:

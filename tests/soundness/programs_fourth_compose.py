@@ -10,6 +10,8 @@ import io
 import os
 import pickle
 import threading
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import thunder
 from tests.soundness.harness import Seen, program
+from tests.soundness.snapshot import difference, snapshot
 from tests.soundness.world import X
 
 COMPOSE = "fourth: compose"
@@ -632,3 +635,574 @@ def an_object_is_pickled_and_comes_back():
     with torch.no_grad():
         world["model"].weight.zero_()
     yield X()
+
+
+AROUND = "fourth: around a compiled callable"
+
+
+def agree(make, drive):
+    """Drive a callable and a compiled one of its make: the same comes out."""
+    torch.manual_seed(0)
+    expected = snapshot(drive(make()))
+    torch.manual_seed(0)
+    found = difference(expected, snapshot(drive(thunder.jit(make()))), single=True)
+    assert not found, found
+    return make()
+
+
+@program(AROUND)
+def attributes_are_set_on_the_compiled_module():
+    def drive(m):
+        out = [m(X())]
+        m.scale = 3.0
+        m.new = torch.ones(2)
+        out.append(m(X()))
+        m.lin = nn.Linear(4, 2)
+        m.eval()
+        out += [m(X()), m.training, m.lin.training, hasattr(m, "new"), m.calls, sorted(m.state_dict())]
+        del m.new
+        out += [hasattr(m, "new"), isinstance(m, nn.Module)]
+        m.lin.weight.requires_grad_(False)
+        out += [m(X()), [n for n, p in m.named_parameters() if p.requires_grad]]
+        return out
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def hooks_are_put_on_the_compiled_module():
+    def drive(m):
+        seen, out = [], []
+        out.append(m(X()))
+        first = m.register_forward_pre_hook(lambda m, a: (a[0] * 2,))
+        out.append(m(X()))
+        second = m.register_forward_hook(lambda m, a, y: seen.append(y.detach().clone()) or y + 1)
+        out.append(m(X()))
+        m.lin.register_forward_hook(lambda m, a, y: y.relu())
+        out.append(m(X()))
+        first.remove()
+        out.append(m(X()))
+        second.remove()
+        m.register_full_backward_hook(lambda m, gi, go: seen.append(go[0].clone()))
+        y = m(X(grad=True))
+        y.sum().backward()
+        return [*out, y, seen, m.lin.weight.grad]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def a_sequence_is_indexed_and_cut():
+    def make():
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def drive(m):
+        out = [m(X()), len(m), type(m[1]).__name__, m[:2](X()), [type(c).__name__ for c in m]]
+        m[1] = nn.Tanh()
+        out.append(m(X()))
+        m.append(nn.Softmax(-1))
+        out.append(m(X()))
+        del m[0]
+        out += [m(X()), len(m)]
+        m.insert(0, nn.Dropout(0.5))
+        return [*out, m(X()), m.eval()(X())]
+
+    yield agree(make, drive), X()
+
+
+@program(AROUND)
+def other_methods_of_the_module_are_called():
+    class Auto(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.dec = nn.Linear(4, 2), nn.Linear(2, 4)
+            self.log = []
+
+        def encode(self, x):
+            self.log.append("e")
+            return self.enc(x)
+
+        def forward(self, x):
+            return self.dec(self.encode(x))
+
+        @torch.no_grad()
+        def sample(self, n):
+            return self.dec(torch.randn(n, 2))
+
+    def drive(m):
+        out = [m(X()), m.encode(X()), m.sample(2), m.log]
+        m.encode = lambda x: torch.zeros(2)
+        return [*out, m(X()), m.log]
+
+    yield agree(Auto, drive), X()
+
+
+@program(AROUND)
+def it_is_moved_converted_and_applied():
+    def drive(m):
+        out = [m(X())]
+        m.double()
+        out.append(m(X().double()))
+        m.to(torch.bfloat16)
+        out.append(m(X().to(torch.bfloat16)).dtype == torch.bfloat16)
+        m.float()
+        m.apply(lambda s: nn.init.ones_(s.weight) if isinstance(s, nn.Linear) else None)
+        out.append(m(X()))
+        m.lin.weight.data.fill_(2)
+        out.append(m(X()))
+        m.zero_grad()
+        m.requires_grad_(False)
+        return [*out, m(X()), m.calls]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def it_is_a_decorator_of_a_method():
+    def make_class(wrap):
+        class Model:
+            bias = 1.0
+
+            def __init__(self, scale):
+                self.scale, self.n = scale, 0
+
+            @wrap
+            def step(self, x, *, more=0.0):
+                self.n += 1
+                return x * self.scale + self.bias + more
+
+            @staticmethod
+            @wrap
+            def fixed(x):
+                return x - 1
+
+            @classmethod
+            def of_class(cls, x):
+                return x * cls.bias
+
+        return Model
+
+    def drive(wrap):
+        model = make_class(wrap)
+        a, b = model(2.0), model(3.0)
+        out = [a.step(X()), b.step(X()), a.step(X(), more=1.0), model.fixed(X()), a.fixed(X())]
+        model.bias = 5.0
+        out += [a.step(X()), wrap(model.of_class)(X())]
+        b.bias = -1.0
+        return [*out, b.step(X()), model.step(a, X()), a.n, b.n]
+
+    expected = snapshot(drive(lambda f: f))
+    found = difference(expected, snapshot(drive(thunder.jit)), single=True)
+    assert not found, found
+    yield make_class(lambda f: f)(2.0).step, X()
+
+
+@program(AROUND)
+def one_optimizer_for_plain_and_compiled():
+    def drive(m):
+        opt = torch.optim.AdamW(m.parameters(), lr=0.1)
+        out = []
+        for i in range(4):
+            opt.zero_grad(set_to_none=i % 2 == 0)
+            loss = m(X(float(i))).square().sum()
+            loss.backward()
+            nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+            opt.step()
+            out.append(loss.detach())
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        return [*out, m.state_dict()]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def an_averaged_model_of_a_compiled_one():
+    def drive(m):
+        ema = torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+        out = []
+        for i in range(3):
+            with torch.no_grad():
+                m.lin.weight.add_(i)
+            ema.update_parameters(m)
+            out += [m(X()), ema(X())]
+        return [*out, int(ema.n_averaged)]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def parametrizations_come_and_go():
+    class Symmetric(nn.Module):
+        def forward(self, w):
+            return w.triu() + w.triu(1).transpose(-1, -2)
+
+    def drive(m):
+        out = [m(X())]
+        nn.utils.parametrize.register_parametrization(m.lin, "weight", Symmetric())
+        y = m(X())
+        y.sum().backward()
+        out += [y, m.lin.parametrizations.weight.original.grad]
+        with nn.utils.parametrize.cached():
+            out += [m(X()), m(X())]
+        nn.utils.parametrize.remove_parametrizations(m.lin, "weight")
+        return [*out, m(X()), sorted(m.state_dict())]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def weights_are_pruned_under_it():
+    from torch.nn.utils import prune
+
+    def drive(m):
+        out = [m(X())]
+        prune.l1_unstructured(m.lin, "weight", amount=0.5)
+        out.append(m(X()))
+        with torch.no_grad():
+            m.lin.weight_orig.mul_(2)
+        out.append(m(X()))
+        prune.remove(m.lin, "weight")
+        return [*out, m(X()), sorted(m.state_dict())]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def gradients_in_every_way_around_it():
+    def make():
+        w = torch.arange(4.0).requires_grad_()
+
+        def f(x):
+            return (x * w).tanh(), (x**2 * w).sum()
+
+        f.w = w
+        return f
+
+    def drive(f):
+        x = X(grad=True)
+        w = getattr(f, "w", None)
+        a, b = f(x)
+        out = [torch.autograd.grad(b, x, retain_graph=True)[0], torch.autograd.grad(a.sum() + b, x)[0]]
+        _, b = f(x)
+        (g,) = torch.autograd.grad(b, x, create_graph=True)
+        out.append(torch.autograd.grad(g.sum(), x)[0])
+        a, b = f(x)
+        a.register_hook(lambda g: g * 2)
+        (a.sum() + b).backward(inputs=[x])
+        out += [x.grad.clone(), w.grad if w is not None else None]
+        with torch.autograd.graph.save_on_cpu():
+            a, _ = f(x)
+        a.sum().backward()
+        out.append(x.grad)
+        torch.autograd.gradcheck(lambda x: f(x)[0], (X().double().requires_grad_(),))
+        return out
+
+    yield agree(make, drive), X()
+
+
+@program(AROUND)
+def modes_of_torch_around_it():
+    from torch.overrides import TorchFunctionMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Names(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.n = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.n += 1
+            return func(*args, **(kwargs or {}))
+
+    def drive(m):
+        out = [m(X())]
+        with FlopCounterMode(display=False) as flops:
+            out.append(m(torch.ones(2, 4)))
+        with Names() as names:
+            out.append(m(X()))
+        with torch.autograd.set_detect_anomaly(True):
+            y = m(X(grad=True))
+            y.sum().backward()
+        return [*out, flops.get_total_flops() > 0, names.n > 0, m.lin.weight.grad, m.calls]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = agree(Scaled, drive)
+    yield model, X()
+
+
+@program(AROUND)
+def a_default_device_and_dtype_are_set():
+    def make():
+        return lambda n: torch.zeros(n) + torch.arange(n) * torch.tensor(1.5)
+
+    def drive(f):
+        out = [f(3)]
+        torch.set_default_device("meta")
+        try:
+            out.append(f(3).device.type)
+        finally:
+            torch.set_default_device(None)
+        torch.set_default_dtype(torch.float64)
+        try:
+            out.append(f(3))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.device("meta"):
+            out.append(f(3).device.type)
+        return [*out, f(3)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = agree(make, drive)
+    yield made, 3
+
+
+@program(AROUND)
+def two_compiled_ones_of_a_module_are_held_weakly():
+    model = Scaled()
+    once = thunder.jit(model)
+    twice = thunder.jit(model)
+    a, b = once(X()), twice(X())
+    assert torch.equal(a, b)
+    ref, table = weakref.ref(once), {once: 1, twice: 2}
+    assert ref() is once and table[once] == 1
+    model.scale = 4.0
+    assert torch.equal(twice(X()), model(X())) and torch.equal(once(X()), model(X()))
+    yield lambda x: (once(x), twice(x)), X()
+    yield Seen(calls=model.calls)
+
+
+@program(AROUND)
+def exported_traced_and_made_into_a_graph():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval().requires_grad_(False)
+    compiled = thunder.jit(model)
+    compiled(X())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = make_fx(lambda x: compiled(x))(X())
+        traced = torch.jit.trace(lambda x: compiled(x) + x, X())
+    for x in (X(), X(2.0)):
+        assert torch.allclose(graph(x), model(x)), "make_fx"
+        assert torch.allclose(traced(x), model(x) + x), "jit.trace"
+    yield lambda x: graph(x) + compiled(x), X()
+    yield X(2.0)
+
+
+@program(AROUND)
+def forward_mode_around_and_inside():
+    import torch.autograd.forward_ad as fwd
+
+    def f(x, t):
+        with fwd.dual_level():
+            y = (fwd.make_dual(x, t) ** 2).sin()
+            value, tangent = fwd.unpack_dual(y)
+        return value, tangent
+
+    compiled = thunder.jit(lambda x: (x**2).sin())
+    with warnings.catch_warnings(), fwd.dual_level():
+        warnings.simplefilter("ignore")
+        y = compiled(fwd.make_dual(X(), torch.ones(4)))
+        tangent = fwd.unpack_dual(y).tangent
+    assert tangent is not None and torch.allclose(tangent, (X() ** 2).cos() * 2 * X())
+    yield f, X(), torch.ones(4)
+    yield X(1.0), X()
+
+
+@program(AROUND)
+def reentrant_checkpoint_around_and_a_second_backward():
+    def drive(m):
+        x = X(grad=True)
+        y = checkpoint(m, x, use_reentrant=True)
+        y.sum().backward()
+        z = m(x)
+        z.sum().backward(retain_graph=True)
+        z.square().sum().backward()
+        return [y, z, x.grad, m.lin.weight.grad, m.calls]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def backward_runs_in_another_thread():
+    def drive(m):
+        x = X(grad=True)
+        y = m(x).sum()
+        t = threading.Thread(target=y.backward)
+        t.start()
+        t.join()
+        return [y, x.grad, m.lin.weight.grad]
+
+    yield agree(Scaled, drive), X()
+
+
+@program(AROUND)
+def nested_three_levels_with_shared_state():
+    log = []
+    state = {"k": 1.0}
+
+    @thunder.jit
+    def low(x):
+        log.append("low")
+        return x * state["k"]
+
+    @thunder.jit
+    def middle(x):
+        log.append("middle")
+        return low(x) + low(x + 1)
+
+    def top(x):
+        log.append("top")
+        y = middle(x)
+        state["k"] += 1
+        return y + low(x)
+
+    yield top, X()
+    yield Seen(log=log, state=state)
+    yield X()
+    yield X(2.0)
+    yield Seen(log=log, state=state)
+
+
+@program(AROUND)
+def an_inner_compiled_one_that_falls_back():
+    said = []
+
+    @functools.partial(thunder.jit, fallback="eager")
+    def inner(x):
+        said.append(x.numpy().sum())
+        return x + float(said[-1])
+
+    def outer(x):
+        return inner(x) * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield outer, X()
+        yield X(2.0)
+        yield Seen(said=[float(s) for s in said])
+
+
+@program(AROUND)
+def a_callable_object_with_equality_of_its_own():
+    class Op:
+        def __init__(self, k):
+            self.k = k
+
+        def __eq__(self, other):
+            return isinstance(other, Op)
+
+        def __hash__(self):
+            return 0
+
+        def __call__(self, x):
+            return x * self.k
+
+    ops = [Op(2.0), Op(3.0)]
+
+    def f(x, op):
+        return op(x)
+
+    yield f, X(), ops[0]
+    yield X(), ops[1]
+    ops[0].k = 7.0
+    yield X(), ops[0]
+
+
+class Tagged(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(out, cls):
+            out.tag = "+".join(getattr(a, "tag", "") for a in args if isinstance(a, Tagged))
+        return out
+
+
+@program(AROUND)
+def dispatch_through_torch_function_of_the_users():
+    def f(a, b):
+        c = a + b
+        return c * 2, getattr(c, "tag", None), type(c).__name__
+
+    a, b = X().as_subclass(Tagged), X(1.0).as_subclass(Tagged)
+    a.tag, b.tag = "a", "b"
+    yield f, a, b
+    b.tag = "z"
+    yield a, b
+    yield X(), b
+
+
+@program(FUNC)
+def vmap_with_random_and_a_branch_on_shape():
+    def one(x):
+        return x * torch.rand(()) if x.shape[0] > 2 else x
+
+    def f(xs):
+        return torch.func.vmap(one, randomness="different")(xs), torch.func.vmap(one, randomness="same")(xs)
+
+    yield f, torch.ones(3, 4)
+    yield torch.ones(3, 2)
+    yield torch.ones(2, 4)
+    yield Seen(then=torch.rand(1))
+
+
+@program(FUNC)
+def a_meta_step_with_functional_weights():
+    model = nn.Linear(4, 1)
+
+    def inner_loss(params, x):
+        return torch.func.functional_call(model, params, (x,)).square().mean()
+
+    def f(x, lr):
+        params = dict(model.named_parameters())
+        grads = torch.func.grad(inner_loss)(params, x)
+        fast = {k: p - lr * grads[k] for k, p in params.items()}
+        return inner_loss(fast, x * 2)
+
+    loss = yield f, torch.randn(3, 4), 0.1
+    loss.backward()
+    yield Seen(grad=model.weight.grad)
+    loss = yield torch.randn(3, 4), 0.5
+    loss.backward()
+    yield Seen(grad=model.weight.grad)
+
+
+@program(FUNC)
+def a_linearization_and_a_vjp_are_returned():
+    def f(x):
+        y, pull = torch.func.vjp(lambda x: x.sin() * x, x)
+        return y, pull(torch.ones_like(y))[0]
+
+    yield f, X()
+    yield X(1.0)
+    x = X(grad=True)
+    _, g = yield x
+    g.sum().backward()
+    yield Seen(grad=x.grad)
+
+
+@program(FUNC)
+def dropout_inside_a_gradient():
+    def f(x):
+        return torch.func.grad(lambda r: torch.dropout(r, 0.5, True).sum())(x)
+
+    yield f, torch.ones(8)
+    yield torch.ones(8)
+    yield Seen(then=torch.rand(1))
+    yield torch.ones(8)
+
+
+@program(FUNC)
+def permutations_and_dropout_by_sample():
+    def one(x):
+        return torch.dropout(x[torch.randperm(4)], 0.5, True)
+
+    def f(xs):
+        return torch.func.vmap(one, randomness="different")(xs)
+
+    yield f, torch.arange(12.0).view(3, 4)
+    for _ in range(3):
+        yield torch.arange(12.0).view(3, 4)
+    yield Seen(then=torch.rand(1))

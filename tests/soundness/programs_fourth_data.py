@@ -626,3 +626,570 @@ def the_shape_is_compared_with_the_last_ones():
     yield torch.ones(2, 3)
     yield torch.ones(4)
     yield Seen(shape=tuple(model.shape), grid=model.grid)
+
+
+ALIASES = "fourth: aliases"
+
+
+@program(DATA)
+def pythons_max_and_sorted_over_tensors():
+    def f(xs):
+        best = max(xs, key=lambda t: t.norm())
+        order = sorted(range(len(xs)), key=lambda i: xs[i].sum().item())
+        return best * 2, order, min(t.max() for t in xs)
+
+    yield f, [X(), X(2.0), X(-4.0)]
+    yield [X(9.0), X(2.0), X(-4.0)]
+    yield [X(9.0), X(2.0), X(-40.0)]
+    yield [X(0.0)]
+    yield []
+
+
+@program(DATA)
+def a_tensor_in_a_list_of_tensors():
+    def f(x, xs):
+        return x.sum() in [y.sum() for y in xs], 3 in x, x + 1
+
+    yield f, X(0.0), [X(), X(0.0)]
+    yield X(0.0), [X()]
+    yield X(1.5), [X(1.5)]
+    yield X(3.0), [X(3.0)]
+
+
+@program(DATA)
+def a_number_of_a_tensor_is_kept_and_used_at_the_next_call():
+    class Norm:
+        last = 1.0
+
+        def __call__(self, x):
+            y = x / self.last
+            self.last = float(x.abs().max())
+            return y
+
+    norm = Norm()
+    yield norm, X()
+    for i in range(5):
+        yield X(float(i))
+        yield Seen(last=norm.last)
+    norm.last = 2.0
+    yield X()
+
+
+@program(DATA)
+def sections_are_split_by_lengths_of_a_tensor():
+    def f(x, lengths):
+        parts = x.split(lengths.tolist())
+        return torch.stack([p.sum() for p in parts]), x.repeat_interleave(torch.ones(len(x), dtype=torch.long) * 2)
+
+    yield f, numbers(6), torch.tensor([2, 4])
+    yield numbers(6), torch.tensor([3, 3])
+    yield numbers(6), torch.tensor([1, 2, 3])
+    yield numbers(6), torch.tensor([1, 2])  # do not add up
+    x = numbers(6).requires_grad_()
+    y, _ = yield x, torch.tensor([5, 1])
+    y.prod().backward()
+    yield Seen(grad=x.grad)
+
+
+@program(DATA)
+def math_functions_of_values():
+    def f(x):
+        n = math.ceil(x.abs().max()) + round(x.sum().item(), 1)
+        return x * math.exp(-n) + math.floor(x[0]), n, f"{x.mean().item():.3f}", divmod(int(x[-1]), 2)
+
+    yield f, X()
+    yield X(1.25)
+    yield X(-3.0)
+    yield torch.tensor([float("nan"), 1.0])
+
+
+@program(DATA)
+def numpy_takes_over_for_a_moment():
+    def f(x):
+        a = x.detach().numpy()
+        best = int(a.argmax())
+        return x[best] * 2, float(a.std())
+
+    yield f, X()
+    yield X().flip(0)
+    yield X(3.0)
+
+
+@program(DATA)
+def a_quantile_decides_what_is_pruned():
+    class Pruned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.ones(4, 4))
+            self.rate = 0.5
+
+        def prune(self):
+            k = int(self.rate * self.lin.weight.numel())
+            limit = self.lin.weight.detach().abs().flatten().kthvalue(max(1, k)).values
+            self.mask = (self.lin.weight.detach().abs() > limit).float()
+
+        def forward(self, x):
+            if self.mask.sum() > 8:
+                self.prune()
+            return F.linear(x, self.lin.weight * self.mask, self.lin.bias)
+
+    model = Pruned()
+    y = yield model, X()
+    y.sum().backward()
+    yield Seen(mask=model.mask, grad=model.lin.weight.grad)
+    yield X(1.0)
+    model.mask = torch.ones(4, 4)
+    model.rate = 0.9
+    y = yield X(1.0)
+    y.sum().backward()
+    yield Seen(mask=model.mask, grad=model.lin.weight.grad)
+
+
+@program(DATA)
+def scheduled_sampling_flips_a_coin_per_step():
+    cell, head = nn.GRUCell(3, 4), nn.Linear(4, 3)
+
+    def f(xs, p):
+        h, out, x = torch.zeros(1, 4), [], xs[0]
+        for t in range(1, len(xs)):
+            h = cell(x, h)
+            y = head(h)
+            out.append(y)
+            x = xs[t] if torch.rand(1).item() < p else y.detach()
+        return torch.cat(out).square().sum()
+
+    xs = torch.randn(4, 1, 3)
+    for i, p in enumerate((0.5, 0.5, 1.0, 0.0)):
+        loss = yield (f, xs, p) if i == 0 else (xs, p)
+        loss.backward()
+        yield Seen(grad=cell.weight_ih.grad, head=head.weight.grad, then=torch.rand(1))
+
+
+@program(DATA)
+def targets_that_are_ignored_shorten_the_loss():
+    def f(logits, target):
+        keep = target != -100
+        if not keep.any():
+            return logits.sum() * 0.0
+        return F.cross_entropy(logits[keep], target[keep])
+
+    torch.manual_seed(0)
+    for i, t in enumerate(([1, -100, 0], [2, 1, 0], [-100, -100, -100], [-100, 1, -100])):
+        logits = torch.randn(3, 3, requires_grad=True)
+        loss = yield (f, logits, torch.tensor(t)) if i == 0 else (logits, torch.tensor(t))
+        loss.backward()
+        yield Seen(grad=logits.grad)
+
+
+@program(DATA)
+def a_connected_component_is_flooded():
+    def f(grid, start):
+        seen = torch.zeros_like(grid, dtype=torch.bool)
+        stack = [start]
+        while stack:
+            i, j = stack.pop()
+            if not (0 <= i < grid.shape[0] and 0 <= j < grid.shape[1]) or seen[i, j] or grid[i, j] == 0:
+                continue
+            seen[i, j] = True
+            stack += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+        return seen, int(seen.sum())
+
+    yield f, torch.tensor([[1, 1], [0, 1]]), (0, 0)
+    yield torch.tensor([[1, 0], [0, 1]]), (0, 0)
+    yield torch.tensor([[1, 0], [0, 1]]), (1, 1)
+    yield torch.tensor([[0, 0], [0, 1]]), (0, 1)
+
+
+@program(DATA)
+def matching_by_hungarian_like_greed():
+    def f(cost):
+        pairs, cost = [], cost.clone()
+        for _ in range(min(cost.shape)):
+            at = int(cost.argmin())
+            i, j = divmod(at, cost.shape[1])
+            pairs.append((i, j))
+            cost[i], cost[:, j] = float("inf"), float("inf")
+        return pairs, cost
+
+    g = torch.Generator().manual_seed(2)
+    yield f, torch.rand(2, 3, generator=g)
+    for shape in ((2, 3), (3, 2), (1, 4), (2, 2)):
+        yield torch.rand(*shape, generator=g)
+
+
+@program(DATA)
+def more_than_sixteen_branches_in_training():
+    lin = nn.Linear(4, 4)
+
+    def f(x):
+        n = int(x.sum())
+        return (lin(x) * n).sum() if n % 3 else lin(x).relu().sum()
+
+    for i in range(20):
+        loss = yield (f, X()) if i == 0 else X(float(i))
+        loss.backward()
+    yield Seen(grad=lin.weight.grad)
+
+
+@program(DATA)
+def a_view_of_values_then_a_write_by_mask():
+    def f(x):
+        y = x.view(2, -1)
+        rows = (y.sum(1) > 0).nonzero().flatten()
+        y[rows] *= 2
+        for r in rows.tolist():
+            y[r, 0] = -1
+        return y, len(rows)
+
+    x = X(0.5)
+    yield f, x
+    yield Seen(x=x)
+    for start in (-2.0, -9.0, 1.0):
+        x = X(start)
+        yield x
+        yield Seen(x=x)
+
+
+@program(DATA)
+def a_float_of_the_graph_then_a_gradient():
+    def f(x, w):
+        scale = w.norm().item()
+        loss = (x * w).sum() / scale
+        if loss.item() > 1:
+            loss = loss.log()
+        return loss
+
+    for i in range(4):
+        w = X(float(i) - 1, grad=True)
+        loss = yield (f, X(1.0), w) if i == 0 else (X(1.0), w)
+        loss.backward()
+        yield Seen(grad=w.grad)
+
+
+@program(DATA)
+def bits_of_an_int_tensor_choose_the_blocks():
+    blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def f(x, gates):
+        for i, block in enumerate(blocks):
+            if (gates >> i) & 1:
+                x = block(x)
+        return x.sum()
+
+    for i, g in enumerate((5, 2, 0, 7, 5)):
+        loss = yield (f, X(), torch.tensor(g)) if i == 0 else (X(), torch.tensor(g))
+        if loss.requires_grad:
+            loss.backward()
+        yield Seen(grads=[b.weight.grad for b in blocks])
+
+
+@program(DATA)
+def a_tensor_indexes_a_slice_and_a_string():
+    names = ["a", "b", "c"]
+
+    def f(x, start, stop):
+        return x[start:stop], names[start], "x" * stop, x[..., :stop].sum(), tuple(range(start, stop))
+
+    yield f, X(), torch.tensor(0), torch.tensor(2)
+    yield X(), torch.tensor(1), torch.tensor(3)
+    yield X(), torch.tensor(2), torch.tensor(2)
+    yield X(), 1, 4
+
+
+# ---- what shares memory, strides, and what tensors say of themselves ----
+
+
+@program(ALIASES)
+def the_same_tensor_twice_is_written():
+    def f(a, b):
+        a.add_(1)
+        return a * b
+
+    x = X()
+    yield f, X(), X()
+    yield x, x
+    yield Seen(x=x)
+    yield x, x[:]
+    yield Seen(x=x)
+    yield x.view(2, 2), x.view(2, 2).t()
+    yield Seen(x=x)
+
+
+@program(ALIASES)
+def windows_overlap_when_written():
+    def f(a, b):
+        a.copy_(b * 2)
+        b.mul_(-1)
+        return a + b
+
+    x = numbers(6)
+    yield f, x[:3], x[3:]
+    yield Seen(x=x)
+    yield x[:4], x[2:]
+    yield Seen(x=x)
+    yield x[:3], x[3:]
+    yield Seen(x=x)
+
+
+@program(ALIASES)
+def is_and_data_ptr_of_arguments():
+    def f(q, k, v):
+        if q is k and k is v:
+            return q * 3
+        if k is v:
+            return q + k * 2
+        return q + k + v
+
+    x, y = X(), X(1.0)
+    yield f, x, x, x
+    yield x, y, y
+    yield x, y, x
+    yield y, y, y
+    yield x, x.view(-1), x
+
+
+@program(ALIASES)
+def contiguity_and_strides_decide():
+    def f(x):
+        if not x.is_contiguous():
+            return x.contiguous().view(-1) * 2, x.stride()
+        return x.view(-1), x.stride()
+
+    yield f, numbers(2, 3)
+    yield numbers(3, 2).t()
+    yield numbers(2, 3, start=1)
+    yield numbers(2, 6)[:, ::2]
+    yield numbers(1, 3).expand(2, 3)
+    yield numbers(4, 2).t()
+
+
+@program(ALIASES)
+def layouts_come_back_as_they_were():
+    def f(x):
+        y = F.relu(x)
+        z = x + x.mean()
+        return y, z, (y.stride(), z.stride(), torch.empty_like(x).stride(), (x * 2).stride())
+
+    yield f, numbers(1, 2, 3, 4)
+    y, z, _ = yield numbers(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    yield Seen(s=(y.stride(), z.stride()))
+    y, z, _ = yield numbers(4, 3, 2, 1).permute(3, 2, 1, 0)
+    yield Seen(s=(y.stride(), z.stride()))
+
+
+@program(ALIASES)
+def what_requires_grad_steers():
+    def f(x, w):
+        if w.requires_grad:
+            return (x * w).sum(), w.is_leaf, x.grad_fn is None
+        return (x + w).sum(), w.is_leaf, x.grad_fn is None
+
+    yield f, X(), X()
+    loss, *_ = yield X(), X(grad=True)
+    loss.backward()
+    loss, *_ = yield X(grad=True) * 2, X(grad=True)
+    loss.backward()
+    loss, *_ = yield X(grad=True) * 2, X(grad=True) * 1
+    loss.backward()
+    with torch.no_grad():
+        yield X(grad=True) * 2, X(grad=True)
+    yield X(grad=True), X()
+
+
+@program(ALIASES)
+def dtypes_and_the_default_dtype():
+    def f(x):
+        scale = torch.tensor(0.5)
+        return x * scale, x + 1.5, torch.zeros(2), torch.finfo(x.dtype).eps if x.is_floating_point() else 0, x / 2
+
+    yield f, X()
+    yield X().double()
+    yield X().to(torch.bfloat16)
+    yield torch.arange(4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield X()
+        yield torch.arange(4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    yield torch.arange(4)
+    yield torch.tensor([True, False])
+
+
+@program(ALIASES)
+def detach_shares_and_clone_does_not():
+    def f(x):
+        a, b = x.detach(), x.clone()
+        a[0] = 7
+        return b, x * 2, a
+
+    x = X()
+    a = (yield f, x)[2]
+    a[1] = 9
+    yield Seen(x=x)
+    a = (yield x)[2]
+    a[2] = 11
+    yield Seen(x=x)
+
+
+@program(ALIASES)
+def data_of_a_parameter_is_exchanged():
+    lin = nn.Linear(4, 2)
+    yield lin, X()
+    lin.weight.data = torch.ones(2, 4)
+    yield X()
+    lin.weight.data = torch.ones(2, 4) * 2
+    lin.bias.data = torch.zeros(2)
+    y = yield X()
+    y.sum().backward()
+    yield Seen(grad=lin.weight.grad)
+    lin.weight.data = lin.weight.data.t().contiguous().t()
+    yield X()
+    lin.half()
+    lin.float()
+    yield X()
+    lin.weight.requires_grad_(False)
+    yield X()
+
+
+@program(ALIASES)
+def tied_weights_are_untied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids)).logsumexp(-1).sum()
+
+    model = Tied()
+    loss = yield model, torch.tensor([1, 2])
+    loss.backward()
+    yield Seen(grad=model.embed.weight.grad)
+    model.head.weight = nn.Parameter(model.embed.weight.detach().clone() * 2)
+    model.zero_grad()
+    loss = yield torch.tensor([1, 2])
+    loss.backward()
+    yield Seen(grads=[model.embed.weight.grad, model.head.weight.grad])
+    model.embed.weight = model.head.weight
+    model.zero_grad()
+    loss = yield torch.tensor([0, 2])
+    loss.backward()
+    yield Seen(grads=[p.grad for p in model.parameters()])
+
+
+@program(SHAPES)
+def shape_arithmetic_that_depends_on_parity():
+    def f(x):
+        n = x.shape[-1]
+        half = n // 2
+        if n % 2:
+            mid, x = x[half], torch.cat([x[:half], x[half + 1 :]])
+        else:
+            mid = x.new_zeros(())
+        return x[:half] * x[half:].flip(0), mid, (n + 3) & ~3, n**2 - half
+
+    for n in (4, 5, 6, 7, 1, 2, 9, 8, 0, 11):
+        yield (f, numbers(n)) if n == 4 else numbers(n)
+
+
+@program(SHAPES)
+def two_sizes_that_happen_to_be_equal():
+    def f(a, b):
+        if a.shape[0] == b.shape[0]:
+            return (a[:, None] * b[None]).sum(0)
+        return a.sum() + b
+
+    yield f, numbers(3), numbers(3)
+    yield numbers(4), numbers(4)
+    yield numbers(5), numbers(4)
+    yield numbers(4), numbers(5)
+    yield numbers(6), numbers(6)
+    yield numbers(2), numbers(1)
+
+
+@program(SHAPES)
+def a_square_matrix_need_not_be():
+    def f(x, y):
+        return x @ y, x.shape[0] * y.shape[1], torch.eye(x.shape[0], y.shape[1]) + 1
+
+    yield f, numbers(3, 3), numbers(3, 3)
+    yield numbers(4, 4), numbers(4, 4)
+    yield numbers(2, 5), numbers(5, 3)
+    yield numbers(5, 5), numbers(5, 5)
+    yield numbers(5, 2), numbers(3, 5)  # does not fit
+
+
+@program(SHAPES)
+def reshape_with_minus_one_and_remainders():
+    def f(x, groups):
+        n = x.numel() - x.numel() % groups
+        return x.flatten()[:n].reshape(groups, -1).mean(1), x.reshape(-1, x.shape[-1]).shape
+
+    yield f, numbers(2, 6), 3
+    yield numbers(3, 5), 3
+    yield numbers(3, 5), 4
+    yield numbers(4, 5), 4
+    yield numbers(1, 2), 4  # an empty mean
+    yield numbers(4, 7), 4
+
+
+@program(SHAPES)
+def running_a_long_sequence_in_chunks():
+    lin = nn.Linear(2, 2)
+
+    def f(x, size):
+        out = []
+        for i in range(0, x.shape[0], size):
+            chunk = x[i : i + size]
+            out.append(lin(chunk) if chunk.shape[0] == size else lin(chunk) * 0)
+        return torch.cat(out)
+
+    with torch.no_grad():
+        for n, size in ((4, 2), (5, 2), (6, 2), (7, 3), (8, 3), (1, 3)):
+            yield (f, numbers(n, 2), size) if n == 4 else (numbers(n, 2), size)
+
+
+@program(SHAPES)
+def rank_changes_with_the_input():
+    def f(x):
+        unbatched = x.dim() == 1
+        if unbatched:
+            x = x[None]
+        y = F.layer_norm(x, x.shape[-1:])
+        return y[0] if unbatched else y
+
+    yield f, numbers(4)
+    yield numbers(2, 4)
+    yield numbers(2, 3, 4)
+    yield numbers(5)
+    yield numbers(3, 5)
+    yield torch.tensor(1.0)  # has no dimension
+
+
+@program(SHAPES)
+def a_size_enters_the_result_as_a_float():
+    def f(x):
+        n = float(x.shape[0])
+        return x / n, n * 0.5, math.log2(n) if n else 0.0, torch.full((len(x),), n), len(x) / len(x.shape)
+
+    for n in (4, 5, 6, 7, 8, 0, 1):
+        yield (f, numbers(n)) if n == 4 else numbers(n)
+
+
+@program(SHAPES)
+def interpolation_by_the_size_of_another():
+    def f(x, y):
+        up = F.interpolate(x, size=y.shape[-2:], mode="bilinear", align_corners=False)
+        return torch.cat([up, y], 1), F.interpolate(x, scale_factor=2)
+
+    with torch.no_grad():
+        yield f, numbers(1, 1, 2, 2), numbers(1, 2, 4, 4)
+        yield numbers(1, 1, 2, 3), numbers(1, 2, 5, 4)
+        yield numbers(2, 1, 3, 3), numbers(2, 2, 6, 7)
+    x = numbers(1, 1, 3, 2).requires_grad_()
+    y, z = yield x, numbers(1, 1, 4, 4)
+    (y.sum() + z.sum()).backward()
+    yield Seen(grad=x.grad)

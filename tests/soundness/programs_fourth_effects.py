@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import functools
+import heapq
 import io
 import itertools
 import logging
 import os
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -824,3 +827,613 @@ def a_descriptor_counts_its_reads():
     config.scale = 0.5
     yield X()
     yield Seen(reads=config.reads, writes=config.writes, scale=config._scale)
+
+
+CONTAINERS = "fourth: containers"
+
+
+@program(CONTAINERS)
+def a_heap_of_the_best_scores():
+    heap = []
+
+    def f(x, score):
+        heapq.heappush(heap, (score, len(heap)))
+        if len(heap) > 2:
+            heapq.heappop(heap)
+        return x * heap[0][0]
+
+    yield f, X(), 0.5
+    for s in (0.9, 0.1, 0.7, 0.7):
+        yield X(), s
+        yield Seen(heap=list(heap))
+
+
+@program(CONTAINERS)
+def the_least_recent_is_evicted():
+    class Recent:
+        def __init__(self, size):
+            self.size, self.kept = size, collections.OrderedDict()
+
+        def get(self, key, make):
+            if key in self.kept:
+                self.kept.move_to_end(key)
+                return self.kept[key]
+            if len(self.kept) >= self.size:
+                self.kept.popitem(last=False)
+            self.kept[key] = make()
+            return self.kept[key]
+
+    recent = Recent(2)
+
+    def f(x):
+        return x + recent.get(len(x), lambda: torch.arange(float(len(x))))
+
+    yield f, torch.ones(2)
+    for n in (3, 2, 4, 2, 3, 3):
+        yield torch.ones(n)
+        yield Seen(keys=list(recent.kept))
+
+
+@program(CONTAINERS)
+def a_ring_of_a_deque_is_averaged():
+    ring = collections.deque(maxlen=3)
+
+    def f(x):
+        ring.append(x.mean())
+        ring.rotate(1)
+        return torch.stack(list(ring)).mean()
+
+    yield f, X()
+    for i in range(5):
+        yield X(float(i))
+        yield Seen(ring=list(ring))
+
+
+@program(CONTAINERS)
+def an_array_of_numpy_counts():
+    counts = np.zeros(3)
+
+    def f(x, i):
+        counts[i] += 1
+        return x * float(counts.sum())
+
+    yield f, X(), 0
+    yield X(), 1
+    yield X(), 1
+    yield Seen(counts=counts.tolist())
+    counts[:] = 0
+    yield X(), 2
+    yield Seen(counts=counts.tolist())
+
+
+@program(CONTAINERS)
+def lists_are_sorted_deleted_and_doubled():
+    items = [3, 1, 2]
+
+    def f(x, what):
+        if what == "sort":
+            items.sort(reverse=True)
+        elif what == "del":
+            del items[0]
+        elif what == "double":
+            items.extend(items)
+        elif what == "insert":
+            items.insert(1, len(x))
+        return x * items[0] + len(items)
+
+    yield f, X(), "sort"
+    for what in ("del", "double", "insert", "sort", "del", "none", "del"):
+        yield X(), what
+        yield Seen(items=items)
+
+
+@program(CONTAINERS)
+def a_bytearray_and_an_array_change():
+    data, numbers = bytearray(b"abc"), array.array("d", [1.0, 2.0])
+
+    def f(x):
+        data[0] += 1
+        numbers[1] *= 2
+        return x * numbers[1] + data[0]
+
+    yield f, X()
+    yield X()
+    yield Seen(data=bytes(data), numbers=list(numbers))
+    data[0] = 0
+    yield X()
+    yield Seen(data=bytes(data), numbers=list(numbers))
+
+
+@program(CONTAINERS)
+def dicts_are_merged_and_emptied():
+    config, defaults = {"a": 1.0}, {"a": 9.0, "b": 2.0}
+
+    def f(x):
+        nonlocal config
+        merged = defaults | config
+        config |= {"c": merged["a"] + len(config)}
+        if len(config) > 2:
+            config.popitem()
+        return x * sum(merged.values())
+
+    yield f, X()
+    yield X()
+    yield X()
+    yield Seen(config=config)
+    defaults["d"] = 1.0
+    yield X()
+    config.clear()
+    yield X()
+    yield Seen(config=config)
+
+
+@program(CONTAINERS)
+def the_result_is_a_list_that_the_caller_changes():
+    shared = [1.0]
+
+    def f(x):
+        fresh = [x * 2, [1, 2]]
+        return fresh, shared, (x, shared)
+
+    fresh, kept, _ = yield f, X()
+    fresh[1].append(3)
+    fresh.append(None)
+    kept.append(2.0)
+    fresh, kept, pair = yield X()
+    yield Seen(same=kept is shared, again=pair[1] is shared, length=len(fresh[1]))
+    fresh[0].add_(100)
+    yield X()
+
+
+@program(CONTAINERS)
+def constants_are_made_anew_at_each_call():
+    def f(n):
+        return torch.zeros(n), torch.arange(n), torch.eye(2)
+
+    a = yield f, 3
+    a[0].add_(1)
+    a[1].add_(1)
+    a[2].zero_()
+    yield 3
+    yield 4
+    yield 3
+
+
+@program(CONTAINERS)
+def who_is_returned():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.register_buffer("b", torch.ones(4))
+
+        def forward(self, x):
+            self.b.add_(1)
+            return x, x.view(-1), self.b, self.weight, self.weight.detach()
+
+    def who(out):
+        held = zip(out[:4], (x, x, model.b, model.weight), strict=True)
+        return [a is b for a, b in held], out[1].data_ptr() == x.data_ptr()
+
+    model = Holder()
+    x = X()
+    out = yield model, x
+    yield Seen(who=who(out))
+    out = yield x
+    yield Seen(who=who(out))
+    with torch.no_grad():
+        out = yield x
+        out[4].mul_(3)
+        out[1].mul_(2)
+    yield Seen(x=x, weight=model.weight)
+
+
+@program(CONTAINERS)
+def a_closure_is_returned():
+    def f(x):
+        y = x * 2
+        return lambda z: y + z
+
+    def g(x):
+        add = f(x)
+        return add, add(1.0)
+
+    add, _ = yield g, X()
+    yield Seen(value=add(10.0))
+    add, _ = yield X(5.0)
+    yield Seen(value=add(10.0))
+
+
+@program(CONTAINERS)
+def iterators_and_views_are_returned():
+    def f(x):
+        d = {"a": x + 1, "b": x * 2}
+        return list(d.items()), d.keys(), range(len(x)), slice(0, len(x)), x.shape, x.dtype
+
+    yield f, X()
+    yield torch.ones(2)
+
+
+@program(CONTAINERS)
+def a_lazy_map_is_returned():
+    def f(x):
+        return map(x.mul, range(2))
+
+    out = yield f, X()
+    yield Seen(values=list(out))
+    out = yield X(3.0)
+    yield Seen(values=list(out))
+
+
+@program(CONTAINERS)
+def a_module_made_in_the_call_is_returned():
+    def f(x):
+        torch.manual_seed(len(x))
+        lin = nn.Linear(4, 2)
+        return lin, lin(x)
+
+    lin, y = yield f, X()
+    y.sum().backward()
+    yield Seen(grad=lin.weight.grad)
+    lin, y = yield X(1.0)
+    y.sum().backward()
+    yield Seen(grad=lin.weight.grad)
+
+
+@program(CONTAINERS)
+def a_distribution_is_made_and_sampled():
+    def f(mean, scale):
+        d = torch.distributions.Normal(mean, scale)
+        z = d.rsample()
+        return z, d.log_prob(z).sum(), torch.distributions.kl_divergence(d, torch.distributions.Normal(0.0, 1.0)).sum()
+
+    yield f, X(), torch.ones(4)
+    yield X(1.0), torch.ones(4) * 2
+    yield X(1.0), -torch.ones(4)  # refused by its constraints
+    m = X(grad=True)
+    _, lp, kl = yield m, torch.ones(4)
+    (lp + kl).backward()
+    yield Seen(grad=m.grad, then=torch.rand(2))
+
+
+@program(EFFECTS)
+def a_frozen_dataclass_is_replaced():
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class State:
+        step: int
+        mean: torch.Tensor
+
+    holder = types.SimpleNamespace(state=State(0, torch.zeros(4)))
+
+    def f(x):
+        s = holder.state
+        holder.state = dataclasses.replace(s, step=s.step + 1, mean=s.mean + (x - s.mean) / (s.step + 1))
+        return holder.state.mean * 1, hash(holder.state.step)
+
+    yield f, X()
+    for i in range(3):
+        yield X(float(i))
+        yield Seen(step=holder.state.step, mean=holder.state.mean)
+
+
+@program(EFFECTS)
+def slots_are_written():
+    class Point:
+        __slots__ = ("n", "x")
+
+        def __init__(self):
+            self.n, self.x = 0, None
+
+    p = Point()
+
+    def f(x):
+        if p.x is not None:
+            x = x + p.x
+        p.x, p.n = x, p.n + 1
+        return x * p.n
+
+    yield f, X()
+    yield X()
+    yield X()
+    yield Seen(n=p.n, x=p.x)
+    p.x = None
+    yield X()
+    yield Seen(n=p.n, x=p.x)
+
+
+@program(EFFECTS)
+def an_overridden_setattr_counts():
+    class Tracked:
+        def __init__(self):
+            object.__setattr__(self, "log", [])
+
+        def __setattr__(self, name, value):
+            self.log.append(name)
+            object.__setattr__(self, name, value)
+
+        def __getattr__(self, name):
+            if name.startswith("_"):
+                raise AttributeError(name)
+            self.log.append("?" + name)
+            return 1.0
+
+    t = Tracked()
+
+    def f(x):
+        y = x * t.scale
+        t.scale = t.scale + 1
+        return y
+
+    yield f, X()
+    yield X()
+    yield Seen(log=t.log, scale=t.scale)
+    del t.scale
+    yield X()
+    yield Seen(log=t.log)
+
+
+@program(EFFECTS)
+def a_dict_that_fills_what_is_missing():
+    class Table(dict):
+        def __missing__(self, key):
+            self[key] = torch.full((4,), float(len(self)))
+            return self[key]
+
+    table = Table()
+
+    def f(x, key):
+        return x + table[key]
+
+    yield f, X(), "a"
+    yield X(), "b"
+    yield X(), "a"
+    yield X(), "c"
+    yield Seen(table=dict(table))
+    del table["a"]
+    yield X(), "a"
+    yield Seen(table=dict(table))
+
+
+@program(EFFECTS)
+def a_finalizer_counts_what_died():
+    died = []
+
+    class Guard:
+        def __init__(self, name):
+            self.name = name
+
+        def __del__(self):
+            died.append(self.name)
+
+    def f(x):
+        guard = Guard(len(x))
+        y = x * guard.name
+        del guard
+        return y + len(died)
+
+    yield f, X()
+    yield X()
+    yield torch.ones(2)
+    yield Seen(died=died)
+
+
+@program(EFFECTS)
+def thread_locals_hold_the_depth():
+    local = threading.local()
+    local.depth = 0
+
+    def f(x):
+        local.depth += 1
+        try:
+            if local.depth < 3:
+                return f(x) * 2
+            return x + local.depth
+        finally:
+            local.depth -= 1
+
+    yield f, X()
+    yield X()
+    local.depth = 1
+    yield X()
+    yield Seen(depth=local.depth)
+
+
+@program(EFFECTS)
+def a_class_counts_its_instances():
+    class Node:
+        count = 0
+        registry = []
+
+        def __init__(self, value):
+            type(self).count += 1
+            self.index = Node.count
+            Node.registry.append(self)
+            self.value = value
+
+    def f(x):
+        a, b = Node(x), Node(x * 2)
+        return a.value * a.index + b.value * b.index
+
+    yield f, X()
+    yield X()
+    yield X()
+    yield Seen(count=Node.count, values=[n.value for n in Node.registry], index=[n.index for n in Node.registry])
+
+
+@program(EFFECTS)
+def weights_are_clipped_in_the_forward():
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 2)
+            with torch.no_grad():
+                self.lin.weight.mul_(10)
+
+        def forward(self, x):
+            for p in self.parameters():
+                p.data.clamp_(-0.1, 0.1)
+            return self.lin(x).sum()
+
+    model = Critic()
+    loss = yield model, X()
+    loss.backward()
+    yield Seen(grad=model.lin.weight.grad, weight=model.lin.weight)
+    with torch.no_grad():
+        model.lin.weight.add_(1)
+    loss = yield X()
+    loss.backward()
+    yield Seen(grad=model.lin.weight.grad, weight=model.lin.weight)
+
+
+@program(EFFECTS)
+def two_buffers_swap_roles():
+    class Swap(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("now", torch.zeros(4))
+            self.register_buffer("old", torch.ones(4))
+
+        def forward(self, x):
+            self.now, self.old = self.old, self.now
+            self.now.add_(x)
+            return self.now - self.old
+
+    model = Swap()
+    first = model.now
+    yield model, X()
+    yield X()
+    yield X()
+    yield Seen(now=model.now, old=model.old, same=model.old is first)
+
+
+@program(EFFECTS)
+def spectral_norm_iterates_its_vectors():
+    torch.manual_seed(0)
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+    y = yield model, X()
+    y.sum().backward()
+    yield Seen(state=model.state_dict(), grad=model.parametrizations.weight.original.grad)
+    yield X(1.0)
+    yield Seen(state=model.state_dict())
+    model.eval()
+    yield X(1.0)
+    yield Seen(state=model.state_dict())
+
+
+@program(EFFECTS)
+def an_optimizer_of_the_users_keeps_moments():
+    class Adam:
+        def __init__(self, params):
+            self.params, self.state, self.t = list(params), {}, 0
+
+        @torch.no_grad()
+        def step(self, lr):
+            self.t += 1
+            for i, p in enumerate(self.params):
+                if p.grad is None:
+                    continue
+                m, v = self.state.setdefault(i, (torch.zeros_like(p), torch.zeros_like(p)))
+                m.mul_(0.9).add_(p.grad, alpha=0.1)
+                v.mul_(0.99).addcmul_(p.grad, p.grad, value=0.01)
+                p.addcdiv_(m / (1 - 0.9**self.t), (v / (1 - 0.99**self.t)).sqrt().add_(1e-8), value=-lr)
+            return self.t
+
+    params = [nn.Parameter(X()), nn.Parameter(X(1.0)), nn.Parameter(X(2.0))]
+    optimizer = Adam(params)
+    params[0].grad = X()
+    yield optimizer.step, 0.1
+    for i in range(4):
+        params[i % 2].grad = X(float(i))
+        yield (0.1 / (i + 1),)
+        yield Seen(params=params, state=optimizer.state)
+    params[0].grad = None
+    yield (0.1,)
+    yield Seen(params=params, t=optimizer.t)
+
+
+@program(EFFECTS)
+def standard_output_is_written_directly():
+    def f(x):
+        sys.stdout.write(f"{len(x)}\n")
+        return x * 2
+
+    yield f, X()
+    yield X()
+
+
+@program(EFFECTS)
+def a_generator_of_its_own_of_random():
+    rng = random.Random(5)
+
+    def f(x):
+        order = list(range(len(x)))
+        rng.shuffle(order)
+        return x[order], rng.choice([1.0, 2.0])
+
+    yield f, X()
+    yield X()
+    yield torch.ones(2)
+    yield Seen(then=rng.random())
+
+
+@program(EFFECTS)
+def noise_is_added_only_in_training_and_by_a_schedule():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step, self.level = 0, 1.0
+
+        def forward(self, x):
+            if self.training and self.level > 0.2:
+                x = x + torch.randn_like(x) * self.level
+                self.level *= 0.5
+            self.step += 1
+            return x
+
+    model = Noisy()
+    yield model, X()
+    for _ in range(4):
+        yield X()
+        yield Seen(step=model.step, level=model.level)
+    model.eval()
+    yield X()
+    yield Seen(step=model.step, then=torch.rand(2))
+
+
+@program(EFFECTS)
+def many_values_go_past_the_limit_with_effects():
+    log, counts = [], collections.Counter()
+
+    def f(x):
+        log.append(x.sum().item())
+        counts["even" if log[-1] % 2 == 0 else "odd"] += 1
+        return x * log[-1] + torch.rand(1)
+
+    yield f, torch.ones(2)
+    for i in range(20):
+        yield torch.ones(2) * i
+        yield Seen(log=log, counts=dict(counts))
+
+
+@program(EFFECTS)
+def many_shapes_with_a_counter_a_buffer_and_chance():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+            self.sizes, self.steps = [], 0
+
+        def forward(self, x):
+            self.seen += x.shape[0]
+            self.sizes.append(x.shape[0])
+            self.steps += 1
+            x = torch.dropout(x, 0.5, self.training)
+            return x * self.steps + self.seen
+
+    net = Net()
+    yield net, torch.ones(2, 3)
+    for n in (3, 4, 5, 1, 6, 0, 7, 3, 8, 9, 2, 10):
+        yield torch.ones(n, 3)
+        yield Seen(seen=net.seen, sizes=net.sizes, steps=net.steps, then=torch.rand(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -9,6 +10,10 @@ import enum
 import functools
 import itertools
 import operator
+import sys
+import types
+import warnings
+import weakref
 
 import torch
 from torch import nn
@@ -1023,3 +1028,1068 @@ def hidden_state_is_carried_and_detached():
         yield Seen(h=net.h, grad=net.cell.weight_ih.grad)
     net.h = None
     yield torch.randn(1, 3, 3)
+
+
+SWAPPED = "fourth: swapped code"
+
+
+@program(SWAPPED)
+def the_class_of_an_object_is_exchanged():
+    class Slow:
+        def act(self, x):
+            return x + 1
+
+    class Fast(Slow):
+        def act(self, x):
+            return super().act(x) * 10
+
+    o = Slow()
+
+    def f(x):
+        return o.act(x)
+
+    yield f, X()
+    o.__class__ = Fast
+    yield X()
+    Slow.act = lambda self, x: x - 1
+    yield X()
+    Fast.__bases__ = (type("Other", (Slow,), {"act": lambda self, x: x * 0}),)
+    yield X()
+
+
+@program(SWAPPED)
+def the_forward_of_an_instance_and_then_of_the_class():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    net, other = Net(), Net()
+
+    def f(x):
+        return net(x) + other(x)
+
+    yield f, X()
+    net.forward = lambda x: x * 100
+    yield X()
+    Net.forward = lambda self, x: x - 5
+    yield X()
+    del net.forward
+    yield X()
+
+
+@program(SWAPPED)
+def a_function_gets_other_code_and_defaults():
+    def helper(x, k=2.0, *, b=1.0):
+        return x * k + b
+
+    def other(x, k=2.0, *, b=1.0):
+        return x / k - b
+
+    def f(x):
+        return helper(x)
+
+    yield f, X()
+    helper.__kwdefaults__["b"] = 4.0
+    yield X()
+    helper.__defaults__ = (5.0,)
+    yield X()
+    helper.__code__ = other.__code__
+    yield X()
+    helper.__kwdefaults__ = {"b": 0.0}
+    yield X()
+
+
+@program(SWAPPED)
+def a_global_shadows_a_builtin():
+    def f(x):
+        return x * len(x) + abs(-2)
+
+    yield f, X()
+    globals()["len"] = lambda x: 100
+    try:
+        yield X()
+    finally:
+        del globals()["len"]
+    yield X()
+
+
+@program(SWAPPED)
+def a_module_of_the_users_is_patched():
+    lib = types.ModuleType("lib")
+    exec("K = 2.0\ndef scale(x):\n    return x * K\n", lib.__dict__)
+    sys.modules["fourth_lib"] = lib
+
+    def f(x):
+        import fourth_lib
+
+        return fourth_lib.scale(x)
+
+    yield f, X()
+    lib.K = 3.0
+    yield X()
+    lib.scale = lambda x: x - 1
+    yield X()
+    del lib.scale
+    yield X()
+    del sys.modules["fourth_lib"]
+
+
+@program(SWAPPED)
+def patched_for_a_while_by_mock():
+    from unittest import mock
+
+    class Clock:
+        def now(self):
+            return 1.0
+
+    clock = Clock()
+
+    def f(x):
+        return x + clock.now()
+
+    yield f, X()
+    with mock.patch.object(clock, "now", lambda: 5.0):
+        yield X()
+    yield X()
+    with mock.patch.object(Clock, "now", return_value=7.0) as m:
+        yield X()
+        yield X()
+        yield Seen(calls=m.call_count)
+    yield X()
+    with mock.patch.dict(f.__globals__, {"F": None}):
+        yield X()
+
+
+@program(SWAPPED)
+def a_cell_is_emptied_and_filled():
+    def make():
+        k = 2.0
+
+        def f(x):
+            return x * k
+
+        def put(value):
+            nonlocal k
+            k = value
+
+        def drop():
+            nonlocal k
+            del k
+
+        return f, put, drop
+
+    f, put, drop = make()
+    yield f, X()
+    put(3.0)
+    yield X()
+    drop()
+    yield X()  # NameError
+    put(torch.ones(4))
+    yield X()
+
+
+@program(SWAPPED)
+def properties_and_descriptors_are_added_later():
+    class Config:
+        def __init__(self):
+            self.scale = 2.0
+
+    config = Config()
+
+    def f(x):
+        return x * config.scale * getattr(config, "extra", 1.0)
+
+    yield f, X()
+    Config.scale = property(lambda self: 9.0)
+    yield X()
+    Config.extra = 4.0
+    yield X()
+    Config.__getattr__ = lambda self, name: 7.0
+    del Config.extra
+    yield X()
+    del Config.scale
+    yield X()
+
+
+@program(SWAPPED)
+def operators_of_a_user_class_change():
+    class Money:
+        def __init__(self, v):
+            self.v = v
+
+        def __mul__(self, x):
+            return x * self.v
+
+        def __bool__(self):
+            return self.v > 1
+
+        def __len__(self):
+            return 3
+
+        def __contains__(self, x):
+            return x == self.v
+
+    m = Money(2.0)
+
+    def f(x):
+        y = m * x
+        if m:
+            y = y + len(m)
+        return y, 2.0 in m
+
+    yield f, X()
+    m.v = 1.0
+    yield X()
+    Money.__mul__ = lambda self, x: x - self.v
+    yield X()
+    del Money.__bool__
+    yield X()
+    Money.__len__ = lambda self: 0
+    yield X()
+
+
+# ---- exceptions, again ----
+
+
+@program(ERRORS)
+def an_error_at_the_second_size_after_effects():
+    log = []
+
+    class Strict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            log.append(len(x))
+            self.seen += len(x)
+            if len(x) == 5:
+                raise ValueError(f"five after {log[:-1]}")
+            return x * self.seen
+
+    model = Strict()
+    yield model, torch.ones(3)
+    for n in (4, 5, 6, 5, 7, 5):
+        yield torch.ones(n)
+        yield Seen(seen=model.seen, log=log)
+
+
+@program(ERRORS)
+def effects_before_and_after_a_failing_kernel_in_a_try():
+    log = []
+
+    def f(x, w):
+        log.append("a")
+        try:
+            y = x @ w
+            log.append("b")
+        except RuntimeError as error:
+            log.append(type(error).__name__)
+            y = x * 0
+        finally:
+            log.append("c")
+        return y.sum() + len(log)
+
+    yield f, torch.ones(2, 3), torch.ones(3, 2)
+    yield torch.ones(2, 3), torch.ones(2, 2)
+    yield torch.ones(2, 3), torch.ones(3, 2)
+    yield torch.ones(4, 2), torch.ones(2, 2)
+    yield torch.ones(4, 2), torch.ones(3, 2)
+    yield Seen(log=log)
+
+
+@program(ERRORS)
+def the_message_names_values_and_shapes():
+    class Shape(Exception):
+        pass
+
+    def f(x):
+        if x.shape[-1] != 4:
+            raise Shape(f"got {tuple(x.shape)}, {x.dtype}, {x.sum().item():.1f}")
+        return x * 2
+
+    def g(x):
+        try:
+            return f(x), None
+        except Shape as error:
+            return None, str(error)
+
+    yield g, X()
+    yield torch.ones(3)
+    yield torch.ones(3) * 2
+    yield torch.ones(2, 5).double()
+    yield X()
+
+
+@program(ERRORS)
+def groups_of_exceptions_are_split():
+    def f(x, kinds):
+        errors, out = [], []
+        for k in kinds:
+            try:
+                if k:
+                    raise k("no")
+                out.append(x)
+            except (KeyError, ValueError) as error:
+                errors.append(error)
+        try:
+            if errors:
+                raise ExceptionGroup("several", errors)
+        except* KeyError as group:
+            out.append(x * len(group.exceptions))
+        return sum(out, torch.zeros(4))
+
+    yield f, X(), (None, KeyError)
+    yield X(), (None, None)
+    yield X(), (KeyError, KeyError, None)
+    yield X(), (KeyError, ValueError)
+    yield X(), (TypeError,)
+
+
+@program(ERRORS)
+def a_generator_is_closed_in_the_middle():
+    log = []
+
+    def rows(x):
+        try:
+            for i in range(len(x)):
+                yield x[i] * 2
+        except GeneratorExit:
+            log.append("closed")
+            raise
+        finally:
+            log.append("end")
+
+    def f(x, n):
+        out = []
+        it = rows(x)
+        for row in it:
+            out.append(row)
+            if len(out) == n:
+                break
+        it.close()
+        return torch.stack(out), len(log)
+
+    yield f, torch.ones(3, 2), 2
+    yield torch.ones(3, 2), 5
+    yield torch.ones(3, 2), 1
+    yield torch.ones(0, 2), 1
+    yield Seen(log=log)
+
+
+@program(ERRORS)
+def recursion_goes_too_deep():
+    def f(x, n):
+        return x if n == 0 else f(x + 1, n - 1)
+
+    def g(x, n):
+        try:
+            return f(x, n)
+        except RecursionError:
+            return None
+
+    yield g, X(), 3
+    yield X(), 10**6
+    yield X(), 5
+
+
+@program(ERRORS)
+def the_state_is_rolled_back_by_the_user():
+    class Transaction:
+        def __init__(self, store):
+            self.store = store
+
+        def __enter__(self):
+            self.saved = dict(self.store)
+            return self.store
+
+        def __exit__(self, kind, value, trace):
+            if kind is not None:
+                self.store.clear()
+                self.store.update(self.saved)
+
+    store = {"n": 0, "x": torch.zeros(4)}
+
+    def f(x, limit):
+        with Transaction(store) as s:
+            s["n"] += 1
+            s["x"] = s["x"] + x
+            if s["n"] > limit:
+                raise ValueError(s["n"])
+        return s["x"] * s["n"]
+
+    yield f, X(), 2
+    for limit in (2, 2, 9, 3):
+        yield X(), limit
+        yield Seen(store=store)
+
+
+@program(ERRORS)
+def a_hook_of_backward_raises_once():
+    state = {"armed": True}
+    lin = nn.Linear(4, 4)
+
+    def guard(grad):
+        if state["armed"]:
+            raise FloatingPointError("armed")
+        return grad * 2
+
+    def f(x):
+        y = lin(x)
+        if y.requires_grad:
+            y.register_hook(guard)
+        return y.sum()
+
+    for armed in (True, False, True):
+        state["armed"] = armed
+        loss = yield (f, X()) if armed and lin.weight.grad is None and "begun" not in state else X()
+        state["begun"] = True
+        try:
+            loss.backward()
+            error = None
+        except FloatingPointError as e:
+            error = str(e)
+        yield Seen(grad=lin.weight.grad, raised=error)
+
+
+@program(ERRORS)
+def an_error_between_two_writes_to_an_argument():
+    def f(x, i, table):
+        x.add_(1)
+        y = table[i]
+        x.mul_(y.sum())
+        return x
+
+    x = X()
+    yield f, x, 0, [torch.ones(2), torch.ones(3)]
+    yield Seen(x=x)
+    yield x, 5, [torch.ones(2)]
+    yield Seen(x=x)
+    yield x, torch.tensor(1), [torch.ones(2), torch.ones(3)]
+    yield Seen(x=x)
+    yield x, "a", {}
+    yield Seen(x=x)
+    yield x, 0, [torch.ones(2, 2)]
+    yield Seen(x=x)
+
+
+# ---- caches, again ----
+
+
+@program(CACHES)
+def a_sliding_window_cache_wraps_round():
+    class Window:
+        def __init__(self, size):
+            self.k, self.n = torch.zeros(size, 2), 0
+
+        def push(self, x):
+            i = self.n % len(self.k)
+            self.k[i] = x
+            self.n += 1
+            return self.k[: min(self.n, len(self.k))]
+
+    window = Window(3)
+
+    def f(x):
+        return window.push(x).sum(0) + x
+
+    yield f, torch.ones(2)
+    for i in range(7):
+        yield torch.full((2,), float(i))
+        yield Seen(k=window.k, n=window.n)
+
+
+@program(CACHES)
+def pages_of_a_cache_are_handed_out():
+    class Paged:
+        def __init__(self):
+            self.pages, self.free, self.table = torch.zeros(4, 2, 3), [3, 2, 1, 0], {}
+
+        def append(self, seq, x):
+            pages, n = self.table.setdefault(seq, ([], 0))
+            if n % 2 == 0:
+                if not self.free:
+                    raise MemoryError("no page")
+                pages.append(self.free.pop())
+            self.pages[pages[n // 2], n % 2] = x
+            self.table[seq] = (pages, n + 1)
+            return self.pages[torch.tensor(pages)].flatten(0, 1)[: n + 1]
+
+        def release(self, seq):
+            pages, _ = self.table.pop(seq)
+            self.free.extend(pages)
+
+    cache = Paged()
+
+    def f(x, seq, done=False):
+        y = cache.append(seq, x).mean(0)
+        if done:
+            cache.release(seq)
+        return y
+
+    yield f, torch.ones(3), "a"
+    calls = [("b", False), ("a", False), ("a", False), ("b", True), ("c", False), ("d", False)]
+    for i, (seq, done) in enumerate(calls):
+        yield torch.full((3,), float(i)), seq, done
+        yield Seen(free=cache.free, pages=cache.pages, table={k: (list(p), n) for k, (p, n) in cache.table.items()})
+    yield torch.ones(3), "e"
+    yield Seen(free=cache.free)
+
+
+@program(CACHES)
+def a_prefix_cache_shares_and_copies_on_write():
+    store = {}
+
+    def f(tokens, x):
+        key = tuple(tokens)
+        for n in range(len(key), 0, -1):
+            if key[:n] in store:
+                base = store[key[:n]].clone()
+                break
+        else:
+            n, base = 0, torch.zeros(4)
+        for t in key[n:]:
+            base += x * t
+        store[key] = base
+        return base * 1, n
+
+    yield f, [1, 2], X()
+    yield [1, 2, 3], X()
+    yield [1, 2, 3], X(2.0)
+    yield [4], X()
+    store.pop((1, 2, 3))
+    yield [1, 2, 3], X(1.0)
+    yield Seen(store={str(k): v for k, v in store.items()})
+
+
+@program(CACHES)
+def a_sliding_window_layer_of_transformers():
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    cache = DynamicCache()
+    cache.layers = [DynamicSlidingWindowLayer(sliding_window=3)]
+
+    def f(x, cache):
+        k, v = cache.update(x, x + 1, 0)
+        return (k * v).sum(2)
+
+    x = torch.arange(16.0).view(1, 2, 2, 4)
+    yield f, x, cache
+    for i in range(4):
+        yield x[:, :, :1] + i, cache
+        yield Seen(k=cache.layers[0].keys, n=cache.get_seq_length())
+
+
+@program(CACHES)
+def gpt2_generates_greedily_with_its_cache():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=13, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+    def f(ids, n):
+        past, out = None, []
+        for _ in range(n):
+            result = model(ids, past_key_values=past, use_cache=True)
+            past = result.past_key_values
+            ids = result.logits[:, -1:].argmax(-1)
+            out.append(ids)
+        return torch.cat(out, 1), past.get_seq_length()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield f, torch.tensor([[1, 2, 3]]), 3
+        yield torch.tensor([[1, 2], [3, 4]]), 2
+        model.lm_head.weight.mul_(-1)
+        yield torch.tensor([[1, 2, 3]]), 3
+
+
+@program(CACHES)
+def gradients_are_cached_by_micro_batch():
+    class Accumulate:
+        def __init__(self):
+            self.w, self.sum, self.n = torch.ones(4, requires_grad=True), torch.zeros(4), 0
+
+        def __call__(self, x, every):
+            loss = (self.w * x).square().sum()
+            self.n += 1
+            self.sum = self.sum + 2 * (self.w * x * x).detach()
+            if self.n % every == 0:
+                with torch.no_grad():
+                    self.w -= 0.01 * self.sum / every
+                self.sum = torch.zeros(4)
+            return loss
+
+    a = Accumulate()
+    yield a, X(), 2
+    for i in range(4):
+        yield X(float(i)), 2
+        yield Seen(w=a.w, sum=a.sum, n=a.n)
+
+
+@program(CACHES)
+def a_cache_keyed_by_tensors_identity():
+    cache = {}
+
+    def f(x, w):
+        if w not in cache:
+            cache[w] = w.exp()
+        return x * cache[w]
+
+    a, b = X(), X(1.0)
+    yield f, X(), a
+    yield X(), b
+    yield X(), a
+    a.zero_()
+    yield X(), a
+    yield Seen(values=list(cache.values()))
+
+
+@program(CACHES)
+def a_weak_cache_of_modules():
+    cache = weakref.WeakKeyDictionary()
+
+    def f(m, x):
+        if m not in cache:
+            cache[m] = len(cache) + 1
+        return m(x) * cache[m]
+
+    a, b = nn.Identity(), nn.Identity()
+    yield f, a, X()
+    yield b, X()
+    yield a, X()
+    c = nn.Identity()
+    yield c, X()
+    yield Seen(n=len(cache))
+
+
+@program(CACHES)
+def the_key_is_a_shape_dtype_and_mode():
+    kept, made = {}, []
+
+    def f(x):
+        key = (x.shape, x.dtype, x.device, torch.is_grad_enabled(), x.requires_grad)
+        if key not in kept:
+            made.append(str(key[1]))
+            kept[key] = torch.ones_like(x, requires_grad=False) * len(kept)
+        return x + kept[key]
+
+    yield f, X()
+    yield X().double()
+    with torch.no_grad():
+        yield X()
+    yield X(grad=True)
+    yield torch.ones(2, 2)
+    yield X()
+    yield Seen(made=made, values=list(kept.values()))
+
+
+@program(FLOW)
+def a_state_machine_of_strings():
+    class Machine:
+        def __init__(self):
+            self.state, self.trail = "idle", []
+
+        def on_idle(self, x):
+            self.state = "busy" if len(x) > 2 else "idle"
+            return x
+
+        def on_busy(self, x):
+            self.state = "done"
+            return x * 2
+
+        def on_done(self, x):
+            self.state = "idle"
+            return x - 1
+
+        def __call__(self, x):
+            self.trail.append(self.state[0])
+            return getattr(self, f"on_{self.state}")(x)
+
+    m = Machine()
+    yield m, X()
+    for n in (4, 4, 2, 4, 4, 3, 1):
+        yield torch.ones(n)
+        yield Seen(state=m.state, trail="".join(m.trail))
+
+
+@program(FLOW)
+def expressions_are_evaluated():
+    env = {"k": 2.0}
+
+    def f(x, text):
+        return eval(text, {"x": x, "torch": torch, **env})
+
+    yield f, X(), "x * k"
+    yield X(), "torch.sin(x) + k"
+    env["k"] = 3.0
+    yield X(), "x * k"
+    yield X(), "x *"
+
+
+@program(FLOW)
+def a_chain_of_comprehensions_with_conditions():
+    def f(xs, names):
+        table = {n: x * i for i, (n, x) in enumerate(zip(names, xs, strict=False)) if not n.startswith("_")}
+        flat = [v for row in [[x, x + 1] for x in xs] for v in row]
+        best = {k: v * 1 for k, v in sorted(table.items(), key=lambda p: p[0], reverse=True)}
+        return best, torch.stack(flat).sum(0), {len(n) for n in names}
+
+    yield f, [X(), X(1.0)], ["b", "a"]
+    yield [X(), X(1.0)], ["_b", "a"]
+    yield [X(), X(1.0), X()], ["bb", "a", "c"]
+    yield [X()], ["q", "unused"]
+
+
+@program(FLOW)
+def functions_are_composed_by_reduce():
+    ops = [torch.sin, lambda x: x * 2]
+
+    def f(x):
+        return functools.reduce(lambda y, op: op(y), ops, x)
+
+    yield f, X()
+    ops.append(torch.neg)
+    yield X()
+    ops[0] = torch.cos
+    yield X()
+    ops.clear()
+    yield X()
+
+
+@program(FLOW)
+def the_same_class_defined_twice():
+    def make(k):
+        class Layer(nn.Module):
+            def forward(self, x):
+                return x * k
+
+        return Layer
+
+    world = {"cls": make(2.0)}
+
+    def f(x):
+        return world["cls"]()(x)
+
+    yield f, X()
+    world["cls"] = make(3.0)
+    yield X()
+    world["cls"].forward = lambda self, x: x + 50
+    yield X()
+
+
+@program(FLOW)
+def a_named_tuple_and_a_dataclass_come_back():
+    Pair = collections.namedtuple("Pair", "a b", defaults=[None])
+
+    @dataclasses.dataclass
+    class Out:
+        loss: torch.Tensor
+        extra: dict = dataclasses.field(default_factory=dict)
+
+        def __post_init__(self):
+            self.extra["n"] = len(self.loss)
+
+    def f(x):
+        return Pair(x * 2), Out(x + 1), Pair(a=1, b=x)._replace(a=2), dataclasses.asdict(Out(x))
+
+    yield f, X()
+    yield torch.ones(2)
+    x = X(grad=True)
+    pair, out, *_ = yield x
+    (pair.a.sum() + out.loss.sum()).backward()
+    yield Seen(grad=x.grad)
+
+
+IDENTITY = "fourth: identity"
+
+
+@program(IDENTITY)
+def an_argument_that_is_the_enclosed_tensor():
+    a, b = X(), X(1.0)
+
+    def f(w):
+        return w * 2 if w is a else w * 3
+
+    yield f, b
+    yield a
+    yield b
+    yield a
+
+
+@program(IDENTITY)
+def a_module_asks_whether_it_got_its_own_buffer():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("b", X())
+            self.w = nn.Parameter(X())
+
+        def own(self, x):
+            return x is self.b or any(x is p for p in self.parameters())
+
+        def forward(self, x):
+            return x * (2 if self.own(x) else 3)
+
+    model = Held()
+    yield model, X()
+    yield model.b
+    y = yield model.w
+    y.sum().backward()
+    yield Seen(grad=model.w.grad)
+    yield X()
+    model.b = X(1.0)
+    yield model.b
+
+
+@program(IDENTITY)
+def the_last_input_is_remembered_by_identity():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.memory, self.runs = None, None, 0
+
+        def forward(self, x, q):
+            if x is not self.last:
+                self.last, self.memory = x, x.cumsum(0)
+                self.runs += 1
+            return self.memory * q
+
+    a, b = X(), X(2.0)
+    model = Encoder()
+    yield model, a, X()
+    for x in (a, b, b, a, a, b):
+        yield x, X()
+        yield Seen(runs=model.runs, same=model.last is x)
+
+
+@program(IDENTITY)
+def a_table_keyed_by_tensors_is_asked():
+    a, b = X(), X(1.0)
+    table = {a: 2.0}
+
+    def f(w):
+        return w * table.get(w, 1.0)
+
+    yield f, a
+    yield b
+    table[b] = 5.0
+    yield b
+    yield a
+
+
+@program(IDENTITY)
+def a_set_collects_its_arguments():
+    seen = set()
+
+    def f(w):
+        known = w in seen
+        seen.add(w)
+        return w * len(seen), known
+
+    a, b = X(), X(1.0)
+    yield f, a
+    for w in (b, a, b, X()):
+        yield w
+        yield Seen(n=len(seen), held=[a in seen, b in seen])
+
+
+@program(IDENTITY)
+def results_are_sets_and_keyed_by_tensors():
+    def f(x):
+        y = x + 1
+        return {y: "y"}, {y}, frozenset([(1, x)])
+
+    table, group, frozen = yield f, X()
+    yield Seen(key=next(iter(table)), member=next(iter(group)), pair=next(iter(frozen)))
+    table, group, frozen = yield X(1.0)
+    yield Seen(key=next(iter(table)), member=next(iter(group)), pair=next(iter(frozen)))
+
+
+@program(IDENTITY)
+def tensors_computed_in_the_call_are_keys_of_a_memo():
+    memo = {}
+
+    def f(x):
+        y = x * 2
+        memo[y] = len(memo)
+        return y + len(memo)
+
+    yield f, X()
+    yield X()
+    yield X(1.0)
+    yield Seen(values=list(memo.values()), keys=list(memo))
+
+
+@program(IDENTITY)
+def a_dict_keyed_by_tensors_is_passed():
+    def f(x, weights):
+        return x * sum(k.sum() * v for k, v in weights.items())
+
+    a, b = X(), X(1.0)
+    yield f, X(), {a: 1.0}
+    yield X(), {b: 1.0}
+    a.add_(1)
+    yield X(), {a: 1.0, b: 2.0}
+    yield X(), {a: 1.0}
+    yield X(), {torch.tensor(2.0): 1.0}
+    yield X(), {torch.tensor(2.0): 1.0}
+
+
+@program(IDENTITY)
+def optimizer_state_is_keyed_by_parameters():
+    params = [nn.Parameter(X()), nn.Parameter(X(1.0))]
+    state = collections.defaultdict(dict)
+
+    @torch.no_grad()
+    def step(g):
+        for p in params:
+            s = state[p]
+            s["m"] = s.get("m", torch.zeros_like(p)) * 0.5 + g
+            s["t"] = s.get("t", 0) + 1
+            p.sub_(s["m"] / s["t"])
+
+    yield step, X()
+    for i in range(3):
+        yield X(float(i))
+        yield Seen(params=params, state=list(state.values()), own=[p in state for p in params])
+    params.append(nn.Parameter(X(5.0)))
+    yield X()
+    yield Seen(params=params, n=len(state))
+
+
+@program(IDENTITY)
+def the_list_that_is_passed_is_its_own():
+    log = []
+
+    def f(x, out):
+        out.append(x.sum())
+        return x * len(log)
+
+    other = []
+    yield f, X(), other
+    yield X(), log
+    yield X(), log
+    yield X(), other
+    yield Seen(log=log, other=other)
+
+
+@program(IDENTITY)
+def the_cache_that_is_passed_is_the_layers_own():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache = {"k": torch.zeros(1)}
+
+        def forward(self, x):
+            self.cache["k"] = torch.cat([self.cache["k"], x])
+            return x + self.cache["k"].sum()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x, cache):
+            return self.layer(x) * len(cache["k"])
+
+    model = Model()
+    yield model, X(), {"k": torch.zeros(1)}
+    for _ in range(3):
+        yield X(), model.layer.cache
+        yield Seen(k=model.layer.cache["k"])
+    yield X(), {"k": torch.zeros(1)}
+
+
+@program(IDENTITY)
+def one_object_in_two_places():
+    class State:
+        def __init__(self, k):
+            self.k, self.x = k, X()
+
+    world = State(2.0)
+
+    def f(y, s, t):
+        s.k = s.k + 1
+        s.x = s.x + y
+        return t.x * t.k + world.x * world.k
+
+    a, b = State(2.0), State(2.0)
+    yield f, X(), a, b
+    yield X(), a, a
+    yield X(), b, a
+    yield X(), world, a
+    yield X(), a, world
+    yield Seen(a=a, b=b, world=world)
+
+
+@program(IDENTITY)
+def one_list_for_two_arguments():
+    def f(x, a, b):
+        a.append(x)
+        return torch.stack(b).sum(0) if b else x * 0
+
+    a, b = [X()], [X(1.0)]
+    yield f, X(), a, b
+    yield X(), a, a
+    yield X(), b, a
+    yield X(), b, b
+    yield Seen(a=a, b=b)
+
+
+@program(IDENTITY)
+def a_deque_is_passed_and_enclosed():
+    recent = collections.deque(maxlen=2)
+
+    def f(x, q):
+        q.append(x)
+        return sum(recent, torch.zeros(4)) + len(q)
+
+    other = collections.deque(maxlen=2)
+    yield f, X(), other
+    yield X(), recent
+    yield X(1.0), recent
+    yield X(2.0), other
+    yield Seen(recent=list(recent), other=list(other))
+
+
+@program(IDENTITY)
+def a_registry_of_objects_is_asked_for_an_argument():
+    class Adapter:
+        def __init__(self, k):
+            self.k, self.shift = k, X()
+
+    a, b, c = Adapter(2.0), Adapter(2.0), Adapter(2.0)
+    weights, frozen, order = {a: 10.0}, {b}, [c]
+
+    def f(x, o):
+        y = x * weights.get(o, 1.0) + o.shift * o.k
+        return y * (2 if o in frozen else 1), o in order
+
+    yield f, X(), c
+    for o in (a, b, c, a, Adapter(2.0)):
+        yield X(), o
+
+
+@program(IDENTITY)
+def an_argument_with_a_finalizer():
+    ended = []
+
+    class Handle:
+        def __init__(self, x):
+            self.x, self.uses = x, 0
+
+        def __del__(self):
+            ended.append(self.uses)
+
+    def f(x, h):
+        h.uses += 1
+        return x * h.x * h.uses
+
+    a, b = Handle(X()), Handle(X(2.0))
+    yield f, X(), a
+    for h in (a, b, a):
+        yield X(), h
+        yield Seen(ended=ended, uses=(a.uses, b.uses))

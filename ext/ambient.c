@@ -73,10 +73,14 @@ static bool has_tangents(thx *x) {
     return level && PyLong_Check(level) && PyLong_AsLong(level) >= 0;
 }
 
+/* torch.jit.trace notes operations that pass torch's dispatcher; ours would be constants of its graph. */
+static int is_traced(thx *x) { return x->abi.state ? x->abi.keys_included(x->abi.tracer_keys) : call_flag(x->tracing); }
+
 int thx_ambient_read(thx *x, thx_ambient *a) {
     memset(a, 0, sizeof *a);
     if (thx_under_functorch(x) || has_tangents(x)) return 1;
     int modes = thx_has_modes(x);
+    if (!modes) modes = is_traced(x);
     if (modes) return modes;
     if ((x->abi.state ? read_by_abi(x, a) : read_by_python(x, a)) < 0) return -1;
     return a->autocast ? read_autocast(x, a) : 0;

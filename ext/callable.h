@@ -64,6 +64,8 @@ typedef struct thx_entry { /* one compiled program of a callable */
         PyObject *tensor; /* owned */
     } *identical;         /* arguments that are watched tensors (a parameter, say): only these very ones will do */
     uint32_t nidentical;
+    PyObject *known; /* owned or NULL: ids of what is watched; no container among the arguments may be one of these */
+    bool compares;   /* the code asks `a is b`: no other argument may be a watched tensor */
     thx_write *writes;
     uint32_t nwrites;
     thx_effects effects; /* there are some: the result is (what the caller gets, a content for each of them) */

@@ -113,6 +113,7 @@ thx_recorder *thx_recorder_new(thx *x, PyObject *params);
 PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf);
 /* Where the current value of a fake or a real tensor is kept, made when new; NULL with an exception. */
 thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor);
+bool thx_recorder_is_argument(thx_recorder *r, PyObject *fake);  /* is it what stands for one? */
 thx_cell *thx_recorder_known(thx_recorder *r, PyObject *tensor); /* the same, NULL when it is new */
 /* The code asks for an attribute that no tensor has of itself. 0: nor has this one, which each call looks at again; -1
  * with CaptureError: the caller's tensor has it. */
@@ -134,10 +135,12 @@ int thx_recorder_constant_root(thx_recorder *r, PyObject *real,
                                th_val value); /* value: an input of the trace already */
 PyObject *thx_eval_op(thx *x, const th_trace *t, const th_op *op, thx_value_fn value, void *user);
 /* Raise CaptureError for the user's current line and remember it; always -1. */
-#define THX_TENSOR_ATTRIBUTE "an attribute of a tensor"
-#define THX_OBJECT_IN_C      "an object that C code implements"
-#define THX_APPEARED         "a tensor that torch's functions did not make"
-#define THX_SHARED_ARRAY     "an array that shares the memory of a tensor"
+#define THX_TENSOR_ATTRIBUTE   "an attribute of a tensor"
+#define THX_OBJECT_IN_C        "an object that C code implements"
+#define THX_APPEARED           "a tensor that torch's functions did not make"
+#define THX_TRANSFORMED_RANDOM "random numbers inside a functorch transform"
+#define THX_TWO_CONTAINERS     "a container in the arguments that the function can also reach by itself"
+#define THX_SHARED_ARRAY       "an array that shares the memory of a tensor"
 int thx_capture_error(thx_recorder *r, const char *construct, const char *reason, const char *fix);
 int thx_refuse_lazy(thx_recorder *r); /* a tensor that shows other values than it holds: CaptureError; -1 */
 void thx_user_line(thx_recorder *r, th_str *file, uint32_t *line);
@@ -195,7 +198,9 @@ int thx_random_begin(thx_recorder *r);
 int thx_random_before(thx_recorder *r); /* before a random operation is recorded, and at the end of a capture */
 int thx_random_after(thx_recorder *r);  /* after one */
 int thx_random_end(thx_recorder *r);    /* put the generator back as it was */
-int thx_random_check(thx_recorder *r);  /* of the operation recorded last: whose generators it draws from */
+/* A call that is not recorded itself. */
+PyObject *thx_random_through(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs);
+int thx_random_check(thx_recorder *r); /* of the operation recorded last: whose generators it draws from */
 bool thx_random_is_state(thx_recorder *r, PyObject *tensor); /* of torch's generator, as the program asked for it */
 PyObject *thx_random_generators(const thx *x, const th_trace *t); /* list: those besides torch's own */
 int thx_emit(thx_recorder *r, const th_op_args *op);              /* append an operation at the user's current line */

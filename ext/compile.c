@@ -53,6 +53,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     thx_effects_fini(&e->effects);
     for (uint32_t i = 0; i < e->nidentical; i++) Py_DECREF(e->identical[i].tensor);
     PyMem_Free(e->identical);
+    Py_XDECREF(e->known);
     PyMem_Free(e);
     PyErr_Restore(type, value, trace);
 }
@@ -180,6 +181,9 @@ static int on_change(void *user, PyObject *dict, PyObject *key, PyObject *before
     char text[240];
     thx_entry *e = k->e;
     bool keyed = PyDict_Check(dict) || PyType_Check(dict);
+    if (keyed && after && thx_holds_fake(k->x, key))
+        return thx_capture_error(k->r, "a tensor as a new key of a dictionary", "it is found by its address",
+                                 "use a name, or the position of the tensor");
     if (keyed && after && thx_is_tensor(k->x, after)) {
         thx_cell *cell = thx_recorder_cell(k->r, after);
         if (!cell) return -1;
@@ -345,9 +349,27 @@ static int refuse_appeared(compile *k) {
 
 /* A tensor that is an argument and lies in the state too is two objects while the function runs on fakes. */
 static int refuse_two_places(compile *k) {
-    if (!k->e->nidentical || !thx_guards_compares_identity(k->e->guards)) return 0;
+    k->e->compares = thx_guards_compares_identity(k->e->guards);
+    if (!k->e->nidentical || !k->e->compares) return 0;
     return thx_capture_error(k->r, "an argument that the function can also reach by itself",
                              "the function compares objects with `is`", "pass a copy, or do not pass it");
+}
+
+/* Likewise a container: what is written to one of the two objects does not reach the other. */
+static int refuse_two_containers(compile *k) {
+    thx_entry *e = k->e;
+    bool keyed = false;
+    if (!PyList_GET_SIZE(k->watched.rows)) return 0;
+    if (!(e->known = thx_guards_known(e->guards, &keyed))) return -1;
+    if (!(keyed || e->effects.count || e->nwrites || e->compares || thx_guards_finds(e->guards))) {
+        Py_CLEAR(e->known);
+        return 0;
+    }
+    int meets = thx_args_meet(e->args, k->call->args, e->nargs, e->known);
+    if (meets) Py_CLEAR(e->known);
+    return meets <= 0 ? meets
+                      : thx_capture_error(k->r, THX_TWO_CONTAINERS, "what it writes to one does not reach the other",
+                                          "do not pass it, or pass a copy");
 }
 
 /* Does the derivative hold what Python code of the user's said: of autograd functions, custom operators, hooks? */
@@ -454,7 +476,8 @@ static int capture(compile *k) {
         PyErr_Clear();
         PyErr_Restore(type, value, trace);
     } else if (kept < 0 || undone < 0 || add_messages(k) < 0 || thx_ties_check(k->r, k->e->guards) < 0 ||
-               check_arguments_unchanged(k) < 0 || collect_outputs(k) < 0 || refuse_appeared(k) < 0) {
+               check_arguments_unchanged(k) < 0 || refuse_two_containers(k) < 0 || collect_outputs(k) < 0 ||
+               refuse_appeared(k) < 0) {
         rc = -1;
     }
     thx_guards_forget_met(k->e->guards);

@@ -27,6 +27,7 @@ bool thx_is_opaque_value(thx *x, PyObject *o); /* compared by identity, not look
 
 /* result.c: what is the caller's, what is fresh, what cannot be returned. */
 int thx_describe_opaque_result(thx_describer *d, thx_spec *s, PyObject *o);
+int thx_refuse_hashed(thx_describer *d, PyObject *o, PyObject *keys); /* -1: they hold what stands for a tensor */
 bool thx_held_elsewhere(const thx_describer *d, PyObject *o); /* by somebody else than the result: it lives on */
 bool thx_has_tensor_inside(const thx_describer *d, PyObject *o);
 

@@ -229,6 +229,36 @@ int thx_args_watch(thx_watched_args *w, const thx_spec *specs, PyObject *const *
     return rc;
 }
 
+/* One object wherever it lies, which stays as it is. */
+static bool is_member_of_enum(PyObject *o) { return strcmp(Py_TYPE(Py_TYPE(o))->tp_name, "EnumType") == 0; }
+
+static int meets(const thx_spec *s, PyObject *o, PyObject *known, PyObject *met) {
+    if (s->kind == THX_S_TENSOR || s->kind == THX_S_NUMBER || s->kind == THX_S_SAME || s->kind == THX_S_BUFFER ||
+        (s->kind == THX_S_CONST && !is_set(s, o)) || is_member_of_enum(o))
+        return 0;
+    int found = 0;
+    if (can_change(s, o)) {
+        PyObject *id = PyLong_FromVoidPtr(o);
+        found = !id ? -1 : (found = PySet_Contains(known, id)) ? found : PySet_Contains(met, id);
+        if (found == 0) found = PySet_Add(met, id);
+        Py_XDECREF(id);
+    }
+    for (uint32_t i = 0; i < s->nkids && found == 0; i++) {
+        PyObject *kid = thx_spec_part(s, o, i);
+        found = kid ? meets(&s->kids[i], kid, known, met) : -1;
+        Py_XDECREF(kid);
+    }
+    return found;
+}
+
+int thx_args_meet(const thx_spec *specs, PyObject *const *objects, uint32_t count, PyObject *known) {
+    PyObject *met = PySet_New(NULL);
+    int found = met ? 0 : -1;
+    for (uint32_t i = 0; i < count && found == 0; i++) found = meets(&specs[i], objects[i], known, met);
+    Py_XDECREF(met);
+    return found;
+}
+
 void thx_args_fini(thx_watched_args *w) {
     Py_CLEAR(w->index);
     Py_CLEAR(w->alive);

@@ -52,6 +52,8 @@ typedef struct thx_watched_args {
     PyObject *rows;  /* list of (container, path, items, attributes, is the caller's own, members) before the run */
 } thx_watched_args;
 
+/* Is one of the containers and objects among the arguments in `known`, a set of ids, or in two places? -1 error. */
+int thx_args_meet(const thx_spec *specs, PyObject *const *objects, uint32_t count, PyObject *known);
 int thx_args_watch(thx_watched_args *w, const thx_spec *specs, PyObject *const *objects, uint32_t count);
 /* After the run: what changed becomes effects (NULL: nothing is kept), the caller's own objects are as before. */
 int thx_args_collect(thx_watched_args *w, thx_effects *effects);

@@ -97,6 +97,13 @@ static bool still_absent(const thx_entry *e, const thx_leaves *leaves) {
     return true;
 }
 
+/* No argument is a watched tensor, but for those that were when the program was captured. */
+static bool are_strangers(const thx_entry *e, const thx_leaves *leaves) {
+    uint32_t held = 0;
+    for (uint32_t i = 0; i < leaves->count; i++) held += thx_guards_holds(e->guards, leaves->items[i]);
+    return held == e->nidentical;
+}
+
 int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a, PyObject *const *args,
                       Py_ssize_t npositional, PyObject *kwnames, thx_leaves *leaves) {
     if (e->dead || memcmp(&e->ambient, a, sizeof *a) != 0) return 0;
@@ -108,6 +115,8 @@ int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
     if (holds == 1) holds = thx_entry_match_grads(c->x, e, leaves);
     if (holds == 1 && e->main.literals.sizes && !thx_sizes_hold(c->x, e, leaves)) return 0;
+    if (holds == 1 && e->compares && !are_strangers(e, leaves)) return 0;
+    if (holds == 1 && e->known && (same = thx_args_meet(e->args, args, e->nargs, e->known))) return same < 0 ? -1 : 0;
     if (holds == 1 && e->offsets && !same_offsets(c->x, e, leaves)) return 0;
     return holds == 1 && e->writes_inputs ? same_sharing(c->x, e, leaves) : holds;
 }

@@ -77,6 +77,7 @@ typedef struct thx {
     uint32_t nfuncs, cap_funcs;
     thx_func transient; /* description of a function without importable name; valid until the next look-up */
     PyObject *f_stack_len, *d_stack_len, *any_autocast, *default_dtype, *inference, *peek_functorch, *default_device;
+    PyObject *tracing, *tensor_hash; /* the latter: code */
     PyObject *autocast_enabled, *autocast_dtype, *set_autocast, *grad_enabled, *set_grad, *inference_mode, *modes_off,
         *is_neg, *is_inference, *set_eval_frame, *use_count, *count_weakrefs, *get_rng_state, *set_rng_state, *equal,
         *rand;
@@ -183,7 +184,8 @@ extern const th_opaque_vtable thx_opaque_vtable;
 PyObject *thx_fake(thx *x, th_typeref type);      /* a fresh fake of that type */
 PyObject *thx_fake_adopt(thx *x, PyObject *fake); /* give a plain FakeTensor our class; borrowed argument, 0/-1 style */
 bool thx_is_fake(const thx *x, PyObject *o);
-PyObject *thx_fake_mode(thx *x); /* borrowed */
+bool thx_holds_fake(thx *x, PyObject *o); /* is it one, or does one lie in it? */
+PyObject *thx_fake_mode(thx *x);          /* borrowed */
 int thx_fake_init(thx *x, PyObject *module);
 
 #endif

@@ -246,6 +246,44 @@ bool thx_guards_knows(const thx_guards *g, PyObject *o) {
     return false;
 }
 
+static int add_id(PyObject *set, PyObject *o) {
+    PyObject *id = PyLong_FromVoidPtr(o);
+    int rc = id ? PySet_Add(set, id) : -1;
+    Py_XDECREF(id);
+    return rc;
+}
+
+static int add_key(PyObject *set, PyObject *key, bool *keyed) {
+    bool found = Py_TYPE(key)->tp_flags & Py_TPFLAGS_HEAPTYPE; /* an object of a class that is written in Python */
+    *keyed |= found;
+    return found ? add_id(set, key) : 0;
+}
+
+PyObject *thx_guards_known(const thx_guards *g, bool *keyed) {
+    PyObject *known = PySet_New(NULL), *member;
+    int rc = known ? 0 : -1;
+    *keyed = false;
+    for (uint32_t i = 0; i < g->dicts.count && rc == 0; i++) {
+        const watch_dict *w = &g->dicts.items[i];
+        rc = add_id(known, w->dict);
+        for (Py_ssize_t j = 0; j < w->count && rc == 0; j++) rc = add_key(known, w->items[2 * j], keyed);
+    }
+    for (uint32_t i = 0; i < g->sequences.count && rc == 0; i++) {
+        const watch_sequence *w = &g->sequences.items[i];
+        rc = add_id(known, w->object);
+        PyObject *members = w->is_set && rc == 0 ? PyObject_GetIter(w->copy) : NULL;
+        while (members && rc == 0 && (member = PyIter_Next(members))) {
+            rc = add_key(known, member, keyed);
+            Py_DECREF(member);
+        }
+        Py_XDECREF(members);
+    }
+    for (uint32_t i = 0; i < g->objects.count && rc == 0; i++) rc = add_id(known, g->objects.items[i].object);
+    for (uint32_t i = 0; i < g->others.count && rc == 0; i++) rc = add_id(known, g->others.items[i].object);
+    if (rc < 0) Py_CLEAR(known);
+    return known;
+}
+
 bool thx_guards_watches_cell(const thx_guards *g, PyObject *cell) {
     for (uint32_t i = 0; i < g->cells.count; i++)
         if (g->cells.items[i].cell == cell) return true;

@@ -49,8 +49,11 @@ PyObject *thx_guards_cause(thx *x, thx_guards *g);
 /* Parameters and buffers of the outermost modules. dict: id of a tensor -> (dict, key, dotted name); new reference. */
 PyObject *thx_guards_params(thx *x, const thx_guards *g);
 bool thx_guards_knows(const thx_guards *g, PyObject *object); /* a container or object that is watched */
+/* A set: the ids of all these. `keyed`: among them are objects that a dictionary or a set finds by their hash. */
+PyObject *thx_guards_known(const thx_guards *g, bool *keyed);
 /* Does code that is watched compare two objects by `is`? During a capture its arguments are not what it can reach. */
 bool thx_guards_compares_identity(const thx_guards *g);
+bool thx_guards_finds(const thx_guards *g);                        /* does code ask `a in b`? */
 bool thx_guards_watches_cell(const thx_guards *g, PyObject *cell); /* a variable of an enclosing function */
 bool thx_guards_holds(const thx_guards *g, PyObject *tensor);      /* is it one of the watched tensors? */
 /* The key under which a container was found, or NULL; borrowed. */

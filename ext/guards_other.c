@@ -331,11 +331,16 @@ static bool code_compares(PyCodeObject *code, int is, int constant) {
     return found;
 }
 
-bool thx_guards_compares_identity(const thx_guards *g) {
-    int is = opcode_of("IS_OP"), constant = opcode_of("LOAD_CONST");
+static bool any_code_has(const thx_guards *g, int is, int constant) {
     bool found = false;
     for (uint32_t i = 0; i < g->others.count && !found; i++)
         found = g->others.items[i].kind == WATCH_FUNCTION &&
                 code_compares((PyCodeObject *)PyFunction_GET_CODE(g->others.items[i].object), is, constant);
     return found;
 }
+
+bool thx_guards_compares_identity(const thx_guards *g) {
+    return any_code_has(g, opcode_of("IS_OP"), opcode_of("LOAD_CONST"));
+}
+
+bool thx_guards_finds(const thx_guards *g) { return any_code_has(g, opcode_of("CONTAINS_OP"), -1); }

@@ -93,6 +93,7 @@ static int load_functions(thx *x) {
         {&x->push_dispatch, x->torch_c, "_push_on_torch_dispatch_stack"},
         {&x->pop_dispatch, x->torch_c, "_pop_torch_dispatch_stack"},
         {&x->any_autocast, x->torch_c, "_is_any_autocast_enabled"},
+        {&x->tracing, x->torch_c, "_is_tracing"},
         {&x->autocast_enabled, x->torch, "is_autocast_enabled"},
         {&x->autocast_dtype, x->torch, "get_autocast_dtype"},
         {&x->set_autocast, x->torch, "set_autocast_enabled"},

@@ -558,7 +558,7 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     if (!indifferent_to_functorch(f) &&
         thx_under_functorch(x)) { /* what vmap or grad makes of the call reaches layer 2 */
         thx_sizes_spoil(r, "a functorch transform is at work");
-        return PyObject_Call(func, args, kwargs);
+        return thx_random_through(r, func, args, kwargs);
     }
     if (check_default_dtype(r) < 0) return NULL;
     r->ninputs = 0;
@@ -568,7 +568,7 @@ PyObject *thx_record(thx_recorder *r, const thx_func *f, PyObject *func, PyObjec
     if (!c.anode || (kwargs && !c.knode)) {
         if (!r->wrapped_input) return NULL;
         PyErr_Clear(); /* under vmap or grad: what functorch makes of the call reaches layer 2 */
-        return PyObject_Call(func, args, kwargs);
+        return thx_random_through(r, func, args, kwargs);
     }
     if (shares_an_array(&c)) return PyObject_Call(func, args, kwargs);
     if (f->kind == THX_FUNC_DATA) {

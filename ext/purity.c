@@ -18,13 +18,15 @@
 
 static const char memo_text[] = "a function with functools.lru_cache", variable_text[] = "a context variable",
                   identity_text[] = "id", environment_text[] = "os.environ", type_text[] = "the type of a tensor",
-                  generator_text[] = "a generator of random numbers", system_text[] = "the system";
+                  generator_text[] = "a generator of random numbers", system_text[] = "the system",
+                  hash_text[] = "the hash of a tensor";
 
 /* The pending exception is a CaptureError: does it name something that its fallback takes for constant? */
 bool thx_is_unseen_by_dynamo(thx *x) {
     static const char *const unseen[] = {memo_text,
                                          variable_text,
                                          identity_text,
+                                         hash_text,
                                          environment_text,
                                          generator_text,
                                          system_text,
@@ -36,6 +38,8 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          THX_TENSOR_ATTRIBUTE,
                                          "a result of type generator",
                                          THX_SHARED_ARRAY,
+                                         THX_TWO_CONTAINERS,
+                                         THX_TRANSFORMED_RANDOM,
                                          NULL};
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
@@ -57,6 +61,8 @@ int thx_purity_init(thx *x) {
     x->generators[0] = random ? (PyTypeObject *)PyObject_GetAttrString(random, "Random") : NULL;
     PyObject *environ = os ? PyObject_GetAttrString(os, "environ") : NULL;
     PyObject *get = environ ? PyObject_GetAttrString((PyObject *)Py_TYPE(environ), "__getitem__") : NULL;
+    PyObject *hash = PyObject_GetAttrString((PyObject *)x->Tensor, "__hash__");
+    if (hash && PyFunction_Check(hash)) x->tensor_hash = Py_NewRef(PyFunction_GET_CODE(hash));
     if (get && PyFunction_Check(get)) x->read_environment = Py_NewRef(PyFunction_GET_CODE(get));
     static const char *const warns[] = {"warn", "warn_explicit"};
     PyObject *warnings = PyImport_ImportModule("_warnings");
@@ -67,6 +73,7 @@ int thx_purity_init(thx *x) {
     }
     PyErr_Clear();
     Py_XDECREF(warnings);
+    Py_XDECREF(hash);
     Py_XDECREF(get);
     Py_XDECREF(environ);
     Py_XDECREF(random);
@@ -378,6 +385,20 @@ static int watch_level(thx_recorder *r, PyFrameObject *frame) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* A set or a dictionary looks for an argument: it is another object while the program is captured. */
+static int check_hash(thx_recorder *r, PyFrameObject *frame) {
+    PyFrameObject *caller = PyFrame_GetBack(frame);
+    PyObject *locals = PyFrame_GetLocals(frame), *self = locals ? PyMapping_GetItemString(locals, "self") : NULL;
+    bool argument = self && caller && thx_recorder_is_argument(r, self) && is_the_programs(r->x, caller, 0);
+    PyErr_Clear();
+    Py_XDECREF(self);
+    Py_XDECREF(locals);
+    Py_XDECREF(caller);
+    if (!argument) return 0;
+    return thx_capture_error(r, hash_text, "an argument is another object while the program is captured",
+                             "find it by its place, or by a name");
+}
+
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
     int fresh = note_code(r, (PyObject *)code);
@@ -388,7 +409,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     /* torch.save and torch.load: from C they write and read what the profiler does not see. Modules of torch that an
      * operation imports only register their classes there. */
     bool file = fresh && names(code->co_filename, "/torch/serialization.py") && !in_an_import(frame);
-    bool environment = (PyObject *)code == r->x->read_environment;
+    bool environment = (PyObject *)code == r->x->read_environment, hash = (PyObject *)code == r->x->tensor_hash;
     bool memo = r->reached && thx_guards_memoizes(r->reached, (PyObject *)code);
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
@@ -399,6 +420,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
         return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
                                  "its backward would not be seen", "write Function.apply(...) where it is called");
     if (memo) return refuse_filling(r);
+    if (hash) return check_hash(r, frame);
     if (file) return refuse(r, system_text, "it saves or loads tensors, and later calls would not do that again");
     if (!environment || !is_the_programs(r->x, frame, THROUGH_LIBRARY)) return 0;
     return refuse(r, environment_text, "it reads the environment, and later calls would not look again");

@@ -136,6 +136,22 @@ int thx_random_after(thx_recorder *r) {
     return rc;
 }
 
+/* Inside vmap and grad what draws without a tensor, and dropout, draws at once: no operation is recorded for it. */
+PyObject *thx_random_through(thx_recorder *r, PyObject *func, PyObject *args, PyObject *kwargs) {
+    PyObject *before = PyObject_CallNoArgs(r->x->get_rng_state);
+    PyObject *result = before ? PyObject_Call(func, args, kwargs) : NULL;
+    PyObject *after = result ? PyObject_CallNoArgs(r->x->get_rng_state) : NULL;
+    int same = after ? same_state(r, after, r->rng_last) : -1;
+    if (same == 0) same = same_state(r, after, before);
+    if (same == 0)
+        thx_capture_error(r, THX_TRANSFORMED_RANDOM, "they are drawn at once, and later calls would have the same ones",
+                          "draw them outside the transform");
+    if (same <= 0) Py_CLEAR(result);
+    Py_XDECREF(after);
+    Py_XDECREF(before);
+    return result;
+}
+
 int thx_random_end(thx_recorder *r) {
     if (!r->rng_outer || !PyList_GET_SIZE(r->rng_outer)) return 0;
     PyObject *type, *value, *trace;

@@ -208,6 +208,15 @@ PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf) 
     return thx_recorder_fake(r, real);
 }
 
+bool thx_recorder_is_argument(thx_recorder *r, PyObject *fake) {
+    bool found = false;
+    for (uint32_t i = 0; i < r->nroots && !found; i++) {
+        const thx_cell *cell = r->roots[i].leaf >= 0 ? probe(r->cells, r->cap_cells, r->roots[i].real) : NULL;
+        found = cell && cell->fake == fake;
+    }
+    return found;
+}
+
 static bool is_functorch(thx *x, PyObject *tensor) {
     PyObject *yes = PyObject_CallOneArg(x->is_functorch, tensor);
     PyErr_Clear();

@@ -50,6 +50,17 @@ int thx_describe_opaque_result(thx_describer *d, thx_spec *s, PyObject *o) {
     return thx_describe_const(s, o, true);
 }
 
+bool thx_holds_fake(thx *x, PyObject *o) {
+    fake_search f = {x, 0, 10000};
+    return find_fake(o, &f);
+}
+
+int thx_refuse_hashed(thx_describer *d, PyObject *o, PyObject *keys) {
+    if (!d->r || !thx_holds_fake(d->x, keys)) return 0;
+    return refuse_result(d, o, "a set, or the keys of a dictionary, hold a tensor",
+                         "use a list, or values of a dictionary");
+}
+
 /* ---- what is fresh ---- */
 
 bool thx_held_elsewhere(const thx_describer *d, PyObject *o) {

@@ -131,7 +131,7 @@ static int describe_kids(thx_describer *d, thx_spec *s, PyObject *const *items, 
 static int describe_dict(thx_describer *d, thx_spec *s, PyObject *o, PyObject *attributes, int depth) {
     PyObject *list = PySequence_List(o), *keys = list ? PyList_AsTuple(list) : NULL;
     Py_XDECREF(list);
-    if (!keys) return -1;
+    if (!keys || thx_refuse_hashed(d, o, keys) < 0) return Py_XDECREF(keys), -1;
     Py_ssize_t n = PyTuple_GET_SIZE(keys);
     PyObject **values = PyMem_Malloc(sizeof *values * (size_t)(n + 1));
     int rc = values ? 0 : (PyErr_NoMemory(), -1);
@@ -243,7 +243,7 @@ static int describe_container(thx_describer *d, thx_spec *s, PyObject *o, int de
     } else if (PyList_Check(o)) {
         s->kind = THX_S_LIST;
         rc = describe_kids(d, s, PySequence_Fast_ITEMS(o), PyList_GET_SIZE(o), NULL, attributes, depth);
-    } else if (attributes && thx_plain_layout(t, members)) {
+    } else if (attributes && thx_plain_layout(t, members) && !t->tp_finalize) { /* the end of a copy would be seen */
         rc = describe_object(d, s, o, attributes, depth);
     } else {
         rc = d->r ? thx_describe_opaque_result(d, s, o) : thx_describe_const(s, o, !valued(o));
@@ -271,6 +271,7 @@ int thx_describe(thx_describer *d, thx_spec *s, PyObject *o, int depth) {
         return describe_kids(d, s, PySequence_Fast_ITEMS(o), PyTuple_GET_SIZE(o), NULL, NULL, depth);
     }
     if (thx_is_tensor(x, o)) return describe_tensor(d, s, o);
+    if (PyAnySet_Check(o) && thx_refuse_hashed(d, o, o) < 0) return -1;
     if (thx_is_plain_value(x, o) && !PySet_Check(o)) return thx_describe_const(s, o, false);
     if (thx_is_opaque_value(x, o)) return d->r ? thx_describe_opaque_result(d, s, o) : thx_describe_const(s, o, true);
     if (PySlice_Check(o)) return describe_slice(d, s, o, depth);
@@ -423,8 +424,12 @@ static int match_buffer(const thx_spec *s, PyObject *o) {
     return rc;
 }
 
-static bool same_key(PyObject *key, PyObject *want) {
-    return key == want || (Py_TYPE(key) == Py_TYPE(want) && PyObject_RichCompareBool(key, want, Py_EQ) == 1);
+static bool same_key(const thx *x, PyObject *key, PyObject *want) {
+    if (key == want) return true;
+    bool plain = Py_TYPE(key) == Py_TYPE(want) && !Py_IS_TYPE(key, x->Tensor); /* found by its address */
+    int same = plain ? PyObject_RichCompareBool(key, want, Py_EQ) : 0;
+    if (same < 0) PyErr_Clear(); /* of tensors in a tuple */
+    return same == 1;
 }
 
 static int match_attributes(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leaves) {
@@ -433,7 +438,7 @@ static int match_attributes(thx *x, const thx_spec *s, PyObject *o, thx_leaves *
     int same = (uint32_t)PyDict_GET_SIZE(attributes) == s->nkids - s->nitems;
     Py_ssize_t at = 0;
     for (uint32_t i = s->nitems; same == 1 && i < s->nkids && PyDict_Next(attributes, &at, &key, &value); i++)
-        same = same_key(key, PyTuple_GET_ITEM(s->object, i)) ? thx_spec_match(x, &s->kids[i], value, leaves) : 0;
+        same = same_key(x, key, PyTuple_GET_ITEM(s->object, i)) ? thx_spec_match(x, &s->kids[i], value, leaves) : 0;
     Py_DECREF(attributes);
     return same;
 }
@@ -443,7 +448,8 @@ static int match_ordered(thx *x, const thx_spec *s, PyObject *o, thx_leaves *lea
     int same = iterator ? 1 : -1;
     for (uint32_t i = 0; same == 1 && i < s->nitems; i++) {
         key = PyIter_Next(iterator);
-        PyObject *value = key && same_key(key, PyTuple_GET_ITEM(s->object, i)) ? PyDict_GetItemWithError(o, key) : NULL;
+        PyObject *value =
+            key && same_key(x, key, PyTuple_GET_ITEM(s->object, i)) ? PyDict_GetItemWithError(o, key) : NULL;
         same = value ? thx_spec_match(x, &s->kids[i], value, leaves) : PyErr_Occurred() ? -1 : 0;
         Py_XDECREF(key);
     }
@@ -458,7 +464,7 @@ static int match_items(thx *x, const thx_spec *s, PyObject *o, thx_leaves *leave
     Py_ssize_t at = 0;
     int same = 1;
     for (uint32_t i = 0; same == 1 && i < s->nitems && PyDict_Next(o, &at, &key, &value); i++)
-        same = same_key(key, PyTuple_GET_ITEM(s->object, i)) ? thx_spec_match(x, &s->kids[i], value, leaves) : 0;
+        same = same_key(x, key, PyTuple_GET_ITEM(s->object, i)) ? thx_spec_match(x, &s->kids[i], value, leaves) : 0;
     return same;
 }
 

@@ -81,6 +81,7 @@ typedef struct thx_abi {
     bool (*keys_excluded)(uint64_t), (*keys_included)(uint64_t); /* all of them? */
     uint64_t autocast_keys;                                      /* all excluded: autocast is off */
     uint64_t view_keys;                                          /* included: no inference mode */
+    uint64_t tracer_keys;                                        /* included: torch.jit.trace is at work */
     void *const *(*functorch_layers)(void);
     PyObject *(*wrap)(th_h);  /* new reference to a torch.Tensor of a handle, which stays owned by the caller */
     PyObject *steal;          /* torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, the road without `wrap` */

@@ -53,6 +53,8 @@ static bool sees_dtype(thx_abi *abi, bool on) {
 }
 static bool sees_inference(thx_abi *abi, bool on) { return abi->keys_included(abi->view_keys) != on; }
 
+static bool sees_tracer(thx_abi *abi, bool on) { return abi->keys_included(abi->tracer_keys) == on; }
+
 static uint64_t keys_of(PyObject *scope, const char *expression) {
     PyObject *keys = PyRun_String(expression, Py_eval_input, scope, scope);
     uint64_t found = keys ? PyLong_AsUnsignedLongLong(keys) : 0;
@@ -85,6 +87,8 @@ int thx_abi_find_state(thx_abi *abi, PyObject *torch) {
     Py_DECREF(c);
     const char *autocast = "torch.set_autocast_enabled('cpu', True)",
                *no_autocast = "torch.set_autocast_enabled('cpu', False)";
+    const char *tracer = "C._dispatch_tls_set_dispatch_key_included('Tracer', True)",
+               *no_tracer = "C._dispatch_tls_set_dispatch_key_included('Tracer', False)";
     abi->state =
         load(abi) && find_autocast_keys(abi, scope) &&
         told_by(scope, "C._push_on_torch_function_stack(object())", "C._pop_torch_function_stack()", sees_functions,
@@ -96,7 +100,9 @@ int thx_abi_find_state(thx_abi *abi, PyObject *torch) {
         told_by(scope, autocast, no_autocast, sees_autocast, abi) &&
         told_by(scope, "C._set_default_dtype(torch.float64)", "C._set_default_dtype(torch.float32)", sees_dtype, abi) &&
         (abi->view_keys = keys_of(scope, "C.DispatchKeySet(C.DispatchKey.ADInplaceOrView).raw_repr()")) &&
-        told_by(scope, "m = C._InferenceMode(True)", "m.__exit__(None, None, None)", sees_inference, abi);
+        told_by(scope, "m = C._InferenceMode(True)", "m.__exit__(None, None, None)", sees_inference, abi) &&
+        (abi->tracer_keys = keys_of(scope, "C.DispatchKeySet(C._parse_dispatch_key('Tracer')).raw_repr()")) &&
+        told_by(scope, tracer, no_tracer, sees_tracer, abi);
     Py_DECREF(scope);
     return abi->state ? 0
                       : thx_abi_note(abi, "state", "torch's functions for the state of a thread are missing or differ");

@@ -16,8 +16,17 @@ from typing import Any
 
 import torch
 
-# Graphs end where values become numbers and where shapes depend on values: that part is Python's.
-_BREAKS = {"capture_scalar_outputs": False, "capture_dynamic_output_shape_ops": False}
+# Graphs end where values become numbers and where shapes depend on values: that part is Python's. Its numbers are
+# constants: Dynamo joins a message (f"step {self.step}") whose number varies without writing the number as text, so
+# that the call raises. What numpy draws, numpy draws: Dynamo shuffles in another order.
+_BREAKS = {
+    "capture_scalar_outputs": False,
+    "capture_dynamic_output_shape_ops": False,
+    "specialize_int": True,
+    "specialize_float": True,
+    "use_numpy_random_stream": True,
+    "suppress_errors": True,
+}
 
 
 def backend(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable:
@@ -30,7 +39,8 @@ def backend(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: A
     """
     import thunder
 
-    _ = graph.code  # a lazy graph module writes its code when it is first used: not in the middle of a capture
+    if _enters_levels(graph):
+        return graph
     return thunder.jit(graph, **{"fallback": "eager", **options})
 
 
@@ -55,5 +65,10 @@ class Fallback:
         return (lambda *args, **kwargs: fn(*args, **kwargs)) if isinstance(fn, torch.nn.Module) else fn
 
     def _backend(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable:
-        _ = graph.code
-        return self.compile_part(graph)
+        return graph if _enters_levels(graph) else self.compile_part(graph)
+
+
+def _enters_levels(graph: torch.fx.GraphModule) -> bool:
+    """Does it enter a level of forward-mode derivatives, or of vmap? A capture that ends inside would not leave it."""
+    code = graph.code  # a lazy graph module writes it when it is first asked for: not in the middle of a capture
+    return any(enters in code for enters in ("_enter_dual_level", "_increment_nesting"))

@@ -816,7 +816,7 @@ static const char functional[] = "functionalize,noop,fold,cse,errors,dce"; /* wh
  * derivative is (g1 + g2) * c where eager's is g1 * c + g2 * c, which is another number where c is infinite. */
 static const char differentiable[] = "functionalize,noop,fold,errors,dce";
 /* Without gradients, before executors claim what they run: regions are made of what is functional. */
-static const char unclaimed[] = "functionalize,noop,fold,cse,errors,dce,lifetime";
+static const char unclaimed[] = "functionalize,noop,fold,cse,errors,dce,reinplace,lifetime";
 /* Of a program for any sizes: what functionalize makes of a write states sizes. */
 static const char sized[] = "noop,fold,cse,errors,dce,lifetime";
 

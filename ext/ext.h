@@ -112,6 +112,7 @@ typedef struct thx {
     const PyMethodDef *pure[THX_CODES]; /* C functions that were looked at and are not: by address */
     const PyMethodDef *warns[2];        /* warnings.warn and warnings.warn_explicit */
     PyObject *asks_level;               /* code of logging.Logger.isEnabledFor, once a capture has begun */
+    PyObject *waits;                    /* code of threading.Condition.wait */
     PyObject *read_environment;         /* code of os.environ[...] */
     PyObject *remakes;                  /* code of a function that contextlib has decorated with a manager; or NULL */
     PyTypeObject *Remade;               /* the type of such a manager, which each call makes anew */

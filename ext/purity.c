@@ -18,8 +18,8 @@
 
 static const char memo_text[] = "a function with functools.lru_cache", variable_text[] = "a context variable",
                   identity_text[] = "id", environment_text[] = "os.environ", type_text[] = "the type of a tensor",
-                  generator_text[] = "a generator of random numbers", system_text[] = "the system",
-                  hash_text[] = "the hash of a tensor";
+                  step_text[] = "the number of an optimizer's step", generator_text[] = "a generator of random numbers",
+                  system_text[] = "the system", hash_text[] = "the hash of a tensor";
 
 /* The pending exception is a CaptureError: does it name something that its fallback takes for constant? */
 bool thx_is_unseen_by_dynamo(thx *x) {
@@ -29,6 +29,7 @@ bool thx_is_unseen_by_dynamo(thx *x) {
                                          hash_text,
                                          environment_text,
                                          generator_text,
+                                         step_text,
                                          system_text,
                                          THX_OBJECT_IN_C,
                                          THX_APPEARED,
@@ -64,6 +65,14 @@ int thx_purity_init(thx *x) {
     PyObject *hash = PyObject_GetAttrString((PyObject *)x->Tensor, "__hash__");
     if (hash && PyFunction_Check(hash)) x->tensor_hash = Py_NewRef(PyFunction_GET_CODE(hash));
     if (get && PyFunction_Check(get)) x->read_environment = Py_NewRef(PyFunction_GET_CODE(get));
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *condition = threading ? PyObject_GetAttrString(threading, "Condition") : NULL;
+    PyObject *wait = condition ? PyObject_GetAttrString(condition, "wait") : NULL;
+    if (wait && PyFunction_Check(wait)) x->waits = Py_NewRef(PyFunction_GET_CODE(wait));
+    PyErr_Clear();
+    Py_XDECREF(wait);
+    Py_XDECREF(condition);
+    Py_XDECREF(threading);
     static const char *const warns[] = {"warn", "warn_explicit"};
     PyObject *warnings = PyImport_ImportModule("_warnings");
     for (int i = 0; warnings && i < 2; i++) {
@@ -413,6 +422,8 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     bool memo = r->reached && thx_guards_memoizes(r->reached, (PyObject *)code);
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
+    bool waits = (PyObject *)code == r->x->waits;
+    bool step = (PyObject *)code == r->x->step_code && !r->claims && !r->editing;
     bool level = r->reached && (PyObject *)code == r->x->asks_level;
     Py_DECREF(code); /* the frame holds it */
     if (level && watch_level(r, frame) < 0) return -1;
@@ -420,6 +431,13 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
         return thx_capture_error(r, "an autograd function whose `apply` was looked up outside the function",
                                  "its backward would not be seen", "write Function.apply(...) where it is called");
     if (memo) return refuse_filling(r);
+    if (step)
+        return thx_capture_error(r, step_text,
+                                 "it is in a tensor, and small operations on tensors take longer than the "
+                                 "arithmetic of eager's, unless an executor fuses them",
+                                 "compile with such an executor, torchcompile for one, or leave the step to eager");
+    if (waits && is_the_programs(r->x, frame, THROUGH_LIBRARY | OF_PACKAGES))
+        return refuse(r, "threading.Condition.wait", "it waits for other threads, and later calls would not");
     if (hash) return check_hash(r, frame);
     if (file) return refuse(r, system_text, "it saves or loads tensors, and later calls would not do that again");
     if (!environment || !is_the_programs(r->x, frame, THROUGH_LIBRARY)) return 0;

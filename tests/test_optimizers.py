@@ -28,11 +28,18 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], float]] = {  #
 }
 
 
+class Idle(thunder.extend.OperatorExecutor):
+    """Takes nothing, but is there: what counts its steps is compiled where somebody may fuse."""
+
+
+EXECUTORS = [Idle("idle"), *thunder.get_always_executors()]
+
+
 def train(make: Callable, compiled: bool, steps: int, between: Callable[..., Any] | None = None) -> tuple[Any, ...]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = make(model.parameters())
-    step = thunder.jit(optimizer.step) if compiled else optimizer.step
+    step = thunder.jit(optimizer.step, executors=EXECUTORS) if compiled else optimizer.step
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * steps)
     for i in range(steps):
         optimizer.zero_grad()
@@ -204,6 +211,22 @@ def test_a_refused_step_leaves_the_state_as_it_was():
         thunder.jit(f, fallback="eager")()
     assert all(type(s) is torch.Tensor for s in optimizer.state[weight].values() if torch.is_tensor(s))
     assert optimizer.state[weight]["step"] == 2
+
+
+def test_a_step_that_counts_is_left_to_eager_where_nobody_fuses():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    step = thunder.jit(optimizer.step, fallback="dynamo")
+    with pytest.warns(thunder.ThunderWarning, match="number of an optimizer's step.*torchcompile"):
+        for _ in range(3):
+            weight.grad = torch.ones(3)
+            step()
+    other = nn.Parameter(torch.ones(3))
+    eager = torch.optim.AdamW([other])
+    for _ in range(3):
+        other.grad = torch.ones(3)
+        eager.step()
+    assert torch.equal(weight, other)
 
 
 def test_hundreds_of_parameters_and_two_learning_rates():

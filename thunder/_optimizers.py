@@ -2,7 +2,8 @@
 
 Its steps count in a tensor. In eager they take the number out of it and go on in Python's floats; while something
 compiles them they stay with the tensor, whose float32 loses half of the digits of ``1 - 0.999**step``. A capture goes
-on with it as a float64 tensor: arithmetic as in Python, and a program that holds for every step.
+on with it as a float64 tensor: arithmetic as in Python, and a program that holds for every step. Where no executor
+could fuse it, that would take longer than eager's floats, and the step is refused.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ th_status th_pass_cse(th_trace *t, th_fuel *fuel);
 th_status th_pass_errors(th_trace *t, th_fuel *fuel); /* marks what nobody uses and may raise: it stays */
 th_status th_pass_dce(th_trace *t, th_fuel *fuel);
 th_status th_pass_reinplace(th_trace *t, th_fuel *fuel); /* what is copied back is computed there */
+th_status th_pass_reuse(th_trace *t, th_fuel *fuel);     /* what is computed of a dead intermediate takes its memory */
 th_status th_pass_lifetime(th_trace *t, th_fuel *fuel);  /* inserts `del` after each last use */
 
 th_pass_fn th_pass_find(const char *name, size_t length);

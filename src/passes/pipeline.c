@@ -15,6 +15,7 @@ static const struct {
     {"errors", th_pass_errors},               /* results that nobody uses, of what may raise, stay */
     {"dce", th_pass_dce},                     /* results that nobody uses */
     {"reinplace", th_pass_reinplace},         /* inputs are not written back, but computed in */
+    {"reuse", th_pass_reuse},                 /* nor is new memory taken where old is at hand */
     {"lifetime", th_pass_lifetime},           /* del after the last use */
 };
 enum { NPASSES = sizeof column / sizeof *column };

@@ -10,7 +10,8 @@
  * effect comes between its beginning and the copy, and nothing that may raise, unless an input has been written to
  * before that anyway: where a run ends early, memory is as it was.
  *
- * Likewise what is computed of a large intermediate that nobody needs afterwards is computed in its memory.
+ * Likewise (the pass `reuse`) what is computed of a large intermediate that nobody needs afterwards is computed in its
+ * memory: new memory of that size comes page by page from the system. Not before executors fuse such operations.
  */
 #include "passes/pass.h"
 #include "thunder/ops.h"
@@ -172,8 +173,9 @@ static bool find(reinplace *p, th_fuel *fuel) {
 
 enum { LARGE = 1 << 16 }; /* bytes; for less, new memory costs nothing and there are faster kernels */
 
-static void reuse(reinplace *p, th_fuel *fuel, bool *any) {
+static bool reuse(reinplace *p, th_fuel *fuel) {
     th_trace *t = p->t;
+    bool any = false;
     size_t length;
     for (th_opref op = 1; op < t->nops; op++) {
         const th_op *data = &t->ops[op];
@@ -184,9 +186,9 @@ static void reuse(reinplace *p, th_fuel *fuel, bool *any) {
             !same_type(t, in, out) || th__bytes_of(t, in) < LARGE || !t->values[in].def)
             continue;
         if (!twin_of(t, &t->ops[t->values[in].def], &length)) continue; /* else it may be its own argument */
-        if (!th_fuel_take(fuel, "reinplace", th_str_get(t->ctx, t->values[out].name))) continue;
+        if (!th_fuel_take(fuel, "reuse", th_str_get(t->ctx, t->values[out].name))) continue;
         p->chain[op] = in;
-        *any = true;
+        any = true;
     }
     for (th_opref op = 1; op < t->nops; op++) { /* one group from the first to the last */
         th_val in = p->chain[op], out = in ? th__node_as_value(t, t->ops[op].outs) : 0;
@@ -194,6 +196,7 @@ static void reuse(reinplace *p, th_fuel *fuel, bool *any) {
         if (!t->values[in].alias) t->values[in].alias = th_trace_alias(t);
         t->values[out].alias = t->values[in].alias;
     }
+    return any;
 }
 
 static void emit_in_place(th_trace *t, const th_op *op, th_val first) {
@@ -211,7 +214,7 @@ static void emit_in_place(th_trace *t, const th_op *op, th_val first) {
                                  .line = op->line});
 }
 
-th_status th_pass_reinplace(th_trace *t, th_fuel *fuel) {
+static th_status run(th_trace *t, th_fuel *fuel, bool temporaries) {
     th__scratch s = {.ctx = t->ctx};
     uint32_t groups = th__group_count(t);
     th_catalog *catalog = NULL;
@@ -225,15 +228,14 @@ th_status th_pass_reinplace(th_trace *t, th_fuel *fuel) {
                    .chain = th__scratch_zeroed(&s, t->nops, sizeof *p.chain),
                    .dropped = th__scratch_zeroed(&s, t->nops, sizeof *p.dropped)};
     bool room = inputs && p.risks && p.last_use && p.nwrites && p.nuses && p.returned && p.chain && p.dropped;
-    th_status status = room ? TH_OK : th_ctx_error(t->ctx)->status;
-    th__rewrite r;
-    if (room) status = th_catalog_new(t->ctx, &catalog);
+    th_status status = room ? th_catalog_new(t->ctx, &catalog) : th_ctx_error(t->ctx)->status;
+    bool any = false;
     if (status == TH_OK) {
         note_uses(&p);
         note_risks(&p, catalog, inputs);
+        any = temporaries ? reuse(&p, fuel) : find(&p, fuel);
     }
-    bool any = status == TH_OK && find(&p, fuel);
-    if (status == TH_OK) reuse(&p, fuel, &any);
+    th__rewrite r;
     if (any && (status = th__rewrite_begin(&r, t)) == TH_OK) {
         for (th_opref op = 1; op < r.nops; op++) {
             if (p.chain[op])
@@ -247,3 +249,6 @@ th_status th_pass_reinplace(th_trace *t, th_fuel *fuel) {
     th__scratch_fini(&s);
     return status;
 }
+
+th_status th_pass_reinplace(th_trace *t, th_fuel *fuel) { return run(t, fuel, false); }
+th_status th_pass_reuse(th_trace *t, th_fuel *fuel) { return run(t, fuel, true); }

@@ -729,13 +729,24 @@ static int walk_memo(walker *w, PyObject *o, int depth) {
 
 static bool was_visited(const walker *w, void *o) { return w->cap_seen && *seen_place(w->seen, w->cap_seen, o); }
 
-/* A guard owns what it watches, so that a weak reference would never die; modules live as long as their callable, and
- * what was met on another way lives with it. */
+/* Schedules of learning rates hold their optimizer so, and in its `step` too. */
+static bool is_optimizer(walker *w, PyObject *o) {
+    PyObject *optim = PyObject_GetAttrString(w->x->torch, "optim");
+    PyObject *base = optim ? PyObject_GetAttrString(optim, "Optimizer") : NULL;
+    int found = base ? PyObject_IsInstance(o, base) : 0;
+    PyErr_Clear();
+    Py_XDECREF(base);
+    Py_XDECREF(optim);
+    return found == 1;
+}
+
+/* A guard owns what it watches, so that a weak reference would never die; modules and optimizers live as long as their
+ * callable, and what was met on another way lives with it. */
 static int walk_weak(walker *w, PyObject *o, int depth) {
     PyObject *target = PyWeakref_GetObject(o); /* borrowed */
     if (!target || target == Py_None || thx_is_tensor(w->x, target)) return 0;
     bool stays = PyObject_TypeCheck(target, w->x->NnModule) || PyType_Check(target) || PyFunction_Check(target) ||
-                 was_visited(w, target);
+                 was_visited(w, target) || is_optimizer(w, target);
     if (!stays) w->g->weak = Py_TYPE(target);
     return walk(w, target, depth + 1);
 }

@@ -229,6 +229,18 @@ def test_a_step_that_counts_is_left_to_eager_where_nobody_fuses():
     assert torch.equal(weight, other)
 
 
+def test_a_schedule_made_before_the_step_is_compiled():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    step = thunder.jit(optimizer.step)  # holds its optimizer by a weak reference
+    for _ in range(8):
+        weight.grad = torch.ones(3)
+        step()
+        schedule.step()
+    assert thunder.cache_misses(step) == 2 and thunder.compile_stats(step).fallbacks == 0
+
+
 def test_hundreds_of_parameters_and_two_learning_rates():
     params = [nn.Parameter(torch.randn(3)) for _ in range(300)]
     groups = [{"params": params[:100], "lr": 0.1}, {"params": params[100:], "lr": 0.2}]

@@ -408,6 +408,16 @@ static int check_hash(thx_recorder *r, PyFrameObject *frame) {
                              "find it by its place, or by a name");
 }
 
+/* The number of a step lies on the CPU: may an executor fuse what is computed with it and the rest? */
+static bool may_fuse_steps(const thx_recorder *r) {
+    bool may = r->claims != NULL;
+    for (uint32_t i = 0; i < r->nroots && may; i++) {
+        const th_type *t = th_type_get(r->x->ctx, r->t->values[r->roots[i].value].type);
+        may = strcmp(th_device_type(r->x->ctx, t->device), "cpu") == 0;
+    }
+    return may;
+}
+
 static int check_call(thx_recorder *r, PyFrameObject *frame) {
     PyCodeObject *code = PyFrame_GetCode(frame);
     int fresh = note_code(r, (PyObject *)code);
@@ -423,7 +433,7 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     bool bound = r->x->function_apply && PyFunction_Check(r->x->function_apply) &&
                  (PyObject *)code == PyFunction_GET_CODE(r->x->function_apply);
     bool waits = (PyObject *)code == r->x->waits;
-    bool step = (PyObject *)code == r->x->step_code && !r->claims && !r->editing;
+    bool step = (PyObject *)code == r->x->step_code && !may_fuse_steps(r);
     bool level = r->reached && (PyObject *)code == r->x->asks_level;
     Py_DECREF(code); /* the frame holds it */
     if (level && watch_level(r, frame) < 0) return -1;
@@ -433,9 +443,10 @@ static int check_call(thx_recorder *r, PyFrameObject *frame) {
     if (memo) return refuse_filling(r);
     if (step)
         return thx_capture_error(r, step_text,
-                                 "it is in a tensor, and small operations on tensors take longer than the "
-                                 "arithmetic of eager's, unless an executor fuses them",
-                                 "compile with such an executor, torchcompile for one, or leave the step to eager");
+                                 "it is in a tensor on the CPU, and small operations on tensors take longer than the "
+                                 "arithmetic of eager's, unless an executor fuses them with the rest",
+                                 "compile with an executor that fuses on the CPU (torchcompile), use capturable=True "
+                                 "on another device, or leave the step to eager");
     if (waits && is_the_programs(r->x, frame, THROUGH_LIBRARY | OF_PACKAGES))
         return refuse(r, "threading.Condition.wait", "it waits for other threads, and later calls would not");
     if (hash) return check_hash(r, frame);

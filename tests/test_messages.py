@@ -282,7 +282,7 @@ def test_a_package_that_writes_to_a_stream_counts(tmp_path, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     compiled = thunder.jit(f, fallback="eager")
-    with pytest.warns(thunder.ThunderWarning, match="StringIO.write"):
+    with pytest.warns(thunder.ThunderWarning, match="StringIO"):
         for _ in range(3):
             compiled(X)
     assert out.getvalue() == "|||"

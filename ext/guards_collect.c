@@ -171,6 +171,17 @@ static int walk_dict(walker *w, PyObject *dict, int depth) { return watch_items(
 
 static int walk_attributes(walker *w, PyObject *dict, int depth) { return watch_items(w, dict, depth, true, true); }
 
+static int walk_members(walker *w, PyObject *set, int depth) {
+    PyObject *iterator = PySet_GET_SIZE(set) ? PyObject_GetIter(set) : NULL, *member;
+    int rc = PyErr_Occurred() ? -1 : 0;
+    while (rc == 0 && iterator && (member = PyIter_Next(iterator))) {
+        rc = walk(w, member, depth + 1);
+        Py_DECREF(member); /* the set holds it */
+    }
+    Py_XDECREF(iterator);
+    return PyErr_Occurred() ? -1 : rc;
+}
+
 static int walk_sequence(walker *w, PyObject *o, int depth) {
     thx_guards *g = w->g;
     if (PyObject_Size(o) > MAX_WATCHED) return 0;
@@ -182,7 +193,7 @@ static int walk_sequence(walker *w, PyObject *o, int depth) {
         Py_DECREF(copy);
     else
         g->sequences.items[g->sequences.count++] = (watch_sequence){Py_NewRef(o), copy, .is_set = PyAnySet_Check(o)};
-    if (PyAnySet_Check(o)) return 0;
+    if (PyAnySet_Check(o)) return walk_members(w, copy, depth);
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(o); i++)
         if (walk(w, PySequence_Fast_ITEMS(o)[i], depth + 1) < 0) return -1;
     return 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import queue
 import types
 
 import torch
@@ -1037,3 +1038,48 @@ def tensors_are_moved_between_attributes():
     for i in range(4):
         yield (f, X(i)) if i == 0 else (X(i),)
         yield Seen(world=world)
+
+
+@program("containers")
+def tensor_is_looked_for_among_the_members_of_a_set():
+    first, second = X(), X(1.0)
+    members = {first}
+
+    def f(w):
+        return w * 2 if any(w is member for member in members) else w * 3
+
+    yield f, second
+    yield (first,)
+    yield (second,)
+    members.add(second)
+    yield (second,)
+
+
+@program("state")
+def queue_that_a_call_empties():
+    waiting = queue.Queue()
+
+    def f(x):
+        return x * waiting.get()
+
+    for i in range(4):
+        waiting.put(float(i + 1))
+        yield (f, X()) if i == 0 else (X(),)
+
+
+@program("state")
+def optimizer_whose_step_is_compiled_with_what_a_schedule_changes():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def f(g):
+        optimizer.step()
+        return weight.detach() + g
+
+    for i in range(4):
+        weight.grad = torch.full((3,), float(i))
+        yield (f, torch.ones(3)) if i == 0 else (torch.ones(3),)
+        yield Seen(weight=weight, momentum=list(optimizer.state[weight].values()))
+        optimizer.param_groups[0]["weight_decay"] = i / 10
+        schedule.step()

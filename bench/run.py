@@ -92,7 +92,7 @@ def capture_cost() -> Row:
         elapsed = time.perf_counter() - start
         stats = thunder.compile_stats(compiled)
         begin, end = (getattr(stats, f"last_trace_tracing_{which}", -1) for which in ("start", "stop"))
-        if begin > 0 and end > begin:
+        if end > begin >= 0:
             elapsed, what = (end - begin) * 1e-9, "tracing alone"
         best = min(best, elapsed)
     return Row("capture per operation, own rules", best / length * 1e6, 10.0, "us", f"{length} operations, {what}")

@@ -18,14 +18,17 @@
 
 #include <string.h>
 
+typedef struct twin twin;
+
 typedef struct reinplace {
     th_trace *t;
     th_opref *last_use; /* by group: the last operation that reads it, but for copies into it */
     uint32_t *nwrites;  /* by group */
     uint32_t *nuses;    /* by value: by operations */
     bool *returned;     /* by value */
-    uint32_t *risks;    /* by operation: how many up to it may raise */
-    th_opref touched;   /* the first operation that writes to an input for good */
+    twin *twins;
+    uint32_t *risks;  /* by operation: how many up to it may raise */
+    th_opref touched; /* the first operation that writes to an input for good */
     th_opref at;
     th_val *chain; /* by operation: the value that it computes in place of; 0: none */
     bool *dropped; /* by operation */
@@ -83,20 +86,37 @@ static void note_uses(reinplace *p) {
     th_node_each_value(p->t, t->result, note_result, p);
 }
 
-/* The name of the operation in place that a functional one is the twin of; NULL: there is none. */
-static const char *twin_of(const th_trace *t, const th_op *op, size_t *length) {
-    if (op->kind != TH_OP_CALL || op->callee_opaque || op->nwrites || op->effects || op->marks & TH_MARK_SIZED)
-        return NULL;
-    const char *name = th_str_get(t->ctx, op->callee);
-    for (size_t i = 0; i < th_catalog_size(); i++) {
+/* The operation in place that a functional one is the twin of, by the latter's name: open addressing. */
+enum { TWINS = 1024 };
+struct twin {
+    th_str functional, in_place;
+};
+
+static twin *twin_place(twin *twins, th_str name) {
+    uint32_t at = (name * 2654435761u) % TWINS;
+    while (twins[at].functional && twins[at].functional != name) at = (at + 1) % TWINS;
+    return &twins[at];
+}
+
+static void note_twins(th_ctx *ctx, twin *twins) {
+    for (size_t i = 0, n = 0; i < th_catalog_size() && n < TWINS / 2; i++) {
         const th_opdef *def = th_catalog_get(i);
-        if (!def->functional || def->fusion != TH_FUSE_POINTWISE || strcmp(def->functional, name) != 0) continue;
+        if (!def->functional || def->fusion != TH_FUSE_POINTWISE) continue;
         for (const char *at = def->names; at && *at; at += strcspn(at, " "), at += strspn(at, " ")) {
-            *length = strcspn(at, " ");
-            if (strncmp(at, "torch.Tensor.", 13) == 0 && at[*length - 1] == '_' && at[*length - 2] != '_') return at;
+            size_t length = strcspn(at, " ");
+            if (strncmp(at, "torch.Tensor.", 13) != 0 || at[length - 1] != '_' || at[length - 2] == '_') continue;
+            twin *t = twin_place(twins, th_intern_z(ctx, def->functional));
+            if (!t->functional) n++;
+            *t = (twin){th_intern_z(ctx, def->functional), th_intern(ctx, at, length)};
+            break;
         }
     }
-    return NULL;
+}
+
+static th_str twin_of(const reinplace *p, const th_op *op) { /* 0: none */
+    bool plain =
+        op->kind == TH_OP_CALL && !op->callee_opaque && !op->nwrites && !op->effects && !(op->marks & TH_MARK_SIZED);
+    return plain ? twin_place(p->twins, op->callee)->in_place : 0;
 }
 
 static bool same_type(const th_trace *t, th_val a, th_val b) {
@@ -125,12 +145,11 @@ static bool reads_memory_of(th_trace *t, th_opref op, th_val value, bool allowed
 /* From the value that is copied back to what the chain begins with, which is `to`: the first operation, or 0. */
 static th_opref chain_begins(const reinplace *p, th_val value, th_val to) {
     th_trace *t = p->t;
-    size_t length;
     for (bool last = true;; last = false) {
         th_opref op = t->values[value].def;
         const th_op *data = &t->ops[op];
         bool own = op && !t->values[value].alias && !p->returned[value] && !p->nwrites[th__group_of(t, value)] &&
-                   same_type(t, value, to) && th__node_as_value(t, data->outs) == value && twin_of(t, data, &length);
+                   same_type(t, value, to) && th__node_as_value(t, data->outs) == value && twin_of(p, data);
         if (!own || (!last && p->nuses[value] != 1)) return 0;
         th_val first = th__node_as_value(t, th__op_arg(t, data, 0, NULL));
         if (!first || reads_memory_of(t, op, to, first == to)) return 0;
@@ -176,16 +195,15 @@ enum { LARGE = 1 << 16 }; /* bytes; for less, new memory costs nothing and there
 static bool reuse(reinplace *p, th_fuel *fuel) {
     th_trace *t = p->t;
     bool any = false;
-    size_t length;
     for (th_opref op = 1; op < t->nops; op++) {
         const th_op *data = &t->ops[op];
-        th_val out = twin_of(t, data, &length) ? th__node_as_value(t, data->outs) : 0;
+        th_val out = twin_of(p, data) ? th__node_as_value(t, data->outs) : 0;
         th_val in = out ? th__node_as_value(t, th__op_arg(t, data, 0, NULL)) : 0;
         if (!in || p->chain[op] || p->nuses[in] != 1 || p->returned[in] || t->values[in].alias ||
             t->values[out].alias || p->nwrites[th__group_of(t, in)] || p->nwrites[th__group_of(t, out)] ||
             !same_type(t, in, out) || th__bytes_of(t, in) < LARGE || !t->values[in].def)
             continue;
-        if (!twin_of(t, &t->ops[t->values[in].def], &length)) continue; /* else it may be its own argument */
+        if (!twin_of(p, &t->ops[t->values[in].def])) continue; /* else it may be its own argument */
         if (!th_fuel_take(fuel, "reuse", th_str_get(t->ctx, t->values[out].name))) continue;
         p->chain[op] = in;
         any = true;
@@ -199,11 +217,10 @@ static bool reuse(reinplace *p, th_fuel *fuel) {
     return any;
 }
 
-static void emit_in_place(th_trace *t, const th_op *op, th_val first) {
-    size_t length;
-    const char *name = twin_of(t, op, &length);
+static void emit_in_place(const reinplace *p, const th_op *op, th_val first) {
+    th_trace *t = p->t;
     th_trace_op(t, &(th_op_args){.kind = TH_OP_CALL,
-                                 .callee = th_intern(t->ctx, name, length),
+                                 .callee = twin_of(p, op),
                                  .args = op->args,
                                  .kwargs = op->kwargs,
                                  .outs = op->outs,
@@ -214,38 +231,55 @@ static void emit_in_place(th_trace *t, const th_op *op, th_val first) {
                                  .line = op->line});
 }
 
+/* Is there anything to do? Most programs write to no input. */
+static bool has_copies(const th_trace *t) {
+    bool found = false;
+    th_val from;
+    for (th_opref op = 1; op < t->nops && !found; op++)
+        found = t->ops[op].kind == TH_OP_CALL && t->ops[op].nwrites && copies_to(t, &t->ops[op], &from);
+    return found;
+}
+
+static th_status begin(reinplace *p, th__scratch *s, bool temporaries) {
+    th_trace *t = p->t;
+    uint32_t groups = th__group_count(t);
+    p->twins = th__scratch_zeroed(s, TWINS, sizeof *p->twins);
+    p->risks = th__scratch_zeroed(s, t->nops, sizeof *p->risks);
+    p->last_use = th__scratch_zeroed(s, groups, sizeof *p->last_use);
+    p->nwrites = th__scratch_zeroed(s, groups, sizeof *p->nwrites);
+    p->nuses = th__scratch_zeroed(s, t->nvalues, sizeof *p->nuses);
+    p->returned = th__scratch_zeroed(s, t->nvalues, sizeof *p->returned);
+    p->chain = th__scratch_zeroed(s, t->nops, sizeof *p->chain);
+    p->dropped = th__scratch_zeroed(s, t->nops, sizeof *p->dropped);
+    if (!p->twins || !p->risks || !p->last_use || !p->nwrites || !p->nuses || !p->returned || !p->chain || !p->dropped)
+        return th_ctx_error(t->ctx)->status;
+    note_twins(t->ctx, p->twins);
+    note_uses(p);
+    if (temporaries) return th_trace_status(t);
+    th_catalog *catalog = NULL;
+    uint8_t *inputs = th__groups(t, s);
+    TRY(inputs ? th_catalog_new(t->ctx, &catalog) : th_ctx_error(t->ctx)->status);
+    note_risks(p, catalog, inputs);
+    th_catalog_free(catalog);
+    return th_trace_status(t);
+}
+
 static th_status run(th_trace *t, th_fuel *fuel, bool temporaries) {
     th__scratch s = {.ctx = t->ctx};
-    uint32_t groups = th__group_count(t);
-    th_catalog *catalog = NULL;
-    uint8_t *inputs = th__groups(t, &s);
-    reinplace p = {.t = t,
-                   .risks = th__scratch_zeroed(&s, t->nops, sizeof *p.risks),
-                   .last_use = th__scratch_zeroed(&s, groups, sizeof *p.last_use),
-                   .nwrites = th__scratch_zeroed(&s, groups, sizeof *p.nwrites),
-                   .nuses = th__scratch_zeroed(&s, t->nvalues, sizeof *p.nuses),
-                   .returned = th__scratch_zeroed(&s, t->nvalues, sizeof *p.returned),
-                   .chain = th__scratch_zeroed(&s, t->nops, sizeof *p.chain),
-                   .dropped = th__scratch_zeroed(&s, t->nops, sizeof *p.dropped)};
-    bool room = inputs && p.risks && p.last_use && p.nwrites && p.nuses && p.returned && p.chain && p.dropped;
-    th_status status = room ? th_catalog_new(t->ctx, &catalog) : th_ctx_error(t->ctx)->status;
-    bool any = false;
-    if (status == TH_OK) {
-        note_uses(&p);
-        note_risks(&p, catalog, inputs);
-        any = temporaries ? reuse(&p, fuel) : find(&p, fuel);
-    }
+    reinplace p = {.t = t};
     th__rewrite r;
+    if (!temporaries && !has_copies(t)) return TH_OK;
+    th_status status = begin(&p, &s, temporaries);
+    bool any = status == TH_OK && (temporaries ? reuse(&p, fuel) : find(&p, fuel));
     if (any && (status = th__rewrite_begin(&r, t)) == TH_OK) {
         for (th_opref op = 1; op < r.nops; op++) {
             if (p.chain[op])
-                emit_in_place(t, &r.ops[op], p.chain[op]);
+                emit_in_place(&p, &r.ops[op], p.chain[op]);
             else if (!p.dropped[op])
                 th__rewrite_copy(&r, &r.ops[op]);
         }
         status = th__rewrite_end(&r, th_trace_status(t));
     }
-    th_catalog_free(catalog);
     th__scratch_fini(&s);
     return status;
 }

@@ -270,6 +270,9 @@ static int watch_results(thx *x, pending *p, thx_forward *f) {
     const thx_gradient *g = p->g;
     uint64_t any = 0;
     for (uint32_t i = 0; g->above && i < g->ntangents; i++) any |= g->above[i];
+    for (uint32_t i = 0; i < g->nkept && any; i++) /* those that retain it inside get all of it */
+        for (uint32_t j = 0; j < g->ntangents; j++)
+            if (g->tangent_of[j] == g->kept[i]) any &= ~(UINT64_C(1) << j);
     p->watched = any ? PyTuple_New(g->ntangents) : NULL;
     for (uint32_t i = 0; p->watched && i < g->ntangents; i++) {
         PyObject *o = any >> i & 1 ? thx_slot_object(x, result_slot(f, g->tangent_of[i])) : NULL, *none = Py_None;

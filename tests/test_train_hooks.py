@@ -456,3 +456,20 @@ def test_compiled_module_inside_a_checkpoint():
         for p, q in zip(eager.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad)
         assert_compiled(compiled, misses=None)
+
+
+@pytest.mark.parametrize("ask", ["retain_grad", "register_hook"])
+def test_gradient_of_a_result_that_others_are_computed_from_is_refused_outside(ask):
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    compiled = thunder.jit(lambda x: (lambda h: (h, second(h.relu()), second(h.detach())))(first(x)))
+    for result, raises in ((1, True), (0, False), (2, False)):
+        results = compiled(torch.randn(2, 3))
+        if ask == "retain_grad":
+            results[0].retain_grad()
+        else:
+            results[0].register_hook(lambda grad: grad)
+        if raises:
+            with pytest.raises(RuntimeError, match="result 1 of the same call is computed from it"):
+                results[result].sum().backward()
+        else:
+            results[result].sum().backward()

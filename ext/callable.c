@@ -539,6 +539,7 @@ static int entry_traverse(const thx_entry *e, visitproc visit, void *arg) {
     int rc = thx_guards_traverse(e->guards, visit, arg);
     if (!rc && e->reads) rc = thx_guards_traverse(e->reads, visit, arg);
     Py_VISIT(e->formula);
+    Py_VISIT(e->conditions);
     for (uint32_t i = 0; i < e->nargs && !rc; i++) rc = thx_spec_traverse(&e->args[i], visit, arg);
     if (rc || (rc = thx_spec_traverse(&e->result, visit, arg))) return rc;
     for (uint32_t i = 0; i < e->nwrites; i++) {

@@ -73,6 +73,7 @@ typedef struct thx_entry { /* one compiled program of a callable */
     thx_place *places;             /* floats that are no arguments: they come after those */
     uint32_t nplaces;
     PyObject *formula;    /* owned: from all these to the literals; NULL: there are none */
+    PyObject *conditions; /* owned: of all these, whether what the code compared comes out as it did; NULL: nothing */
     PyObject *absent;     /* owned; as in thx_recorder; NULL: none */
     PyObject *expected;   /* owned tuple: values of tensors that it was captured for, in order; NULL: none */
     uint64_t number;      /* its own, from 1 */
@@ -172,6 +173,7 @@ int thx_floats_unseen(const thx_entry *e, const thx_entry *like, PyObject *tape)
 PyObject *thx_tape_new(thx *x);
 /* The literals of a call, into their slots: what holds them, or NULL with an exception. */
 PyObject *thx_numbers_values(const thx_entry *e, const thx_leaves *leaves);
+int thx_numbers_hold(const thx_entry *e, const thx_leaves *leaves); /* the conditions; -1 with an exception */
 /* A run has failed: is all as it was before, no input written to and no random number drawn? */
 bool thx_entry_is_untouched(const thx_entry *entry);
 bool thx_entry_leaves(const thx_entry *entry); /* a run changes something beside its results */

@@ -29,6 +29,7 @@ void thx_entry_free(thx *x, thx_entry *e) { /* keeps a pending exception */
     Py_XDECREF(e->expected);
     thx_places_free(e);
     Py_XDECREF(e->formula);
+    Py_XDECREF(e->conditions);
     thx_sizes_free(e->main.literals.sizes);
     PyMem_Free(e->undo);
     PyMem_Free(e->offsets);
@@ -929,6 +930,7 @@ static thx_entry *compile_once(thx_callable_object *c, const thx_request *call, 
     if (rc == 0 && k.like) {
         rc = thx_numbers_end(x, k.e, k.like, k.tape);
         if (rc == 1) k.like->dead = true; /* serves its calls too */
+        if (rc > 0) c->generalised--;     /* tries in vain are limited */
         if (rc > 0) rc = 0;
     }
     if (k.like) thx_entry_leave(c, k.like);

@@ -113,6 +113,7 @@ int thx_entry_matches(thx_callable_object *c, thx_entry *e, const thx_ambient *a
     if (same == 1 && !still_absent(e, leaves)) same = 0;
     thx_guards_pin(e->guards, e->running > 1); /* the tensors of a run that goes on stay */
     int holds = same == 1 ? thx_guards_check(c->x, e->guards) : same;
+    if (holds == 1) holds = thx_numbers_hold(e, leaves);
     if (holds == 1) holds = thx_entry_match_grads(c->x, e, leaves);
     if (holds == 1 && e->main.literals.sizes && !thx_sizes_hold(c->x, e, leaves)) return 0;
     if (holds == 1 && e->compares && !are_strangers(e, leaves)) return 0;

@@ -22,7 +22,7 @@
 
 #include <string.h>
 
-enum { MAX_TRIES = 4, MAX_LITERALS = 128 };
+enum { MAX_TRIES = 16, MAX_LITERALS = 128 };
 
 /* ---- arguments ---- */
 
@@ -456,6 +456,20 @@ int thx_literals_find(const int32_t *numbers, uint32_t n, thx_program *p) {
     return PyErr_Format(PyExc_SystemError, "a literal that is none of the program's numbers"), -1;
 }
 
+/* What calls of these numbers must answer as this one did. 0: the former capture's numbers would not: it is another
+ * program that looks the same. */
+static int take_conditions(thx_entry *e, const thx_entry *like, PyObject *tape, PyObject *free) {
+    PyObject *holds = PyObject_CallMethod(tape, "holds", "O", free), *before = NULL, *answer = NULL;
+    if (holds && holds != Py_None && (before = all_former_floats(e, like))) answer = PyObject_CallObject(holds, before);
+    int rc = holds == Py_None ? 1 : !answer ? -1 : answer == Py_True;
+    if (rc < 0 && PyErr_ExceptionMatches(PyExc_ArithmeticError)) PyErr_Clear(), rc = 0;
+    if (rc == 1 && holds != Py_None) Py_XSETREF(e->conditions, Py_NewRef(holds));
+    Py_XDECREF(answer);
+    Py_XDECREF(before);
+    Py_XDECREF(holds);
+    return rc;
+}
+
 static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *answer) {
     if (take_numbers(x, e, k) < 0) return -1;
     e->formula = Py_NewRef(PyTuple_GET_ITEM(answer, 0));
@@ -470,6 +484,7 @@ static int take_formula(thx *x, thx_entry *e, const comparison *k, PyObject *ans
 static int free_unused(thx_entry *e, const thx_entry *like, PyObject *tape) {
     PyObject *free = unseen_floats(e, like, tape);
     int rc = !free ? -1 : PySet_GET_SIZE(free) > 0;
+    if (rc == 1) rc = take_conditions(e, like, tape, free);
     if (rc == 1) {
         for (uint32_t i = 0; i < e->nargs; i++) e->free_floats |= free_arguments(&e->args[i], free);
         if (free_places(e, free) < 0) rc = -1;
@@ -499,7 +514,8 @@ int thx_numbers_end(thx *x, thx_entry *e, const thx_entry *like, PyObject *tape)
     int rc = 0;
     if (same && k.count) {
         PyObject *answer = ask_tape(e, like, tape, &k);
-        rc = !answer ? -1 : answer == Py_None ? 0 : take_formula(x, e, &k, answer) < 0 ? -1 : 1;
+        rc = !answer ? -1 : answer == Py_None ? 0 : take_conditions(e, like, tape, PyTuple_GET_ITEM(answer, 1));
+        if (rc == 1 && take_formula(x, e, &k, answer) < 0) rc = -1;
         Py_XDECREF(answer);
     } else if (same) {
         rc = free_unused(e, like, tape);
@@ -516,8 +532,9 @@ int thx_floats_unseen(const thx_entry *e, const thx_entry *like, PyObject *tape)
     if (!same_writes(like, e) || !same_result(&like->result, &e->result) ||
         !same_program(&k, like->captured, e->captured) || k.count)
         return 0;
-    PyObject *fixed = PyObject_GetAttrString(tape, "fixed");
-    int unseen = fixed ? PySet_GET_SIZE(fixed) == 0 : -1;
+    PyObject *fixed = PyObject_GetAttrString(tape, "fixed"), *compared = PyObject_GetAttrString(tape, "conditions");
+    int unseen = fixed && compared ? !PySet_GET_SIZE(fixed) && !PyDict_GET_SIZE(compared) : -1;
+    Py_XDECREF(compared);
     Py_XDECREF(fixed);
     return unseen;
 }
@@ -545,7 +562,7 @@ int thx_numbers_folded(const thx_recorder *r, const th_trace *t, th_node n) {
 
 /* ---- running ---- */
 
-PyObject *thx_numbers_values(const thx_entry *e, const thx_leaves *leaves) {
+static PyObject *call_with_numbers(const thx_entry *e, const thx_leaves *leaves, PyObject *function) {
     PyObject *floats[THX_MAX_NUMBERS];
     uint32_t n = e->nfloats;
     for (uint32_t i = 0; i < e->nfloats; i++) floats[i] = e->free_floats >> i & 1 ? leaves->numbers[i] : Py_None;
@@ -556,5 +573,18 @@ PyObject *thx_numbers_values(const thx_entry *e, const thx_leaves *leaves) {
             return PyErr_Format(PyExc_RuntimeError, "a float that the program reads is gone");
         floats[n++] = now;
     }
-    return PyObject_Vectorcall(e->formula, floats, n, NULL);
+    return PyObject_Vectorcall(function, floats, n, NULL);
+}
+
+PyObject *thx_numbers_values(const thx_entry *e, const thx_leaves *leaves) {
+    return call_with_numbers(e, leaves, e->formula);
+}
+
+int thx_numbers_hold(const thx_entry *e, const thx_leaves *leaves) {
+    PyObject *answer = e->conditions ? call_with_numbers(e, leaves, e->conditions) : NULL;
+    if (!e->conditions) return 1;
+    int holds = !answer ? -1 : answer == Py_True;
+    if (holds < 0 && PyErr_ExceptionMatches(PyExc_ArithmeticError)) PyErr_Clear(), holds = 0;
+    Py_XDECREF(answer);
+    return holds;
 }

@@ -245,3 +245,37 @@ def test_a_counter_that_outgrows_64_bits():
             torch.manual_seed(i)
             call(torch.ones(3, 4, dtype=torch.float64)).sum().backward()
         torch.testing.assert_close(state(ours), state(theirs))
+
+
+def test_comparisons_are_conditions():
+    def f(x, s):
+        if s > 0.5 and s * 2 != 3.0:
+            return x * s
+        return x - s if s else x
+
+    compiled, x = thunder.jit(f, recompile_limit=100), torch.linspace(-1, 1, 4)
+    values = [s / 10 for s in range(-20, 20)]
+    for s in (*values, *reversed(values), 0.0, -0.0, float("inf"), float("-inf")):
+        assert torch.equal(compiled(x, s), f(x, s)), s
+    assert torch.isnan(compiled(x, float("nan"))).all()
+    assert thunder.cache_misses(compiled) <= 10
+
+
+def test_comparisons_of_two_numbers():
+    def f(x, s, t):
+        return torch.addcmul(x, x, x, value=s - t) if s > t else x * t
+
+    compiled, x = thunder.jit(f, recompile_limit=100), torch.linspace(-1, 1, 4)
+    for i in range(40):
+        s, t = 0.1 + i % 7 / 7, 0.15 + i % 5 / 5
+        assert torch.equal(compiled(x, s, t), f(x, s, t)), (s, t)
+    assert thunder.cache_misses(compiled) <= 10
+
+
+def test_more_comparisons_than_are_kept_fix_a_number():
+    def f(x, s):
+        return x * sum(s > i / 100 for i in range(100)) + s
+
+    compiled, x = thunder.jit(f, recompile_limit=100), torch.ones(2)
+    for s in (0.1, 0.2, 0.3, 0.95, 0.2, 2.0):
+        assert torch.equal(compiled(x, s), f(x, s))

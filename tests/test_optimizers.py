@@ -241,6 +241,20 @@ def test_a_schedule_made_before_the_step_is_compiled():
     assert thunder.cache_misses(step) == 2 and thunder.compile_stats(step).fallbacks == 0
 
 
+def test_a_schedule_of_momentum_too():
+    weight, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizers = [torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in (weight, other)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=30) for o in optimizers]
+    steps = thunder.jit(optimizers[0].step), optimizers[1].step
+    for i in range(25):
+        for p, step, schedule in zip((weight, other), steps, schedules, strict=True):
+            p.grad = torch.full((3,), float(i))
+            step()
+            schedule.step()
+        torch.testing.assert_close(weight, other, rtol=1e-6, atol=0)
+    assert thunder.cache_misses(steps[0]) <= 3 and thunder.compile_stats(steps[0]).fallbacks == 0
+
+
 def test_hundreds_of_parameters_and_two_learning_rates():
     params = [nn.Parameter(torch.randn(3)) for _ in range(300)]
     groups = [{"params": params[:100], "lr": 0.1}, {"params": params[100:], "lr": 0.2}]

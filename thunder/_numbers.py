@@ -1,7 +1,8 @@
 """Numbers that change from call to call, such as a learning rate: followed through a capture.
 
-An argument that is a float becomes a ``Number``, which is a float that writes down what is computed of it. Whatever
-looks at its value otherwise (a comparison, ``int()``, ``str()``) fixes it: the program is for that value then.
+An argument that is a float becomes a ``Number``, which is a float that writes down what is computed of it, and what it
+was compared with: a call for which a comparison has another outcome is for another program. Whatever looks at its value
+otherwise (``int()``, ``str()``) fixes it: the program is for that value then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _SIGNS = {"neg": "-", "pos": "+"}
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**"} | _SIGNS
 # Code that mentions these may hand a number to C code that reads it without asking.
+_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_MANY = 64  # comparisons: what makes more looks at a number in a loop
 _READERS = frozenset(("np", "numpy", "struct", "decimal", "fractions", "ctypes"))
 
 
@@ -32,6 +35,7 @@ class Tape:
             ``Ref``, or constants.
         origins: for each number the arguments it depends on.
         fixed: arguments whose values were looked at.
+        conditions: (comparison, operands, outcome), each once.
     """
 
     def __init__(self) -> None:
@@ -40,6 +44,7 @@ class Tape:
         self.origins: list[frozenset[int]] = []
         self.fixed: set[int] = set()
         self.count = 0
+        self.conditions: dict[Any, tuple[str, Any, Any, bool]] = {}
         self._known: dict[Any, int] = {}  # the places of what has been computed: the same again has the same one
 
     def argument(self, value: float, number: int = 0) -> Number:
@@ -71,6 +76,29 @@ class Tape:
         terms = tuple(Ref(o._place) if isinstance(o, Number) else o for o in operands)
         self._known[key] = len(self.values)
         return self._new(result, (name, *terms), origins)
+
+    def compared(self, name: str, outcome: bool, one: Number, other: Any) -> None:
+        """A comparison decided something, perhaps."""
+        key = (name, one._place, other._place if isinstance(other, Number) else repr(other))
+        if len(self.conditions) >= _MANY and key not in self.conditions:
+            for number in (one, other):
+                self.fixed |= self.origins[number._place] if isinstance(number, Number) else frozenset()
+            return
+        right = Ref(other._place) if isinstance(other, Number) else other
+        self.conditions[key] = (name, Ref(one._place), right, outcome)
+
+    def holds(self, free: frozenset[int]) -> Callable[..., bool] | None:
+        """Whether all comparisons of numbers that depend on these arguments come out as they did: of all arguments;
+        ``None``: there were none."""
+        texts = self.sources(frozenset(range(self.count)) - free)
+        parts = []
+        for name, one, other, outcome in self.conditions.values():
+            places = [o.place for o in (one, other) if isinstance(o, Ref)]
+            if not any(self.origins[place] & free for place in places):
+                continue
+            right = texts[other.place] if isinstance(other, Ref) else self._constant(other)
+            parts.append(f"({texts[one.place]} {_COMPARISONS[name]} {right}) is {outcome}")
+        return self._lambda(" and ".join(parts)) if parts else None
 
     def unseen(self, before: tuple[float, ...], known: frozenset[int]) -> frozenset[int]:
         """Arguments that may be any where a program is the same as that of a former capture, and has none as a literal.
@@ -152,9 +180,11 @@ class Tape:
         return (self._function(texts[place] for _, place in literals), free) if free else None
 
     def _function(self, texts: Iterable[str]) -> Any:
+        return self._lambda(f"({''.join(t + ', ' for t in texts)})")
+
+    def _lambda(self, text: str) -> Any:
         names = ", ".join(f"a{i}" for i in range(self.count))
-        space = {"c": self.constants, "__builtins__": {"abs": abs}}
-        return eval(f"lambda {names}: ({''.join(t + ', ' for t in texts)})", space)
+        return eval(f"lambda {names}: {text}", {"c": self.constants, "__builtins__": {"abs": abs}})
 
 
 def _bits(value: float) -> tuple[float, float] | str:
@@ -220,6 +250,24 @@ def _unary(name: str) -> None:
     setattr(Number, f"__{name}__", lambda self: self._tape.computed(name, function(_plain(self)), self))
 
 
+def _compares(name: str) -> None:
+    function = getattr(operator, name)
+
+    def compare(self: Number, other: Any) -> Any:
+        if not _known(other):
+            self._tape.fixed |= self._tape.origins[self._place]
+            return getattr(float, f"__{name}__")(_plain(self), other)
+        outcome = function(_plain(self), _plain(other))
+        self._tape.compared(name, outcome, self, other)
+        return outcome
+
+    setattr(Number, f"__{name}__", compare)
+
+
+def _truth(self: Number) -> bool:
+    return self != 0
+
+
 def _looks(name: str) -> None:
     function = getattr(float, name)
 
@@ -234,7 +282,10 @@ for _name in _BINARY:
     _binary(_name)
 for _name in ("neg", "pos", "abs"):
     _unary(_name)
-_COMPARE = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __bool__"
+for _name in _COMPARISONS:
+    _compares(_name)
+Number.__bool__ = _truth  # type: ignore[method-assign, attr-defined]
+_COMPARE = "__hash__"
 _CONVERT = "__float__ __int__ __trunc__ __floor__ __ceil__ __round__ __divmod__ __rdivmod__ is_integer as_integer_ratio"
 _WRITE = "__str__ __repr__ __format__ __getnewargs__ hex conjugate"
 for _name in f"{_COMPARE} {_CONVERT} {_WRITE}".split():

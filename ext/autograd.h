@@ -53,6 +53,9 @@ typedef struct thx_gradient { /* Python object: how a program is differentiated;
 thx_gradient *thx_gradient_new(thx *x, th_joint *joint, th_remat remat, PyObject *transform, PyObject *claims,
                                th_trace **forward);
 
+/* Which results are computed from which others, as autograd sees it in the captured trace: fills `above`. */
+int thx_gradient_find_above(thx_gradient *g, th_trace *captured, const th_val *results, uint32_t nresults);
+
 int thx_gradient_init(thx *x, PyObject *module);
 
 /* One run forwards. The caller fills what is above the line and gets `slots` back with the results in them. */

@@ -113,7 +113,8 @@ thx_recorder *thx_recorder_new(thx *x, PyObject *params);
 PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf);
 /* Where the current value of a fake or a real tensor is kept, made when new; NULL with an exception. */
 thx_cell *thx_recorder_cell(thx_recorder *r, PyObject *tensor);
-bool thx_recorder_is_argument(thx_recorder *r, PyObject *fake);  /* is it what stands for one? */
+/* The input of the trace that a fake stands for, whatever was written to it since; NULL: the program made it. */
+const thx_root *thx_recorder_root(thx_recorder *r, PyObject *fake);
 thx_cell *thx_recorder_known(thx_recorder *r, PyObject *tensor); /* the same, NULL when it is new */
 /* The code asks for an attribute that no tensor has of itself. 0: nor has this one, which each call looks at again; -1
  * with CaptureError: the caller's tensor has it. */
@@ -217,8 +218,9 @@ int thx_doubt(thx_recorder *r, const char *why);
 bool thx_asks_of_intermediate(thx_recorder *r, const thx_func *f, PyObject *args); /* f: one that is refused */
 int thx_check_write(thx_recorder *r, th_val value, thx_grad_note *note);           /* -1: torch would refuse it */
 void thx_note_write(thx_recorder *r, th_val value, const thx_grad_note *note);
-PyObject *thx_grad_needed(thx_recorder *r, const char *why); /* raises: calls must run eager; always NULL */
-int thx_tensor_flag(thx_recorder *r, PyObject *tensor);      /* 1 requires grad, 0 does not, -1 error */
+PyObject *thx_grad_needed(thx_recorder *r, const char *why);   /* raises: calls must run eager; always NULL */
+int thx_tensor_flag(thx_recorder *r, PyObject *tensor);        /* 1 requires grad, 0 does not, -1 error */
+bool thx_tensor_says(PyObject *tensor, const char *attribute); /* a flag, or a method without arguments */
 int thx_make_leaf(thx_recorder *r, PyObject *tensor);
 bool thx_was_made_leaf(const thx_recorder *r, th_val value); /* by the code, of something that required no grad */
 int thx_note_hooks_begin(thx_recorder *r);

@@ -724,50 +724,6 @@ static int watch_backwards(compile *k) {
     return rc;
 }
 
-typedef struct flow { /* of gradients, from results up */
-    const th_trace *t;
-    uint64_t *mask; /* by value: bits of the results that it is computed from, or is */
-    uint64_t now;
-} flow;
-
-static void gather(void *user, th_val *v) { ((flow *)user)->now |= ((flow *)user)->mask[*v]; }
-
-static void spread(void *user, th_val *v) {
-    flow *f = user;
-    bool flagged = th_type_get(f->t->ctx, f->t->values[*v].type)->flags & TH_TYPE_REQUIRES_GRAD;
-    f->mask[*v] |= flagged ? f->now : 0;
-}
-
-/* Which results are computed from which others, as autograd sees it: thx_gradient.above. */
-static int find_above(compile *k) {
-    thx_gradient *g = k->e->gradient;
-    th_trace *t = k->e->captured;
-    uint64_t any = 0;
-    flow f = {t, PyMem_Calloc(t->nvalues, sizeof *f.mask), 0};
-    uint64_t *own = PyMem_Calloc(t->nvalues, sizeof *own), *above = PyMem_Calloc(g->ntangents + 1, sizeof *above);
-    bool fits = g->ntangents <= 64 && f.mask && own && above;
-    for (uint32_t i = 0; fits && i < g->ntangents; i++)
-        if (g->tangent_of[i] < k->nvalues) own[k->values[g->tangent_of[i]]] |= UINT64_C(1) << i;
-    for (th_opref o = 1; fits && o < t->nops; o++) {
-        f.now = 0;
-        th_op_each_use(t, o, gather, &f);
-        th_op_each_out(t, o, spread, &f);
-        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) spread(&f, &t->kids[t->ops[o].writes + i]);
-        for (uint32_t i = 0; i < g->ntangents; i++) {
-            th_val v = g->tangent_of[i] < k->nvalues ? k->values[g->tangent_of[i]] : 0;
-            if (!v || t->values[v].def != o) continue;
-            above[i] = f.mask[v] & ~own[v];
-            f.mask[v] |= own[v];
-            any |= above[i];
-        }
-    }
-    if (any) g->above = above;
-    if (!any) PyMem_Free(above);
-    PyMem_Free(own);
-    PyMem_Free(f.mask);
-    return fits || g->ntangents > 64 ? 0 : (PyErr_NoMemory(), -1);
-}
-
 /* Join the program with its derivative and split it in two. */
 static int differentiate(compile *k) {
     thx *x = k->x;
@@ -804,7 +760,7 @@ static int differentiate(compile *k) {
         if (rc == 0) {
             th_trace_free(e->main.t);
             e->main.t = forward;
-            rc = find_above(k) < 0 ? -1 : watch_backwards(k);
+            rc = thx_gradient_find_above(e->gradient, e->captured, k->values, k->nvalues) < 0 ? -1 : watch_backwards(k);
         }
     }
     th_joint_fini(&joint);

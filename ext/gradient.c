@@ -145,6 +145,45 @@ typedef struct spread {
 static void gather(void *user, th_val *v) { ((spread *)user)->all |= ((spread *)user)->mask[*v]; }
 static void scatter(void *user, th_val *v) { ((spread *)user)->mask[*v] |= ((spread *)user)->all; }
 
+/* Which results are computed from which others: `mask` has a bit for each result that a value is, or comes from. */
+
+typedef struct flow {
+    spread s; /* first: for gather */
+    const th_trace *t;
+} flow;
+
+static void scatter_flagged(void *user, th_val *v) {
+    const flow *f = user;
+    if (th_type_get(f->t->ctx, f->t->values[*v].type)->flags & TH_TYPE_REQUIRES_GRAD) scatter(user, v);
+}
+
+int thx_gradient_find_above(thx_gradient *g, th_trace *t, const th_val *results, uint32_t nresults) {
+    flow f = {{PyMem_Calloc(t->nvalues, sizeof *f.s.mask), 0}, t};
+    uint64_t *own = PyMem_Calloc(t->nvalues, sizeof *own), *above = PyMem_Calloc(g->ntangents + 1, sizeof *above);
+    bool room = f.s.mask && own && above, any = false;
+    uint32_t n = room && g->ntangents <= 64 ? g->ntangents : 0;
+    for (uint32_t i = 0; i < n; i++)
+        if (g->tangent_of[i] < nresults) own[results[g->tangent_of[i]]] |= UINT64_C(1) << i;
+    for (th_opref o = 1; n && o < t->nops; o++) {
+        f.s.all = 0;
+        th_op_each_use(t, o, gather, &f);
+        th_op_each_out(t, o, scatter_flagged, &f);
+        for (uint32_t i = 0; i < t->ops[o].nwrites; i++) scatter_flagged(&f, &t->kids[t->ops[o].writes + i]);
+        for (uint32_t i = 0; i < n; i++) {
+            th_val v = g->tangent_of[i] < nresults ? results[g->tangent_of[i]] : 0;
+            if (!v || t->values[v].def != o) continue;
+            above[i] = f.s.mask[v] & ~own[v];
+            f.s.mask[v] |= own[v];
+            any |= above[i] != 0;
+        }
+    }
+    g->above = any ? above : NULL;
+    if (!any) PyMem_Free(above);
+    PyMem_Free(own);
+    PyMem_Free(f.s.mask);
+    return room ? 0 : (PyErr_NoMemory(), -1);
+}
+
 /* Which of the incoming gradients each outgoing one depends on. */
 static int find_dependences(thx_gradient *g) {
     th_trace *t = g->backward.t;

@@ -70,7 +70,7 @@ static PyObject *root_of(thx_recorder *r, PyObject *tensor) {
     return NULL;
 }
 
-static bool says(PyObject *tensor, const char *attribute) { /* of a flag, or of a method without arguments */
+bool thx_tensor_says(PyObject *tensor, const char *attribute) {
     PyObject *flag = PyObject_GetAttrString(tensor, attribute);
     if (flag && PyCallable_Check(flag)) Py_SETREF(flag, PyObject_CallNoArgs(flag));
     PyErr_Clear();
@@ -80,11 +80,7 @@ static bool says(PyObject *tensor, const char *attribute) { /* of a flag, or of 
 
 /* The object of the caller, whatever was written to it since. */
 static bool comes_from_outside(thx_recorder *r, PyObject *tensor) {
-    if (!thx_is_fake(r->x, tensor)) return true;
-    for (uint32_t i = 0; i < r->nroots; i++)
-        if (thx_recorder_fake(r, r->roots[i].real) == tensor) return true;
-    PyErr_Clear();
-    return false;
+    return !thx_is_fake(r->x, tensor) || thx_recorder_root(r, tensor);
 }
 
 /* x.is_inference(): of what the program computes it follows from the modes around it, and of most inputs too. */
@@ -92,7 +88,7 @@ bool thx_asks_of_intermediate(thx_recorder *r, const thx_func *f, PyObject *args
     const char *name = f->callee ? th_str_get(r->x->ctx, f->callee) : "";
     if (strcmp(name, "torch.Tensor.is_inference") != 0 || PyTuple_GET_SIZE(args) != 1) return false;
     PyObject *tensor = PyTuple_GET_ITEM(args, 0), *root = root_of(r, tensor);
-    return !comes_from_outside(r, tensor) || (root && !r->inference && !says(root, "is_inference"));
+    return !comes_from_outside(r, tensor) || (root && !r->inference && !thx_tensor_says(root, "is_inference"));
 }
 
 /* What x.detach_() does to a tensor no trace holds; it raises for a view. */
@@ -249,9 +245,9 @@ static bool reads_what_it_writes(thx_recorder *r, th_val value) {
 
 /* A leaf that requires grad, or a view of one. */
 static bool belongs_to_leaf(PyObject *tensor) {
-    if (says(tensor, "is_leaf")) return true;
+    if (thx_tensor_says(tensor, "is_leaf")) return true;
     PyObject *base = PyObject_GetAttrString(tensor, "_base");
-    bool leaf = base && base != Py_None && says(base, "is_leaf");
+    bool leaf = base && base != Py_None && thx_tensor_says(base, "is_leaf");
     PyErr_Clear();
     Py_XDECREF(base);
     return leaf;
@@ -261,7 +257,9 @@ static bool belongs_to_leaf(PyObject *tensor) {
 static const char *refused_write(const thx_recorder *r, const thx_root *root, bool differentiable) {
     if (differentiable && root->requires_grad && belongs_to_leaf(root->real))
         return "a leaf that requires grad is written to";
-    return !r->inference && !r->inside && says(root->real, "is_inference") ? "an inference tensor is written to" : NULL;
+    return !r->inference && !r->inside && thx_tensor_says(root->real, "is_inference")
+               ? "an inference tensor is written to"
+               : NULL;
 }
 
 /* Does something that requires grad lie in the memory of `value`? */

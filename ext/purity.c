@@ -398,7 +398,8 @@ static int watch_level(thx_recorder *r, PyFrameObject *frame) {
 static int check_hash(thx_recorder *r, PyFrameObject *frame) {
     PyFrameObject *caller = PyFrame_GetBack(frame);
     PyObject *locals = PyFrame_GetLocals(frame), *self = locals ? PyMapping_GetItemString(locals, "self") : NULL;
-    bool argument = self && caller && thx_recorder_is_argument(r, self) && is_the_programs(r->x, caller, 0);
+    const thx_root *root = self && caller ? thx_recorder_root(r, self) : NULL;
+    bool argument = root && root->leaf >= 0 && is_the_programs(r->x, caller, 0);
     PyErr_Clear();
     Py_XDECREF(self);
     Py_XDECREF(locals);

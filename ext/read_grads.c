@@ -7,26 +7,9 @@
 
 /* ---- while captured ---- */
 
-/* The caller's own tensor that this one is, or stands for, whatever was written to it since; NULL: the program made it.
- */
-static PyObject *callers_own(thx_recorder *r, PyObject *tensor) {
-    if (!thx_is_fake(r->x, tensor)) return tensor;
-    for (uint32_t i = 0; i < r->nroots; i++)
-        if (thx_recorder_fake(r, r->roots[i].real) == tensor) return r->roots[i].real;
-    PyErr_Clear();
-    return NULL;
-}
-
-static bool is(PyObject *tensor, const char *flag) {
-    PyObject *answer = PyObject_GetAttrString(tensor, flag);
-    PyErr_Clear();
-    Py_XDECREF(answer); /* a singleton */
-    return answer == Py_True;
-}
-
 /* A plain one that nothing else leads to: what lies elsewhere too need not lie there at the next call. */
 static bool can_follow(thx_recorder *r, PyObject *grad) {
-    return Py_IS_TYPE(grad, r->x->Tensor) && !is(grad, "requires_grad") && !thx_recorder_known(r, grad) &&
+    return Py_IS_TYPE(grad, r->x->Tensor) && !thx_tensor_says(grad, "requires_grad") && !thx_recorder_known(r, grad) &&
            !thx_guards_met(r->reached, grad);
 }
 
@@ -44,8 +27,9 @@ static PyObject *note(thx_recorder *r, PyObject *tensor, PyObject *grad) {
 
 PyObject *thx_read_grad_of(thx_recorder *r, PyObject *tensor) {
     thx *x = r->x;
-    PyObject *own = callers_own(r, tensor), *found = NULL;
-    if (!own || !r->reached || r->sizes || r->deriving || !is(own, "is_leaf")) return NULL;
+    const thx_root *root = thx_is_fake(x, tensor) ? thx_recorder_root(r, tensor) : NULL;
+    PyObject *own = root ? root->real : thx_is_fake(x, tensor) ? NULL : tensor, *found = NULL;
+    if (!own || !r->reached || r->sizes || r->deriving || !thx_tensor_says(own, "is_leaf")) return NULL;
     for (uint32_t i = 0; i < r->nread_grads; i++) {
         PyObject *grad = r->read_grads[i].grad;
         if (r->read_grads[i].tensor == own) return Py_XNewRef(grad == Py_None ? grad : thx_recorder_fake(r, grad));

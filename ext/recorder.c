@@ -208,11 +208,11 @@ PyObject *thx_recorder_argument(thx_recorder *r, PyObject *real, uint32_t leaf) 
     return thx_recorder_fake(r, real);
 }
 
-bool thx_recorder_is_argument(thx_recorder *r, PyObject *fake) {
-    bool found = false;
+const thx_root *thx_recorder_root(thx_recorder *r, PyObject *fake) {
+    const thx_root *found = NULL;
     for (uint32_t i = 0; i < r->nroots && !found; i++) {
-        const thx_cell *cell = r->roots[i].leaf >= 0 ? probe(r->cells, r->cap_cells, r->roots[i].real) : NULL;
-        found = cell && cell->fake == fake;
+        const thx_cell *cell = probe(r->cells, r->cap_cells, r->roots[i].real);
+        if (cell->key && cell->fake == fake) found = &r->roots[i];
     }
     return found;
 }

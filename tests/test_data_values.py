@@ -462,3 +462,13 @@ def test_what_comes_before_a_known_value_runs_once(grad):
             assert len(runs) == 3
             torch.testing.assert_close(found, gradients(program, args))
     assert thunder.cache_misses(compiled) == 3
+
+
+@pytest.mark.parametrize("operands", [{"tensor1": 2.0, "tensor2": 4.0}, {}])
+def test_numbers_in_tensors_beside_operands_by_name(operands):
+    def f(x, value):
+        named = {name: torch.full_like(x, number) for name, number in operands.items()}
+        return torch.addcdiv(x, **named, value=value) if named else torch.addcdiv(x, x + 1, x + 2, value=value)
+
+    x, value = torch.ones(3), torch.tensor(0.5)
+    torch.testing.assert_close(thunder.jit(f)(x, value), f(x, value), rtol=0, atol=0)

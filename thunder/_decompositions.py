@@ -235,44 +235,30 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value.dim()
 
 
-def add(input: torch.Tensor, other: Any, *, alpha: Any = 1) -> torch.Tensor:
-    """``torch.add`` with a tensor as ``alpha``."""
-    return torch.add(input, other * alpha.detach()) if _is_number(alpha) else NotImplemented
+def _with_number(function: Callable[..., Any], keyword: str) -> Callable[..., Any]:
+    """``function`` with a tensor as the factor ``keyword``, which multiplies its first operand."""
+
+    def call(input: torch.Tensor, *operands: Any, **options: Any) -> Any:
+        number = options.pop(keyword, None)
+        if not _is_number(number) or not operands:
+            return NotImplemented
+        return function(input, operands[0] * number.detach(), *operands[1:], **options)
+
+    return call
 
 
-def add_(input: torch.Tensor, other: Any, *, alpha: Any = 1) -> torch.Tensor:
-    """In place."""
-    return input.add_(other * alpha.detach()) if _is_number(alpha) else NotImplemented
+def _foreach_with_number(method: str) -> Callable[..., Any]:
+    """``torch._foreach_`` and the method's name, with numbers in tensors: one for each, or one tensor of all."""
 
+    def call(inputs: Any, ones: Any, others: Any, values: Any = 1) -> Any:
+        numbers = _numbers(values, len(inputs))
+        if numbers is None:
+            return NotImplemented
+        for input, one, other, value in zip(inputs, ones, others, numbers, strict=True):
+            getattr(input, method)(one, other, value=value)
+        return None
 
-def sub(input: torch.Tensor, other: Any, *, alpha: Any = 1) -> torch.Tensor:
-    """``torch.sub`` with a tensor as ``alpha``."""
-    return torch.sub(input, other * alpha.detach()) if _is_number(alpha) else NotImplemented
-
-
-def sub_(input: torch.Tensor, other: Any, *, alpha: Any = 1) -> torch.Tensor:
-    """In place."""
-    return input.sub_(other * alpha.detach()) if _is_number(alpha) else NotImplemented
-
-
-def addcmul(input: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *, value: Any = 1) -> torch.Tensor:
-    """``torch.addcmul`` with a tensor as ``value``."""
-    return torch.addcmul(input, one * value.detach(), other) if _is_number(value) else NotImplemented
-
-
-def addcmul_(input: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *, value: Any = 1) -> torch.Tensor:
-    """In place."""
-    return input.addcmul_(one * value.detach(), other) if _is_number(value) else NotImplemented
-
-
-def addcdiv(input: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *, value: Any = 1) -> torch.Tensor:
-    """``torch.addcdiv`` with a tensor as ``value``."""
-    return torch.addcdiv(input, one * value.detach(), other) if _is_number(value) else NotImplemented
-
-
-def addcdiv_(input: torch.Tensor, one: torch.Tensor, other: torch.Tensor, *, value: Any = 1) -> torch.Tensor:
-    """In place."""
-    return input.addcdiv_(one * value.detach(), other) if _is_number(value) else NotImplemented
+    return call
 
 
 def _numbers(values: Any, count: int) -> list[Any] | None:
@@ -280,26 +266,6 @@ def _numbers(values: Any, count: int) -> list[Any] | None:
     if isinstance(values, torch.Tensor):
         return list(values.unbind()) if values.dim() == 1 and len(values) == count else None
     return list(values) if isinstance(values, list | tuple) and any(map(_is_number, values)) else None
-
-
-def foreach_addcdiv_(inputs: Any, ones: Any, others: Any, values: Any) -> None:
-    """``torch._foreach_addcdiv_`` with numbers in tensors."""
-    numbers = _numbers(values, len(inputs))
-    if numbers is None:
-        return NotImplemented
-    for input, one, other, value in zip(inputs, ones, others, numbers, strict=True):
-        input.addcdiv_(one, other, value=value)
-    return None
-
-
-def foreach_addcmul_(inputs: Any, ones: Any, others: Any, values: Any) -> None:
-    """``torch._foreach_addcmul_`` with numbers in tensors."""
-    numbers = _numbers(values, len(inputs))
-    if numbers is None:
-        return NotImplemented
-    for input, one, other, value in zip(inputs, ones, others, numbers, strict=True):
-        input.addcmul_(one, other, value=value)
-    return None
 
 
 # ---- derivatives whose shapes depend on data ----
@@ -360,18 +326,9 @@ TABLE: dict[str, Callable[..., Any]] = {
     "torch.Tensor.repeat_interleave": repeat_interleave,
     "torch.tensor_split": tensor_split,
     "torch.Tensor.tensor_split": tensor_split,
-    "torch.add": add,
-    "torch.Tensor.add": add,
-    "torch.Tensor.add_": add_,
-    "torch.sub": sub,
-    "torch.Tensor.sub": sub,
-    "torch.Tensor.sub_": sub_,
-    "torch.addcmul": addcmul,
-    "torch.Tensor.addcmul": addcmul,
-    "torch.Tensor.addcmul_": addcmul_,
-    "torch.addcdiv": addcdiv,
-    "torch.Tensor.addcdiv": addcdiv,
-    "torch.Tensor.addcdiv_": addcdiv_,
-    "torch._foreach_addcdiv_": foreach_addcdiv_,
-    "torch._foreach_addcmul_": foreach_addcmul_,
+    "torch._foreach_addcdiv_": _foreach_with_number("addcdiv_"),
+    "torch._foreach_addcmul_": _foreach_with_number("addcmul_"),
 }
+for _name, _keyword in {"add": "alpha", "sub": "alpha", "addcmul": "value", "addcdiv": "value"}.items():
+    TABLE[f"torch.{_name}"] = TABLE[f"torch.Tensor.{_name}"] = _with_number(getattr(torch, _name), _keyword)
+    TABLE[f"torch.Tensor.{_name}_"] = _with_number(getattr(torch.Tensor, f"{_name}_"), _keyword)

@@ -18,8 +18,8 @@ def standard(path: str) -> bool:
 
 
 def from_library(path: str) -> bool:
-    """Whether it is of Python's own library, or in the folder of installed packages."""
-    return standard(path) or "/site-packages/" in path or "/dist-packages/" in path
+    """Whether it is of Python's own library, or of an installed package."""
+    return standard(path) or installed(path)
 
 
 def installed(path: str) -> bool:

@@ -95,9 +95,7 @@ static void note_result(void *user, th_val *v) {
     o->integers |= !th__is_float((th_dtype)th_type_get(o->t->ctx, o->t->values[*v].type)->dtype);
 }
 
-/* Could a kernel raise, for the values that it meets or since torch has none for these dtypes? No, where a rule of the
- * catalogue answers and says nothing else; and no for a view, which is no kernel. */
-static th_status may_raise(const th_catalog *catalog, th_trace *t, th_opref op, bool *raises) {
+th_status th__op_may_raise(const struct th_catalog *catalog, th_trace *t, th_opref op, bool *raises) {
     const th_op *data = &t->ops[op];
     outcome o = {.t = t, .op = data};
     *raises = false;
@@ -131,7 +129,7 @@ th_status th_pass_errors(th_trace *t, th_fuel *fuel) {
         bool kept = stays(&l, op);
         if (!kept) {
             if (!catalog) status = th_catalog_new(t->ctx, &catalog);
-            if (status == TH_OK) status = may_raise(catalog, t, op, &kept);
+            if (status == TH_OK) status = th__op_may_raise(catalog, t, op, &kept);
             if (kept) t->ops[op].marks |= TH_MARK_RAISES;
         }
         if (kept) th_op_each_use(t, op, use, &l);

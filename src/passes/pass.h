@@ -73,6 +73,11 @@ bool th__op_only_reads(const th_trace *t, const th_op *op);
 /* Does its name say that it changes its argument: add_, torch.ops.aten.squeeze_.dim? Not whether it does. */
 bool th__op_named_in_place(const th_trace *t, const th_op *op);
 
+/* Could a kernel raise, for the values that it meets or since torch has none for these dtypes? No, where a rule of the
+ * catalogue answers and says nothing else; and no for a view, which is no kernel. */
+struct th_catalog;
+th_status th__op_may_raise(const struct th_catalog *catalog, th_trace *t, th_opref op, bool *raises); /* dce.c */
+
 /* The n-th positional argument, or the keyword argument of that name; 0 when not given. NULL name: positional only. */
 th_node th__op_arg(const th_trace *t, const th_op *op, uint32_t n, const char *name);
 th_val th__node_as_value(const th_trace *t, th_node n); /* 0 when it is no value */

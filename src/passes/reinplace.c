@@ -53,23 +53,19 @@ static void note_use(void *user, th_val *v) {
 
 static void note_result(void *user, th_val *v) { ((reinplace *)user)->returned[*v] = true; }
 
-static bool may_raise(const th_catalog *catalog, const th_op *op) {
-    if (op->kind != TH_OP_CALL) return false;
-    const th_opdef *def = op->callee_opaque ? NULL : th_catalog_find(catalog, op->callee);
-    return !def || !def->meta || def->fusion == TH_FUSE_OPAQUE || def->effects & TH_OPDEF_RAISES;
-}
-
-static void note_risks(reinplace *p, const th_catalog *catalog, const uint8_t *groups) {
-    const th_trace *t = p->t;
+static th_status note_risks(reinplace *p, const th_catalog *catalog, const uint8_t *groups) {
+    th_trace *t = p->t;
     th_val from;
     p->touched = t->nops;
     for (th_opref op = 1; op < t->nops; op++) {
         const th_op *data = &t->ops[op];
-        bool copies = data->kind != TH_OP_DEL && copies_to(t, data, &from);
-        p->risks[op] = p->risks[op - 1] + (!copies && may_raise(catalog, data));
+        bool copies = data->kind != TH_OP_DEL && copies_to(t, data, &from), raises = false;
         for (uint32_t i = 0; i < data->nwrites && !copies && p->touched == t->nops; i++)
             if (groups[th__group_of(t, t->kids[data->writes + i])] & TH__GROUP_INPUT) p->touched = op;
+        if (!copies) TRY(th__op_may_raise(catalog, t, op, &raises));
+        p->risks[op] = p->risks[op - 1] + raises;
     }
+    return TH_OK;
 }
 
 static void note_uses(reinplace *p) {
@@ -259,9 +255,9 @@ static th_status begin(reinplace *p, th__scratch *s, bool temporaries) {
     th_catalog *catalog = NULL;
     uint8_t *inputs = th__groups(t, s);
     TRY(inputs ? th_catalog_new(t->ctx, &catalog) : th_ctx_error(t->ctx)->status);
-    note_risks(p, catalog, inputs);
+    th_status status = note_risks(p, catalog, inputs);
     th_catalog_free(catalog);
-    return th_trace_status(t);
+    return status;
 }
 
 static th_status run(th_trace *t, th_fuel *fuel, bool temporaries) {
